@@ -1,0 +1,164 @@
+"""The managers: modules that aggregate the layers of pre-trained unimodal encoders.
+
+ManagerTower (ACL 2023) puts one textual and one visual manager before every cross-modal layer. An *expert* is one layer
+of a unimodal encoder, its output is the *insight*; a manager weighs the insights of N experts and adds the output C of the
+previous cross-modal layer of its own modality:
+
+    M = sum_i W_i * LN_i(V_i) + W_C * LN_C(C)
+
+StaticManager learns W (SAUE; called SAUM in the journal paper; and SAE / SAM over all previous layers' outputs),
+AdaptiveManager computes it for each token from both modalities (AAUE / AAUM). Section 3 of the ACL paper, section III of
+Manager (TCSVT 2025). LLaVA-OV-Manager's visual managers, which need no norm and no C, are at the end (section IV).
+
+The mean and the variance of V_i are the same for every manager. So `standardize` takes them out once for each modality, and
+LN_i is left with its scale and shift, which fold into the aggregation weights: no normalised copy of the N experts per manager.
+
+Shapes: B batch, N experts (managed layers), L tokens, D width, K previous cross-modal layers. Experts are always (B, N, L, D).
+"""
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+EPS = 1e-5
+
+
+def standardize(experts: Tensor, eps: float = EPS) -> Tensor:
+    """Zero mean and unit variance over D for each token of each expert, (B, N, L, D); what all LN_i have in common."""
+    out = F.layer_norm(experts, experts.shape[-1:], eps=eps)
+    # autocast normalises in float32; kept in its own dtype afterwards, the stack costs half the memory traffic
+    device = experts.device.type
+    return out.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else out
+
+
+def draw_noise(experts: Tensor) -> Tensor:
+    """Training noise on the scores: N(0, (1/N)^2) for every element (B, N, L, D), whatever the shape of the weights."""
+    return torch.randn_like(experts) / experts.shape[1]
+
+
+def aggregate(weights: Tensor, scale: Tensor, shift: Tensor, experts: Tensor) -> Tensor:
+    """sum_i weights_i * (scale_i * experts_i + shift_i) -> (B, L, D), one expert after the other: no (B, N, L, D) temporary.
+
+    weights: (1 or B, N, 1 or L, 1 or D); scale, shift: (N, D); experts: (B, N, L, D), standardised.
+    """
+    out = None
+    for w, x, a, b in zip(weights.unbind(1), experts.unbind(1), scale.unbind(0), shift.unbind(0), strict=True):
+        insight = torch.addcmul(w * b, w * a, x)  # (B, L, D)
+        out = insight if out is None else out + insight
+    return out
+
+
+class Manager(nn.Module):
+    """What static and adaptive managers share: the affine halves of the layer norms, the temperature, the noise.
+
+    Args:
+        width: D.
+        num_experts: N.
+        num_previous: K, the number of previous cross-modal outputs that are aggregated too.
+        weight: "vector" for a weight per channel, "scalar" for one per expert.
+        noise: add `draw_noise` to the experts' scores in training mode.
+    """
+
+    def __init__(self, width: int, num_experts: int, num_previous: int = 0, weight: str = "vector", noise: bool = True):
+        super().__init__()
+        if weight not in ("vector", "scalar"):
+            raise ValueError(f'weight is {weight!r}; it must be "vector" or "scalar"')
+        self.num_experts, self.num_previous, self.noise = num_experts, num_previous, noise
+        self.weight_width = width if weight == "vector" else 1
+        self.scale = nn.Parameter(torch.ones(num_experts + num_previous, width))  # LN_i, then LN_C
+        self.shift = nn.Parameter(torch.zeros(num_experts + num_previous, width))
+        self.temperature = nn.Parameter(torch.ones(1))
+
+    def normalize(self, scores: Tensor, experts: Tensor) -> Tensor:
+        """softmax((scores + noise) / temperature) over the experts; scores (1 or B, N, 1 or L, 1 or D)."""
+        if experts.shape[1] != self.num_experts:
+            raise ValueError(f"experts {tuple(experts.shape)} hold {experts.shape[1]} layers, this manager has {self.num_experts}")
+        if self.training and self.noise:
+            scores = scores + draw_noise(experts)  # official code: in the trainer's training stage
+        return torch.softmax(scores / self.temperature, dim=1)
+
+    def norm_previous(self, previous: Tensor, k: int = 0) -> Tensor:
+        i = self.num_experts + k
+        return F.layer_norm(previous, previous.shape[-1:], self.scale[i], self.shift[i], EPS)
+
+    def aggregate_experts(self, weights: Tensor, experts: Tensor) -> Tensor:
+        return aggregate(weights, self.scale[: self.num_experts], self.shift[: self.num_experts], experts)
+
+    def weights(self, experts: Tensor, previous: Tensor | None = None, query: Tensor | None = None,
+                query_mask: Tensor | None = None) -> Tensor:
+        """The aggregation weights of the experts, (B, N, L, D), or (B, N, L, 1) when the channels share them."""
+        weights = self.normalize(self.score(experts, previous, query, query_mask), experts)
+        return weights.expand(experts.shape[0], -1, experts.shape[2], -1)
+
+
+class StaticManager(Manager):
+    """SAUE (SAUM): learnt weights, softmax over the experts; W_C is a raw multiplier (ACL eq. 5, TCSVT section III-A).
+
+    With sae=True, or K > 1: SAE (SAM), where the K previous outputs have a softmax and a temperature of their own.
+    """
+
+    def __init__(self, width: int, num_experts: int, num_previous: int = 0, weight: str = "vector", noise: bool = True,
+                 sae: bool = False):
+        super().__init__(width, num_experts, num_previous, weight, noise)
+        self.sae = num_previous > 0 and (sae or num_previous > 1)
+        scores = torch.full((num_experts + num_previous, self.weight_width), 1 / num_experts)
+        scores[num_experts:] = 1 / max(num_previous, 1)
+        self.scores = nn.Parameter(scores)  # W_A, then W_C
+        if self.sae:
+            self.temperature_previous = nn.Parameter(torch.ones(1))
+
+    def score(self, experts, previous=None, query=None, query_mask=None) -> Tensor:
+        return self.scores[None, : self.num_experts, None, :]  # (1, N, 1, D or 1)
+
+    def forward(self, experts: Tensor, previous: Tensor | None = None, query: Tensor | None = None,
+                query_mask: Tensor | None = None) -> Tensor:
+        """experts (B, N, L, D) standardised; previous (B, L, D) or (B, K, L, D), absent when K = 0; the query is not used.
+
+        Returns (B, L, D).
+        """
+        out = self.aggregate_experts(self.normalize(self.score(experts), experts), experts)
+        weights = self.scores[self.num_experts :]  # (K, D or 1)
+        if self.sae:
+            weights = torch.softmax(weights / self.temperature_previous, dim=0)
+        previous = () if self.num_previous == 0 else previous.unbind(1) if previous.dim() == 4 else (previous,)
+        for k, (w, c) in enumerate(zip(weights.unbind(0), previous, strict=True)):
+            out = torch.addcmul(out, w, self.norm_previous(c, k))
+        return out
+
+
+class AdaptiveManager(Manager):
+    """AAUE (AAUM): weights for each token, from the cross-modal fused query (ACL section 3.2.3, TCSVT section III-A).
+
+        Cn = LN_C(C);  On = LN_Q(C_other);  A = softmax(q(Cn) k(On)^T / sqrt(D)) On;  W = softmax(Linear([A, Cn]) / tau)
+
+    query_mask (B, Lq; 1 = real token) masks padding in that attention. The official code does not mask it, and the
+    released weights were trained so: ManagerTower passes a mask only with mask_fused_query=True.
+    """
+
+    def __init__(self, width: int, num_experts: int, weight: str = "vector", noise: bool = True):
+        super().__init__(width, num_experts, 1, weight, noise)
+        self.score_previous = nn.Parameter(torch.ones(1, self.weight_width))  # W_C: all that "vector" shapes here
+        self.norm_query = nn.LayerNorm(width, eps=EPS)
+        self.q_proj = nn.Linear(width, width)
+        self.k_proj = nn.Linear(width, width)
+        self.controller = nn.Linear(2 * width, num_experts)
+
+    def score(self, experts: Tensor, previous: Tensor, query: Tensor, query_mask: Tensor | None = None) -> Tensor:
+        """Scores before noise, temperature and softmax, (B, N, L, 1)."""
+        return self.controller_scores(self.norm_previous(previous), query, query_mask)
+
+    def controller_scores(self, own: Tensor, query: Tensor, query_mask: Tensor | None) -> Tensor:
+        other = self.norm_query(query)
+        mask = None if query_mask is None else query_mask[:, None, None, :].bool()
+        # one head, no value projection, no dropout
+        q, k, v = (x.unsqueeze(1) for x in (self.q_proj(own), self.k_proj(other), other))  # (B, 1, L, D)
+        fused = F.scaled_dot_product_attention(q, k, v, mask).squeeze(1)
+        return self.controller(torch.cat([fused, own], dim=-1)).transpose(1, 2).unsqueeze(-1)
+
+    def forward(self, experts: Tensor, previous: Tensor, query: Tensor, query_mask: Tensor | None = None) -> Tensor:
+        """experts (B, N, L, D) standardised; previous (B, L, D) of the own modality; query (B, Lq, D) of the other one.
+
+        Returns (B, L, D).
+        """
+        own = self.norm_previous(previous)
+        weights = self.normalize(self.controller_scores(own, query, query_mask), experts)
+        return torch.addcmul(self.aggregate_experts(weights, experts), self.score_previous[0], own)
