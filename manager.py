@@ -162,3 +162,93 @@ class AdaptiveManager(Manager):
         own = self.norm_previous(previous)
         weights = self.normalize(self.controller_scores(own, query, query_mask), experts)
         return torch.addcmul(self.aggregate_experts(weights, experts), self.score_previous[0], own)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# LLaVA-OV-Manager (TCSVT 2025, section IV)
+
+
+def weighted_sum(weights, experts) -> Tensor:
+    """sum_n weights_n * experts_n over two iterables of N broadcastable tensors, one expert after the other."""
+    return sum(weight.to(expert.dtype) * expert for weight, expert in zip(weights, experts, strict=True))
+
+
+class VisualManager(nn.Module):
+    """What the MLLM's visual managers share: the training noise, scores * U(0.99, 1.01) (the paper: 0.98 .. 1.02)."""
+
+    def draw(self, scores: Tensor) -> Tensor:
+        """u ~ U[0, 1), of the shape of `scores`: the only source of randomness, replaceable in tests."""
+        return torch.rand_like(scores)
+
+    def jitter(self, scores: Tensor) -> Tensor:
+        return scores * (0.99 + 0.02 * self.draw(scores)) if self.training else scores
+
+
+class StaticVisualManager(VisualManager):
+    """What h_image gains before an LLM layer: sum_n W_n * V_n with W (N, D) learnt, zero at the start (TCSVT eq. 12).
+
+    No layer norm, softmax or W_C, unlike the two-tower managers: an untrained one leaves the LLM as it is.
+    """
+
+    def __init__(self, width: int, num_experts: int):
+        super().__init__()
+        self.scores = nn.Parameter(torch.zeros(num_experts, width))
+
+    def weights(self, rows: int = 1) -> Tensor:
+        """(1, N, 1, D); in training (rows, N, 1, D), as every sequence of the batch has its own noise."""
+        scores = self.scores[None, :, None]
+        return self.jitter(scores.expand(rows, -1, -1, -1)) if self.training else scores
+
+    def forward(self, experts: Tensor) -> Tensor:
+        """experts (B, N, L, D) -> (B, L, D)."""
+        return weighted_sum(self.weights(len(experts)).unbind(1), experts.unbind(1))
+
+
+class AdaptiveVisualManager(VisualManager):
+    """sum_n s_n * g_n * V_n: N scores s for each image token, a Linear of the LLM's hidden state h of that token,
+    without softmax, and a gate g (N, D), zero at the start (TCSVT eq. 13, 14).
+
+    With a query the Linear reads [context, h]. The context is the text query's "last" token, its "average", or "cross":
+    softmax(q(h) k(query)^T / sqrt(D)) query, without value projection.
+    """
+
+    def __init__(self, width: int, num_experts: int, query: str | None = None):
+        super().__init__()
+        if query not in (None, "last", "average", "cross"):
+            raise ValueError(f'query is {query!r}; it must be None, "last", "average" or "cross"')
+        self.query = query
+        self.gate = nn.Parameter(torch.zeros(num_experts, width))
+        self.controller = nn.Linear(2 * width if query else width, num_experts, bias=False)
+        if query == "cross":
+            self.q_proj = nn.Linear(width, width)
+            self.k_proj = nn.Linear(width, width)
+
+    def context(self, hidden: Tensor, query: Tensor, query_mask: Tensor) -> Tensor:
+        """hidden (B, L, D), query (B, Q, D), query_mask (B, L, Q), True = the token may see it. Returns (B, L, D)."""
+        if self.query == "last":
+            last = (query_mask * torch.arange(query.shape[1], device=query.device)).amax(-1)  # (B, L)
+            return query.gather(1, last[..., None].expand(-1, -1, query.shape[-1]))
+        if self.query == "average":
+            mask = query_mask.to(query.dtype)
+            return mask / mask.sum(-1, keepdim=True) @ query
+        q, k, v = (x[:, None] for x in (self.q_proj(hidden), self.k_proj(query), query))  # (B, 1, L or Q, D)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=query_mask[:, None])[:, 0]
+
+    def score(self, hidden: Tensor, query: Tensor | None = None, query_mask: Tensor | None = None) -> Tensor:
+        """(B, N, L, 1); in training (B, N, L, D), as the noise is drawn for each element."""
+        if self.query:
+            hidden = torch.cat([self.context(hidden, query, query_mask).to(hidden.dtype), hidden], dim=-1)
+        scores = self.controller(hidden).transpose(1, 2)[..., None]
+        return self.jitter(scores.expand(-1, -1, -1, self.gate.shape[-1])) if self.training else scores
+
+    def weights(self, hidden: Tensor, query: Tensor | None = None, query_mask: Tensor | None = None) -> Tensor:
+        """The aggregation weights, (B, N, L, D)."""
+        return self.score(hidden, query, query_mask) * self.gate[:, None]
+
+    def forward(self, experts: Tensor, hidden: Tensor, query: Tensor | None = None,
+                query_mask: Tensor | None = None) -> Tensor:
+        """experts (B, N, L, D), hidden (B, L, D), query (B, Q, D), query_mask (B, L, Q) -> (B, L, D). The MLLM lays all
+        image tokens of a batch behind one another, as B = 1; query_mask then keeps the images apart."""
+        scores = self.score(hidden, query, query_mask)
+        weights = (s * g for s, g in zip(scores.unbind(1), self.gate.unbind(0), strict=True))
+        return weighted_sum(weights, experts.unbind(1))

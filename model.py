@@ -84,8 +84,8 @@ class ManagerTowerConfig:
         """For the built-in demo data: learns on a CPU in minutes."""
         return cls(**{**dict(image_size=64, patch_size=8, vision_width=96, vision_layers=3, vision_heads=3, vocab_size=300,
                              max_positions=52, text_width=96, text_layers=3, text_heads=3, text_mlp_width=384, hidden_size=96,
-                             num_layers=2, num_heads=3, contrastive_size=64, managed_layers_text=3, managed_layers_image=3,
-                             max_text_len=24), **overrides})
+                             num_layers=2, num_heads=3, contrastive_size=64, managed_layers_text=3, managed_layers_image=3, dropout=0.0,
+                             max_text_len=16), **overrides})
 
     def __post_init__(self):
         self.heads = tuple(self.heads)

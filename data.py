@@ -1,0 +1,884 @@
+"""The data of both families: tokenizers, pictures, demo data, sources of rows, datasets, samplers. Imports no other room.
+
+Papers: ManagerTower section 5.1 and appendix; LLaVA-OV-Manager section IV. A *record* is one image (or pair) with all its
+texts, a *row* is one (image, text), a *source* is the list of the rows of one task, whether read from JSON Lines manifests
+or ViLT-family .arrow files, or drawn by the built-in demo. Everything random is a function of (seed, epoch, position in the
+global order), never of the process or the worker. Tests: python -m pytest tests/test_data.py
+"""
+import bisect
+import functools
+import io
+import itertools
+import json
+import logging
+import math
+import os
+import random
+import re
+import shutil
+import tarfile
+import zlib
+from collections import namedtuple
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+import tokenizers
+import torch
+from PIL import Image, ImageDraw, ImageEnhance, ImageOps
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+log = logging.getLogger("data")
+
+
+class BadSample(ValueError):
+    """A sample that cannot be used. The message names the file and the line."""
+
+
+# ---------------------------------------------------------------- tokenizers
+ROBERTA_SPECIALS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
+ROLES = ("<pad>", "[PAD]", "<|endoftext|>"), ("<s>", "[CLS]"), ("</s>", "[SEP]"), ("<mask>", "[MASK]")
+
+
+class Tokenizer:
+    """Text <-> ids. `pad_id, cls_id, sep_id, mask_id` are None where a vocabulary has no such token (Qwen2)."""
+
+    def __init__(self, backend: tokenizers.Tokenizer):
+        self.backend, self.vocab_size = backend, backend.get_vocab_size()
+        backend.no_padding()
+        backend.no_truncation()
+        special = {token.content: i for i, token in backend.get_added_tokens_decoder().items() if token.special}
+        roles = [next((i for i in map(backend.token_to_id, names) if i is not None), None) for names in ROLES]
+        self.pad_id, self.cls_id, self.sep_id, self.mask_id = roles
+        self.special_ids = {*special.values(), *roles} - {None}
+
+    def _ids(self, text):
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+    def encode(self, text: str, max_len: int | None = None) -> list[int]:
+        """<s> text </s>, cut to max_len with </s> kept; the text's ids alone where the vocabulary has no <s> and </s>."""
+        start, end = ([] if i is None else [i] for i in (self.cls_id, self.sep_id))
+        ids = self._ids(text)
+        return start + (ids if max_len is None else ids[:max_len - len(start) - len(end)]) + end
+
+    def decode(self, ids) -> str:
+        return self.backend.decode([int(i) for i in ids if int(i) not in self.special_ids])
+
+    def __call__(self, texts: list[str], max_len: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids and attention mask, both (B, max_len) int64. Always padded to max_len: AAUE's fused query sees the padding."""
+        rows = [self.encode(text, max_len) for text in texts]
+        ids = torch.tensor([row + [self.pad_id] * (max_len - len(row)) for row in rows])
+        return ids, torch.tensor([[1] * len(row) + [0] * (max_len - len(row)) for row in rows])
+
+    def save(self, folder):
+        target = Path(folder) / "tokenizer.json"
+        self.backend.save(f"{target}.tmp")
+        os.replace(f"{target}.tmp", target)
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A SentencePiece .model. Those of <pad>, <s>, </s> and <mask> that it lacks get the ids after its last piece."""
+
+    def __init__(self, path):
+        self.path, self.backend, roles = path, sentencepiece.SentencePieceProcessor(model_file=str(path)), []
+        self.vocab_size = self.backend.get_piece_size()
+        self.special_ids = {i for i in range(self.vocab_size) if self.backend.is_control(i) or self.backend.is_unknown(i)}
+        for names in ROLES:
+            ids = [i for i in map(self.backend.piece_to_id, names) if self.backend.id_to_piece(i) in names]
+            roles += ids[:1] or [self.vocab_size]
+            self.vocab_size += not ids
+        self.pad_id, self.cls_id, self.sep_id, self.mask_id = roles
+        self.special_ids |= {*roles}
+
+    def _ids(self, text):
+        return self.backend.encode(text)
+
+    def save(self, folder):
+        target = Path(folder) / "tokenizer.model"
+        shutil.copyfile(self.path, f"{target}.tmp")
+        os.replace(f"{target}.tmp", target)
+
+
+def _byte_level(model, specials) -> tokenizers.Tokenizer:
+    """GPT-2's byte-level BPE; <mask> swallows the space before it, as RoBERTa's does."""
+    backend = tokenizers.Tokenizer(model)
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    backend.add_special_tokens([tokenizers.AddedToken(name, lstrip=name == "<mask>", normalized=False, special=True)
+                                for name in specials])
+    return backend
+
+
+def load_tokenizer(path) -> Tokenizer:
+    """A folder or file: tokenizer.json, or RoBERTa's vocab.json + merges.txt, or a SentencePiece *.model; else ValueError."""
+    path = Path(path)
+    inside = [path / "tokenizer.json", path / "vocab.json", *sorted(path.glob("*.model"))] if path.is_dir() else [path]
+    file = next((file for file in inside if file.is_file() and file.suffix in (".json", ".model", ".txt")), None)
+    if file is None:
+        raise ValueError(f"no tokenizer at {path}: expected tokenizer.json, vocab.json with merges.txt, or a *.model")
+    try:
+        if file.suffix == ".model":
+            return SentencePieceTokenizer(file)
+        if file.name not in ("vocab.json", "merges.txt"):
+            return Tokenizer(tokenizers.Tokenizer.from_file(str(file)))
+        model = models.BPE.from_file(str(file.with_name("vocab.json")), str(file.with_name("merges.txt")))
+    except Exception as error:  # both libraries raise nothing narrower
+        raise ValueError(f"{file} is not a readable tokenizer: {error}") from None
+    if missing := [name for name in ROBERTA_SPECIALS if model.token_to_id(name) is None]:
+        raise ValueError(f"{file} is not RoBERTa's, it lacks {missing}: give the tokenizer.json of other vocabularies")
+    return Tokenizer(_byte_level(model, ROBERTA_SPECIALS))
+
+
+def train_tokenizer(texts, vocab_size: int, specials=ROBERTA_SPECIALS) -> Tokenizer:
+    """Byte-level BPE of at most vocab_size ids, the specials first; the same texts give the same tokenizer."""
+    backend = _byte_level(models.BPE(), ())
+    backend.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=list(specials), show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    return Tokenizer(_byte_level(backend.model, specials))
+
+
+# ---------------------------------------------------------------- pictures
+CLIP_MEAN = torch.tensor((0.48145466, 0.4578275, 0.40821073)).view(3, 1, 1)
+CLIP_STD = torch.tensor((0.26862954, 0.26130258, 0.27577711)).view(3, 1, 1)
+TRANSFORMS = ("clip", "albef", "albef_randaug_wc", "albef_randaug_wohf")
+GRAY = (128, 128, 128)
+
+
+@functools.lru_cache(maxsize=None)
+def tar_index(path: str) -> dict[str, tuple[int, int]]:
+    """Member name -> (offset, size) of an uncompressed tar archive."""
+    try:
+        with tarfile.open(path, "r:") as archive:
+            return {member.name: (member.offset_data, member.size) for member in archive if member.isfile()}
+    except tarfile.TarError as error:
+        raise BadSample(f"{path} is not an uncompressed tar archive: {error}") from None
+
+
+def read_bytes(path: str, offset=0, size=-1) -> bytes:
+    """Of a file or `archive.tar::member`. Opened anew each time: forked or spawned workers share no handle."""
+    path, _, member = path.partition("::")
+    if not os.path.isfile(path) or (member and member not in tar_index(path)):
+        raise BadSample(f"{path}{member and '::'}{member}: no such file or archive member")
+    offset, size = tar_index(path)[member] if member else (offset, size)
+    with open(path, "rb") as file:
+        file.seek(offset)
+        return file.read(size)
+
+
+def load_image(where) -> Image.Image:
+    """RGB picture from a path, `archive.tar::member`, bytes or a picture; BadSample names what cannot be read.
+
+    Transparency goes over white, of an animation the first frame is taken, 16-bit gray is scaled to 8 bits; EXIF rotation
+    is ignored, as in the official code.
+    """
+    try:
+        image = where
+        if not isinstance(where, Image.Image):
+            image = Image.open(io.BytesIO(where if isinstance(where, bytes) else read_bytes(str(where))))
+        image.load()
+        if image.mode.startswith("I"):
+            image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
+        if "transparency" in image.info or {*image.getbands()} & {"A", "a"}:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
+    except (OSError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        name = f"{len(where)} bytes" if isinstance(where, bytes) else where
+        raise BadSample(f"{name}: not a readable image ({error})") from None
+
+
+def center_crop(image, size):
+    """The short side to `size`, then the middle: CLIP's evaluation transform."""
+    image = image.resize([int(size * side / min(image.size)) for side in image.size], Image.BICUBIC)
+    left, top = (round((side - size) / 2) for side in image.size)
+    return image.crop((left, top, left + size, top + size))
+
+
+def random_resized_crop(image, size, rng, scale=(0.5, 1.0), ratio=(3 / 4, 4 / 3)):
+    """A random part of the area in a random aspect ratio, squashed to size x size; the whole picture after ten misfits."""
+    width, height = image.size
+    for _ in range(10):
+        area, aspect = width * height * rng.uniform(*scale), math.exp(rng.uniform(*map(math.log, ratio)))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
+            return image.resize((size, size), Image.BICUBIC, box=(left, top, left + w, top + h))
+    return image.resize((size, size), Image.BICUBIC)
+
+
+def _affine(image, *matrix):
+    return image.transform(image.size, Image.AFFINE, matrix, Image.BILINEAR, fillcolor=GRAY)
+
+
+RANDAUGMENT = {  # ALBEF's operations; m = +-0.7 is magnitude 7 of 10 with a random sign
+    "Identity": lambda image, m: image,
+    "AutoContrast": lambda image, m: ImageOps.autocontrast(image),
+    "Equalize": lambda image, m: ImageOps.equalize(image),
+    "Brightness": lambda image, m: ImageEnhance.Brightness(image).enhance(0.1 + 1.8 * abs(m)),
+    "Sharpness": lambda image, m: ImageEnhance.Sharpness(image).enhance(0.1 + 1.8 * abs(m)),
+    "ShearX": lambda image, m: _affine(image, 1, 0.3 * m, 0, 0, 1, 0),
+    "ShearY": lambda image, m: _affine(image, 1, 0, 0, 0.3 * m, 1, 0),
+    "TranslateX": lambda image, m: _affine(image, 1, 0, 10 * m, 0, 1, 0),
+    "TranslateY": lambda image, m: _affine(image, 1, 0, 0, 0, 1, 10 * m),
+    "Rotate": lambda image, m: image.rotate(30 * m, Image.BILINEAR, fillcolor=GRAY)}
+
+
+def image_transform(name: str, image_size: int, train: bool):
+    """A function (picture, rng) -> float32 (3, S, S), normalised with CLIP's mean and standard deviation.
+
+    "clip": short side and centre crop, in training too (the papers' pre-training); "albef": squash to S x S;
+    "albef_randaug_wc" and "albef_randaug_wohf" (VQA: no flip): random crop, flip and RandAugment(2, 7), each operation with
+    probability 1/2, in training, else "albef".
+    """
+    if name not in TRANSFORMS:
+        raise ValueError(f"unknown image transform {name!r}: one of {', '.join(TRANSFORMS)}")
+
+    def transform(image, rng=None):
+        if name == "clip":
+            image = center_crop(image, image_size)
+        elif name == "albef" or not train:
+            image = image.resize((image_size, image_size), Image.BICUBIC)
+        else:
+            image = random_resized_crop(image, image_size, rng)
+            if name == "albef_randaug_wc" and rng.random() < 0.5:
+                image = ImageOps.mirror(image)
+            for operation in rng.choice(list(RANDAUGMENT), 2):
+                sign, applied = rng.choice((-1, 1)), rng.random() < 0.5
+                image = RANDAUGMENT[operation](image, 0.7 * sign) if applied else image
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float()
+        return pixels.div_(255).sub_(CLIP_MEAN).div_(CLIP_STD).contiguous()
+    return transform
+
+
+# ---------------------------------------------------------------- demo data
+COLORS = {"red": (220, 30, 30), "green": (30, 160, 60), "blue": (40, 80, 230), "yellow": (245, 200, 30), "black": (20,) * 3}
+SHAPES = ("circle", "square", "triangle")
+SIZES = {"small": 0.12, "large": 0.20}  # radius as a part of the picture's side
+OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+PLACES = {"left of": ("left", "right"), "above": ("top", "bottom")}
+DEMO_ANSWERS = ["yes", "no", *SIZES, *COLORS, *SHAPES]
+SNLI_LABELS = ("contradiction", "neutral", "entailment")
+Thing = namedtuple("Thing", "size color shape")
+Scene = namedtuple("Scene", "first second relation")  # first is "left of" or "above" second
+COVER = Thing("large", "gray", "square")  # SNLI-VE: hides what is behind it
+
+
+def describe(scene: Scene, swap=False) -> str:
+    first, second, relation = scene if not swap else (scene.second, scene.first, OPPOSITE[scene.relation])
+    return f"a {' '.join(first)} is {relation} a {' '.join(second)}"
+
+
+def is_heldout(scene: Scene) -> bool:
+    """A fifth of all scene contents, chosen by a hash of the description: no training picture ever shows one."""
+    return zlib.crc32(describe(scene).encode()) % 5 == 0
+
+
+def random_thing(draw) -> Thing:
+    return Thing(draw.choice(list(SIZES)), draw.choice(list(COLORS)), draw.choice(SHAPES))
+
+
+def refer(scene, number, asked=None) -> str:
+    """The shortest phrase that fits only one of the two things, without its attribute `asked`."""
+    thing, other = scene[number], scene[1 - number]
+    noun = "object" if asked == "shape" else thing.shape
+    if noun not in ("object", other.shape):
+        return noun
+    differing = [name for name in ("color", "size") if name != asked and getattr(thing, name) != getattr(other, name)]
+    return f"{getattr(thing, differing[0]) if differing else PLACES[scene.relation][number]} {noun}"
+
+
+def ask(draw, scene) -> tuple[str, str]:
+    """A question about a scene and its answer, one of DEMO_ANSWERS; yes and no are equally likely."""
+    number, answer = draw.randrange(2), draw.choice(("yes", "no"))
+    kind = draw.choice((*Thing._fields, "exists", "relation"))
+    if kind in Thing._fields:
+        return f"what {kind} is the {refer(scene, number, kind)}?", getattr(scene[number], kind)
+    if kind == "exists":
+        thing = scene[number]
+        while answer == "no" and thing[1:] in (scene.first[1:], scene.second[1:]):
+            thing = random_thing(draw)
+        return f"is there a {thing.color} {thing.shape}?", answer
+    true = scene.relation if number == 0 else OPPOSITE[scene.relation]
+    relation = true if answer == "yes" else draw.choice([relation for relation in OPPOSITE if relation != true])
+    return f"is the {refer(scene, number)} {relation} the {refer(scene, 1 - number)}?", answer
+
+
+# ---------------------------------------------------------------- sources
+class Part:
+    """Records in the manifests' format, the i-th at places[i]: `raw` fetches one, `scan` all texts, `parse` decodes."""
+    folder, unit, rows_each = "", "row", None
+
+    def __len__(self):
+        return len(self.places)
+
+    def name(self, index):
+        return f"{self.path}, {self.unit} {self.places[index]}"
+
+    def raw(self, index):
+        return self.places[index]
+
+    def scan(self):
+        return map(self.raw, range(len(self)))
+
+
+class Demo(Part):
+    """The built-in data, drawn at need from (seed, task, split, index). The splits train and heldout share no scene."""
+
+    def __init__(self, task, split, size, seed=0, image_size=64):
+        makers = {"captions": self.captions, "vqa": self.vqa, "nlvr2": self.nlvr2, "snli_ve": self.snli_ve,
+                  "chat_captions": self.captions, "chat": self.vqa}
+        if split not in ("train", "heldout") or task not in makers:
+            raise ValueError(f"no demo data for task {task!r}, split {split!r}: the splits are train and heldout, "
+                             f"the tasks {', '.join(makers)}")
+        self.path, self.places, self.rows_each = f"demo {task} {split}", range(size), 3 if task == "vqa" else 1
+        self.make, self.heldout, self.seed, self.image_size = makers[task], split == "heldout", seed, image_size
+
+    def parse(self, raw):
+        return self.make(raw, random.Random(f"{self.seed} {self.name(raw)}"))
+
+    def scene(self, draw, covered=False) -> Scene:
+        while True:
+            things = [random_thing(draw), COVER if covered else random_thing(draw)]
+            draw.shuffle(things)
+            scene = Scene(*things, draw.choice(list(PLACES)))
+            if things[0] != things[1] and is_heldout(scene) == self.heldout:
+                return scene
+
+    def paint(self, draw, scene) -> Image.Image:
+        """`draw` jitters tone and places, never so far that relation, size or colour are in doubt."""
+        size, tone, across = self.image_size, draw.randint(235, 255), draw.uniform(0.3, 0.7)
+        image = Image.new("RGB", (size, size), (tone, tone, tone))
+        for thing, middle in ((scene.first, 0.25), (scene.second, 0.75)):
+            place = middle + draw.uniform(-0.03, 0.03), across + draw.uniform(-0.06, 0.06)
+            x, y = (size * side for side in (place if scene.relation == "left of" else place[::-1]))
+            r, fill = SIZES[thing.size] * size, COLORS.get(thing.color, GRAY)
+            if thing.shape == "circle":
+                ImageDraw.Draw(image).ellipse((x - r, y - r, x + r, y + r), fill)
+            elif thing.shape == "square":
+                ImageDraw.Draw(image).rectangle((x - 0.9 * r, y - 0.9 * r, x + 0.9 * r, y + 0.9 * r), fill)
+            else:
+                ImageDraw.Draw(image).polygon(((x, y - r), (x - r, y + 0.9 * r), (x + r, y + 0.9 * r)), fill)
+        return image
+
+    def captions(self, number, draw):
+        """In both directions for pre-training, in one for the MLLM, which has to know what to say."""
+        scene = self.scene(draw)
+        return {"image": self.paint(draw, scene), "captions": [describe(scene, swap=draw.random() < 0.5)],
+                "conversations": [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": describe(scene)}]}
+
+    def vqa(self, number, draw):
+        scene, asked = self.scene(draw), {}
+        while len(asked) < 3:
+            asked |= [ask(draw, scene)]
+        turns = [{"from": role, "value": text} for turn in asked.items() for role, text in zip(("human", "gpt"), turn)]
+        turns[0]["value"] = "<image>\n" + turns[0]["value"]
+        return {"image": self.paint(draw, scene), "conversations": turns, "questions": [
+            {"id": 3 * number + k, "question": question, "answers": {answer: 1.0}, "question_type": question.split()[1]}
+            for k, (question, answer) in enumerate(asked.items())]}
+
+    def nlvr2(self, number, draw):
+        """What is drawn before the loop cannot depend on the label, and all words are equally likely: text tells nothing."""
+        label, side, kind = number % 2 == 0, draw.randrange(2), draw.choice(("side", "both images have", "only one image has"))
+        attribute = draw.choice(("color", "shape"))
+        while True:
+            scenes = [self.scene(draw) for _ in range(2)]
+            thing = draw.choice([*scenes[0][:2], *scenes[1][:2]])
+            value = getattr(thing, attribute)
+            in_both = all(value in (getattr(scene.first, attribute), getattr(scene.second, attribute)) for scene in scenes)
+            truth, text = in_both == kind.startswith("both"), f"{kind} a {value}{' object' if attribute == 'color' else ''}"
+            if kind == "side":
+                truth = thing[1:] in (scenes[side].first[1:], scenes[side].second[1:])
+                text = f"the {('left', 'right')[side]} image has a {thing.color} {thing.shape}"
+            if truth == label:
+                pictures = [self.paint(draw, scene) for scene in scenes]
+                return {"images": pictures, "sentence": text, "label": label, "id": f"demo-{number}"}
+
+    def snli_ve(self, number, draw):
+        """Entailment: it is seen. Neutral: it is not, but something is covered. Contradiction: all is seen, without it."""
+        label = SNLI_LABELS[number % 3]
+        scene = self.scene(draw, label == "neutral" or (label == "entailment" and draw.random() < 0.5))
+        seen = [other for other in scene[:2] if other != COVER]
+        thing = draw.choice(seen)
+        while label != "entailment" and thing[1:] in [other[1:] for other in seen]:
+            thing = random_thing(draw)
+        return {"image": self.paint(draw, scene), "hypothesis": f"there is a {thing.color} {thing.shape}", "label": label}
+
+
+def read_json(path, kind: type):
+    try:
+        content = json.loads(Path(path).read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(content, kind):
+        raise ValueError(f"{path} must hold a {kind.__name__}, found {type(content).__name__}")
+    return content
+
+
+class Manifest(Part):
+    """JSON Lines, of which only the places of the lines stay in memory; or LLaVA's .json with one list, kept in memory."""
+
+    def __init__(self, path, folder=None):
+        self.path, self.folder, self.items = str(path), str(folder or Path(path).parent), None
+        if self.path.endswith(".json"):
+            self.items, self.unit = read_json(path, list), "item"
+            self.places = np.arange(len(self.items))
+            return
+        with open(path, "rb") as file:
+            lengths = [(len(line), bool(line.strip())) for line in file]
+        self.starts, self.unit = np.cumsum([0, *(length for length, _ in lengths)]), "line"
+        self.places = np.array([number for number, (_, full) in enumerate(lengths, 1) if full], dtype=np.int64)
+
+    def raw(self, index):
+        place = self.places[index]
+        if self.items is not None:
+            return self.items[place]
+        return read_bytes(self.path, self.starts[place - 1], self.starts[place] - self.starts[place - 1])
+
+    def parse(self, raw):
+        try:
+            return json.loads(raw) if isinstance(raw, bytes) else raw
+        except ValueError as error:  # broken JSON or UTF-8
+            raise BadSample(f"not JSON: {error}") from None
+
+
+@functools.lru_cache(maxsize=None)
+def _arrow_table(path):
+    try:
+        import pyarrow
+    except ImportError:
+        raise ImportError(f"reading {path} needs pyarrow: pip install pyarrow") from None
+    try:
+        return pyarrow.ipc.open_file(pyarrow.memory_map(path)).read_all()
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        raise ValueError(f"{path} is not an Arrow file: {error}") from None
+
+
+class ArrowFile(Part):
+    """An .arrow file as ViLT, METER, BridgeTower and ManagerTower users have it, memory-mapped."""
+    columns = {"captions": ["caption"], "vqa": ["questions", "answers", "answer_scores", "question_id"],
+               "nlvr2": ["questions", "answers", "identifier"], "snli_ve": ["sentences", "labels"]}
+
+    def __init__(self, task, path):
+        self.task, self.path, table = task, str(path), _arrow_table(str(path))
+        self.pictures = ["image_0", "image_1"] if task == "nlvr2" else ["image"]
+        if missing := {*self.pictures, *self.columns[task]} - {*table.column_names}:
+            raise ValueError(f"{path} lacks the columns {sorted(missing)} of {task}; it has {table.column_names}")
+        self.texts = self.columns[task] + ["image_id"] * ("image_id" in table.column_names)
+        self.places = range(table.num_rows)
+
+    def raw(self, index):
+        return _arrow_table(self.path).select(self.pictures + self.texts).slice(index, 1).to_pylist()[0]
+
+    def scan(self):
+        for batch in _arrow_table(self.path).select(self.texts).to_batches(max_chunksize=1024):
+            yield from batch.to_pylist()
+
+    def parse(self, raw):
+        pictures = [raw.get(name, b"") for name in self.pictures]
+        record = {"images": pictures, "image": pictures[0], "image_id": raw.get("image_id")}
+        if self.task == "captions":
+            return record | {"captions": raw["caption"]}
+        if self.task == "vqa":  # test files have no answers, or nulls
+            scores = [words and dict(zip(words, values)) for words, values in zip(raw["answers"], raw["answer_scores"])]
+            rows = zip(raw["question_id"], raw["questions"], scores or [None] * len(raw["questions"]))
+            return record | {"questions": [dict(zip(("id", "question", "answers"), row)) for row in rows]}
+        if self.task == "nlvr2":
+            return record | {"rows": [{"sentence": text, "label": answer == "True", "id": raw["identifier"]}
+                                      for text, answer in zip(raw["questions"], raw["answers"])]}
+        return record | {"rows": [{"hypothesis": texts[1], "label": SNLI_LABELS[label]}
+                                  for texts, label in zip(raw["sentences"], raw["labels"])]}
+
+
+def _need(record, key, kind):
+    value = record.get(key) if isinstance(record, dict) else None
+    if not isinstance(value, kind) or value == [] or (isinstance(value, str) and not value.strip()):
+        raise BadSample(f"{key!r} must be a non-empty {kind.__name__}, found {value!r:.80}")
+    return value
+
+
+def _chat_row(record):
+    """With the published inconsistency: images whose tags are missing get them before the first turn."""
+    turns, images = [dict(turn) for turn in _need(record, "conversations", list)], record.get("image") or []
+    images = images if isinstance(images, list) else [images]
+    tags = sum(_need(turn, "value", str).count("<image>") for turn in turns if _need(turn, "from", str))
+    if "video" in record or (images and tags not in (0, len(images))):
+        raise BadSample(f"{len(images)} images but {tags} <image> tags; videos are not read")
+    if images and not tags:
+        turns[0]["value"] = " ".join(["<image>"] * len(images)) + "\n" + turns[0]["value"]
+    return images, [{"text": "", "conversation": turns, "id": record.get("id")}]
+
+
+def record_rows(task: str, record: dict) -> tuple[list, list[dict]]:
+    """Pictures and rows of a record in the manifests' format; BadSample says which field is wrong."""
+    if not isinstance(record, dict):
+        raise BadSample(f"not a JSON object: {record!r:.80}")
+    if task.startswith("chat"):
+        return _chat_row(record)
+    images = _need(record, "images", list) if task == "nlvr2" else [record.get("image")]
+    if [isinstance(image, (str, bytes, Image.Image)) for image in images] != [True] * (1 + (task == "nlvr2")):
+        raise BadSample(f"{'two images' if task == 'nlvr2' else 'an image'} expected, found {images!r:.80}")
+    items = record.get("rows", [record])
+    if task == "captions":  # de-duplicated in order: the order of a set differs from process to process
+        captions = [_need({"caption": text}, "caption", str) for text in _need(record, "captions", list)]
+        rows = [{"text": text} for text in dict.fromkeys(captions)]
+    elif task == "vqa":
+        rows = [{"text": _need(item, "question", str), "question_id": item.get("id"), "answers": item.get("answers"),
+                 "question_type": item.get("question_type")} for item in _need(record, "questions", list)]
+    elif task == "nlvr2":
+        rows = [{"text": _need(item, "sentence", str), "label": _need(item, "label", bool), "id": item.get("id")}
+                for item in items]
+    else:
+        if unknown := [item.get("label") for item in items if item.get("label") not in SNLI_LABELS]:
+            raise BadSample(f"'label' must be one of {SNLI_LABELS}, found {unknown[0]!r}")
+        rows = [{"text": _need(item, "hypothesis", str), "label": SNLI_LABELS.index(item["label"])} for item in items]
+    return images, [row | {"image_id": record.get("image_id")} for row in rows]
+
+
+class Skipped:
+    """What becomes of bad samples: policy "error" raises them; "skip" logs and counts them, and raises when too many."""
+
+    def __init__(self, policy):
+        if policy not in ("error", "skip"):
+            raise ValueError(f"on_bad_sample is error or skip, not {policy!r}")
+        self.policy, self.seen, self.bad = policy, 0, set()
+
+    def add(self, error):
+        """Counts different samples, and for this process alone: every DataLoader worker has its own count."""
+        if self.policy == "error":
+            raise error
+        if str(error) not in self.bad:
+            self.bad.add(str(error))
+            log.warning("skipped bad sample %d: %s", len(self.bad), error)
+        rate = self.seen / 1000
+        if len(self.bad) > max(1, rate + 3 * math.sqrt(rate)):  # 1 in 1,000 and three standard deviations of chance
+            raise ValueError(f"{len(self.bad)} of the first {self.seen} samples are bad, more than 1 in 1,000: "
+                             f"repair the data. The last one: {error}")
+
+
+class Source:
+    """The rows of one task over any number of parts (manifests, .arrow files, demo data), one after the other.
+
+    `source[row]` is a dict: "text", "images" (RGB pictures), "image_index" (the record's number), "image_id" and the task's
+    own: vqa "question_id", "answers" ({answer: score}; None in test sets), "question_type"; nlvr2 "label", "id"; snli_ve
+    "label" (0 contradiction, 1 neutral, 2 entailment); chat "conversation", "id". Opening reads every text, no picture; what
+    is broken raises BadSample with file and line, or is left out and counted with on_bad_sample="skip".
+    """
+
+    def __init__(self, task: str, parts: list, on_bad_sample="error"):
+        self.task, self.parts, self.skipped = task, parts, Skipped(on_bad_sample)
+        self.part_starts = np.cumsum([0, *map(len, parts)]).tolist()
+        counts = [[part.rows_each] * len(part) if part.rows_each else [len(rows) for rows in self._scan(part)]
+                  for part in parts]
+        self.ends = np.cumsum(np.concatenate(counts), dtype=np.int64)  # one past each record's last row
+        self.num_images = len(self.ends)
+        if not sum(map(sum, counts)):
+            raise ValueError(f"no rows in {', '.join(part.path for part in parts)}")
+
+    def _scan(self, part):
+        for index, raw in enumerate(part.scan()):
+            self.skipped.seen += 1
+            try:
+                yield record_rows(self.task, part.parse(raw))[1]
+            except BadSample as error:
+                self.skipped.add(BadSample(f"{part.name(index)}: {error}"))
+                yield []
+
+    def __len__(self):
+        return int(self.ends[-1])
+
+    def image_of(self, row: int) -> int:
+        """The number of the record that a row belongs to."""
+        return int(np.searchsorted(self.ends, row, side="right"))
+
+    def _record(self, index):
+        number = bisect.bisect_right(self.part_starts, index) - 1
+        part, local = self.parts[number], index - self.part_starts[number]
+        try:
+            images, rows = record_rows(self.task, part.parse(part.raw(local)))
+            paths = [os.path.join(part.folder, image) if isinstance(image, str) else image for image in images]
+            return [load_image(path) for path in paths], rows
+        except BadSample as error:
+            raise BadSample(f"{part.name(local)}: {error}") from None
+
+    def images(self, index: int) -> list[Image.Image]:
+        """The picture (NLVR2: both) of a record."""
+        return self._record(index)[0]
+
+    def __getitem__(self, row: int) -> dict:
+        index = self.image_of(row)
+        images, rows = self._record(index)
+        return rows[row - int(self.ends[index])] | {"images": images, "image_index": index}
+
+    def texts(self, limit: int | None = None) -> list[dict]:
+        """All rows, or the first ones, without their pictures."""
+        records = enumerate(rows for part in self.parts for rows in self._scan(part))
+        return list(itertools.islice((row | {"image_index": index} for index, rows in records for row in rows), limit))
+
+
+def demo_source(task: str, split: str, size: int, seed: int = 0, image_size: int = 64) -> Source:
+    """`size` records: captions, vqa (3 questions each), nlvr2, snli_ve, chat_captions or chat; split train or heldout."""
+    return Source(task, [Demo(task, split, size, seed, image_size)])
+
+
+def demo_tokenizer(vocab_size=512) -> Tokenizer:
+    """A byte-level BPE in which every word of the demo data is one token."""
+    sources = [demo_source(task, "train", 300) for task in ("captions", "vqa", "nlvr2", "snli_ve")]
+    return train_tokenizer([row["text"] for source in sources for row in source.texts()], vocab_size)
+
+
+ARROW_STEMS = {"coco": "coco_caption_karpathy", "flickr30k": "f30k_caption_karpathy", "cc3m": "conceptual_caption",
+               "snli_ve": "snli"}
+ARROW_PARTS = {"coco_train": ["_train", "_restval"], "flickr30k_train": ["_train", "_val"], "vg_train": [""],
+               "sbu_train": [f"_{i}" for i in range(9)], "cc3m_train": [f"_train_{i}" for i in range(31)],
+               "cc3m_val": ["_val_0"]}
+
+
+def source_files(root, name: str, split: str) -> list[Path]:
+    """Files of one split of a set: `<name>_<split>.jsonl`, or all the .arrow shards under their ViLT-family names."""
+    manifest, stem = Path(root) / f"{name}_{split}.jsonl", ARROW_STEMS.get(name, name)
+    if manifest.is_file():
+        return [manifest]
+    files = [Path(root) / f"{stem}{part}.arrow" for part in ARROW_PARTS.get(f"{name}_{split}", [f"_{split}"])]
+    fixed = [file.with_name(f"{file.stem}_fix.arrow") for file in files]  # VQAv2 with normalised human answers
+    if missing := [file.name for file, fix in zip(files, fixed) if not file.is_file() and not fix.is_file()]:
+        raise ValueError(f"{root} has no {manifest.name}, and of its .arrow files it lacks {', '.join(missing)}")
+    return [fix if fix.is_file() else file for file, fix in zip(files, fixed)]
+
+
+def open_source(task: str, where, split="train", names=(), on_bad_sample="error") -> Source:
+    """A .jsonl or .arrow file, or the sets `names` of a data_root, one after the other.
+
+    Names: coco, flickr30k, vg, sbu, cc3m, vqav2, vgqa_coco, nlvr2, snli_ve or the <name> of any <name>_<split>.jsonl. A split
+    "train+val" takes both. The .arrow training split of COCO includes restval and that of Flickr30K val, as in the papers.
+    """
+    files = [Path(where)] if Path(where).is_file() else [
+        file for name in names for part in split.split("+") for file in source_files(where, name, part)]
+    if not files:
+        raise ValueError(f"{where}: no such file, or a folder of which no sets were named")
+    parts = [ArrowFile(task, file) if file.suffix == ".arrow" else Manifest(file) for file in files]
+    return Source(task, parts, on_bad_sample)
+
+
+def load_answers(root) -> list[str]:
+    """The VQA vocabulary: answers.json (a list), or rebuilt from the answers and labels inside vqav2_*.arrow."""
+    if (Path(root) / "answers.json").is_file():
+        return read_json(Path(root) / "answers.json", list)
+    known = {}
+    for path in Path(root).glob("vqav2_*.arrow"):
+        for row in _arrow_table(str(path)).select(["answers", "answer_labels"]).to_pylist():
+            for words, labels in zip(row["answers"], row["answer_labels"]):
+                known |= zip(labels or (), words or ())
+    if not known or sorted(known) != list(range(len(known))):
+        raise ValueError(f"no VQA vocabulary in {root}: neither answers.json nor vqav2_*.arrow files with all answers")
+    return [known[i] for i in range(len(known))]
+
+
+def sample_rows(strategy: str, count: int, seed: int) -> np.ndarray:
+    """Row numbers for LLaVA's sampling strategies: all, first:N, end:N, random:N; N may be a percentage, rounded up."""
+    match = re.fullmatch(r"(all)|(first|end|random):([\d.]+%|\d+)", strategy)
+    if not match:
+        raise ValueError(f"sampling_strategy {strategy!r} is none of all, first:N, end:N, random:N (or N%)")
+    kind, amount = match[2], match[3] or "100%"
+    size = min(count, math.ceil(count * float(amount[:-1]) / 100) if amount.endswith("%") else int(amount))
+    rows = np.random.default_rng((seed, count, size, 3)).permutation(count) if kind == "random" else np.arange(count)
+    return rows[count - size:] if kind == "end" else rows[:size]
+
+
+def read_mixture(path) -> list[dict]:
+    """The `datasets` list of json_path and sampling_strategy in YAML of just this shape."""
+    entries = []
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+        match = re.fullmatch(r"""\s*(-\s+)?(json_path|sampling_strategy):\s*(["']?)(.+?)\3\s*(\s#.*)?""", line)
+        if match and (match[1] or entries):
+            entries += [{}] if match[1] else []
+            entries[-1][match[2]] = match[4]
+        elif not re.fullmatch(r"\s*(#.*)?|datasets:\s*(#.*)?", line):
+            raise ValueError(f"{path}, line {number}: expected `datasets:`, `- json_path: ...` or `sampling_strategy: ...`, "
+                             f"found {line!r}")
+    return entries
+
+
+def open_chat(where, image_folder=None, seed=0, on_bad_sample="error") -> Source:
+    """LLaVA conversations: .json, .jsonl, `/p/{a,b}.json`, or a mixture of them (.yaml). Image paths start at image_folder."""
+    parts, brace = [], re.fullmatch(r"(.*)\{(.*)\}(.*)", str(where))
+    entries = [{"json_path": f"{brace[1]}{name}{brace[3]}"} for name in brace[2].split(",")] if brace else read_mixture(where)
+    for entry in entries:
+        part = Manifest(entry["json_path"], image_folder)
+        part.places = part.places[sample_rows(entry.get("sampling_strategy", "all"), len(part), seed)]
+        parts.append(part)
+    return Source("chat", parts, on_bad_sample)
+
+
+# ---------------------------------------------------------------- datasets
+def mask_tokens(ids: torch.Tensor, tokenizer: Tokenizer, rng, probability=0.15) -> tuple[torch.Tensor, torch.Tensor]:
+    """Masked ids and labels, both (L,): of each ordinary token 15%, of these 80% <mask>, 10% any token, 10% kept; others -100."""
+    chosen, kind, ids = rng.random(len(ids)) < probability, rng.random(len(ids)), ids.numpy()
+    chosen &= [i not in tokenizer.special_ids for i in ids.tolist()]
+    masked = np.where(chosen & (kind < 0.8), tokenizer.mask_id, ids)
+    masked = np.where(chosen & (kind >= 0.9), rng.integers(tokenizer.vocab_size, size=len(ids)), masked)
+    return torch.from_numpy(masked), torch.from_numpy(np.where(chosen, ids, -100))
+
+
+@functools.lru_cache(maxsize=4)
+def _matches(seed, batch, batch_size):
+    """ITM labels of one global batch: exactly half of them false (rounded down), anywhere."""
+    return np.random.default_rng((seed, batch, batch_size, 1)).permutation(np.arange(batch_size) >= batch_size // 2)
+
+
+class RowDataset(torch.utils.data.Dataset):
+    """`dataset[key]`, key = (epoch, position, row) or a row number. In place of a skipped row comes the next one."""
+
+    def __init__(self, source: Source, seed=0, on_bad_sample="error"):
+        self.source, self.seed, self.skipped = source, seed, Skipped(on_bad_sample)
+
+    def __len__(self):
+        return len(self.source)
+
+    def __getitem__(self, key) -> dict:
+        epoch, position, row = key if isinstance(key, tuple) else (0, key, key)
+        for row in (*range(row, len(self)), *range(row)) if self.skipped.policy == "skip" else (row,):
+            self.skipped.seen += 1
+            try:
+                return self.item(position, row, np.random.default_rng((self.seed, epoch, position)))
+            except BadSample as error:
+                self.skipped.add(error)
+        raise ValueError("no sample of the data can be read")
+
+
+class ChatDataset(RowDataset):
+    """{"conversation": LLaVA's turns, "images": [RGB pictures], "id"}: what the model's own file encodes."""
+
+    def item(self, position, row, rng):
+        fields = self.source[row]
+        return {name: fields[name] for name in ("conversation", "images", "id")}
+
+
+class PairDataset(RowDataset):
+    """Rows as tensors, for fine-tuning and evaluation: pixels (3, S, S), input_ids, attention_mask (T), image_index, image_id.
+
+    vqa adds targets (number of answers; soft scores, answers outside `answers` dropped; absent in test sets), question_id,
+    question_type; nlvr2 pixels_1, label, id; snli_ve label.
+    """
+
+    def __init__(self, source, tokenizer: Tokenizer, transform, max_text_len: int, seed=0, on_bad_sample="error", answers=None):
+        super().__init__(source, seed, on_bad_sample)
+        self.tokenizer, self.transform, self.max_text_len = tokenizer, transform, max_text_len
+        self.answers = {answer: number for number, answer in enumerate(answers or ())}
+
+    def item(self, position, row, rng):
+        item = self.source[row]
+        ids, mask = self.tokenizer([item.pop("text")], self.max_text_len)
+        item |= {"input_ids": ids[0], "attention_mask": mask[0]}
+        item |= zip(("pixels", "pixels_1"), (self.transform(image, rng) for image in item.pop("images")))
+        scores = item.pop("answers", None)
+        if scores is not None:
+            item["targets"] = torch.zeros(len(self.answers))
+            for answer in scores.keys() & self.answers.keys():
+                item["targets"][self.answers[answer]] = scores[answer]
+        return item | {name: torch.tensor(int(item[name])) for name in ("label", "image_index") if name in item}
+
+
+class PretrainDataset(PairDataset):
+    """Adds mlm_ids, mlm_labels (T), itm_labels () with 1 = match, and itm_pixels: the picture, or a false one from the whole set.
+
+    Exactly half of each global batch is false. With share_images there is no itm_pixels: of the positions 2k and 2k + 1 exactly
+    one is false, and takes its partner's picture.
+    """
+
+    def __init__(self, source, tokenizer, transform, max_text_len, batch_size, seed=0, on_bad_sample="error",
+                 objectives=("mlm", "itm"), share_images=False):
+        super().__init__(source, tokenizer, transform, max_text_len, seed, on_bad_sample)
+        self.batch_size, self.false_images = 2 if share_images else batch_size, "itm" in objectives and not share_images
+        if source.image_of(0) == source.image_of(len(source) - 1):
+            raise ValueError("image-text matching needs at least two images, the data has one")
+
+    def item(self, position, row, rng):
+        item = super().item(position, row, rng)
+        item["mlm_ids"], item["mlm_labels"] = mask_tokens(item["input_ids"], self.tokenizer, rng)
+        batch, place = divmod(position, self.batch_size)
+        match = bool(_matches(self.seed, batch, self.batch_size)[place])
+        item["itm_labels"] = torch.tensor(int(match))
+        if self.false_images:
+            index = own = self.source.image_of(row)
+            while index == own and not match:
+                index = self.source.image_of(int(rng.integers(len(self))))
+            item["itm_pixels"] = item["pixels"] if match else self.transform(self.source.images(index)[0], rng)
+        return item
+
+
+def collate(items: list[dict]) -> dict:
+    """Tensors are stacked, everything else becomes a list."""
+    columns = {name: [item[name] for item in items] for name in items[0]}
+    return {name: torch.stack(values) if isinstance(values[0], torch.Tensor) else values for name, values in columns.items()}
+
+
+# ---------------------------------------------------------------- samplers
+def length_grouped(lengths, batch_size: int, world_size: int, generator: torch.Generator) -> list[int]:
+    """One epoch's order of LLaVA's sampler: batches of one modality and of similar lengths (negative: without an image).
+
+    Per modality: shuffled rows are cut into megabatches of batch_size * world_size, and each is dealt to world_size batches,
+    the next longest row always to the smallest total. world_size counts all the micro-batches of an optimizer step.
+    """
+    size, kinds = batch_size * world_size, []
+    for rows in ([i for i, n in enumerate(lengths) if n > 0], [i for i, n in enumerate(lengths) if n <= 0]):
+        rows = [rows[i] for i in torch.randperm(len(rows), generator=generator)] if rows else []
+        megas = (sorted(rows[i:i + size], key=lambda row: -abs(lengths[row])) for i in range(0, len(rows), size))
+        kinds += [[_deal(mega, lengths, world_size) for mega in megas]] if rows else []
+    full = [mega for megas in kinds for mega in (megas if len(kinds) == 1 else megas[:-1])]
+    if len(kinds) == 1:
+        return [row for mega in full for row in mega]
+    order = torch.randperm(len(full), generator=generator).tolist()
+    return [row for i in order for row in full[i]] + sorted(kinds[0][-1] + kinds[1][-1])
+
+
+def _deal(rows, lengths, world_size):
+    room, chunks = len(rows) // world_size, [[] for _ in range(world_size)]
+    if len(rows) % world_size:
+        return [row for i in range(world_size) for row in rows[i::world_size]]
+    for row in rows:
+        open_chunks = [chunk for chunk in chunks if len(chunk) < room]
+        min(open_chunks, key=lambda chunk: sum(abs(lengths[i]) for i in chunk)).append(row)
+    return [row for chunk in chunks for row in chunk]
+
+
+class GlobalBatchSampler(torch.utils.data.Sampler):
+    """This process's micro-batches for DataLoader's batch_sampler: lists of keys (epoch, position, row).
+
+    The global stream is the concatenation of the epochs' permutations, nothing is dropped; step s takes the positions
+    s * batch_size ... of it, and in micro-step m of a step rank r takes the r-th slice of micro_batch_size, whatever the number
+    of processes. With `lengths` (ChatDataset) an epoch is length_grouped.
+    """
+
+    def __init__(self, num_rows: int, batch_size: int, micro_batch_size: int, rank=0, world_size=1, seed=0, start_step=0,
+                 stop_step=1, lengths=None):
+        if batch_size % (micro_batch_size * world_size):
+            raise ValueError(f"batch_size {batch_size} must be a multiple of micro_batch_size * processes = "
+                             f"{micro_batch_size} * {world_size}")
+        self.num_rows, self.batch_size, self.micro_batch_size = num_rows, batch_size, micro_batch_size
+        self.offset, self.stride, self.seed, self.lengths = rank * micro_batch_size, micro_batch_size * world_size, seed, lengths
+        self.positions, self.order = range(start_step * batch_size, stop_step * batch_size, self.stride), (None, None)
+
+    def __len__(self):
+        return len(self.positions)
+
+    def __iter__(self):
+        for start in self.positions:
+            start += self.offset
+            yield [self.key(position) for position in range(start, start + self.micro_batch_size)]
+
+    def key(self, position: int) -> tuple[int, int, int]:
+        epoch, place = divmod(position, self.num_rows)
+        if epoch != self.order[0]:
+            self.order = epoch, self.epoch_order(epoch)
+        return epoch, position, int(self.order[1][place])
+
+    def epoch_order(self, epoch):
+        if self.lengths is None:
+            return np.random.default_rng((self.seed, epoch, 2)).permutation(self.num_rows)
+        generator = torch.Generator().manual_seed(self.seed + epoch)
+        return length_grouped(self.lengths, self.micro_batch_size, self.batch_size // self.micro_batch_size, generator)
+
+
+def shard(num_rows: int, rank: int, world_size: int) -> range:
+    """The rows that one process evaluates: over all of them every row exactly once, without padding."""
+    return range(rank, num_rows, world_size)
