@@ -1,11 +1,10 @@
-"""The data of both families: tokenizers, pictures, demo data, sources of rows, datasets, samplers. Imports no other room.
+"""The data of both families: tokenizers, pictures, demo data, sources of rows, datasets, samplers. It imports no room.
 
-Papers: ManagerTower section 5.1 and appendix; LLaVA-OV-Manager section IV. A *record* is one image (or pair) with all its
-texts, a *row* is one (image, text), a *source* is the list of the rows of one task, whether read from JSON Lines manifests
-or ViLT-family .arrow files, or drawn by the built-in demo. Everything random is a function of (seed, epoch, position in the
-global order), never of the process or the worker. Tests: python -m pytest tests/test_data.py
+Papers: ManagerTower section 5.1 and appendix; LLaVA-OV-Manager section IV. A *record* is one image (or pair) with all
+its texts, a *row* is one (image, text), a *source* is the list of the rows of one task, read from JSON Lines manifests
+or ViLT-family .arrow files, or drawn by the built-in demo. Everything random is a function of (seed, epoch, position in
+the global order), never of the process or the worker. Tests: python -m pytest tests/test_data.py
 """
-import bisect
 import functools
 import io
 import itertools
@@ -15,7 +14,6 @@ import math
 import os
 import random
 import re
-import shutil
 import tarfile
 import zlib
 from collections import namedtuple
@@ -48,7 +46,7 @@ class Tokenizer:
         backend.no_padding()
         backend.no_truncation()
         special = {token.content: i for i, token in backend.get_added_tokens_decoder().items() if token.special}
-        roles = [next((i for i in map(backend.token_to_id, names) if i is not None), None) for names in ROLES]
+        roles = [next((special[name] for name in names if name in special), None) for names in ROLES]
         self.pad_id, self.cls_id, self.sep_id, self.mask_id = roles
         self.special_ids = {*special.values(), *roles} - {None}
 
@@ -56,7 +54,7 @@ class Tokenizer:
         return self.backend.encode(text, add_special_tokens=False).ids
 
     def encode(self, text: str, max_len: int | None = None) -> list[int]:
-        """<s> text </s>, cut to max_len with </s> kept; the text's ids alone where the vocabulary has no <s> and </s>."""
+        """<s> text </s>, cut to max_len with </s> kept; the text's ids alone where a vocabulary has no <s> and </s>."""
         start, end = ([] if i is None else [i] for i in (self.cls_id, self.sep_id))
         ids = self._ids(text)
         return start + (ids if max_len is None else ids[:max_len - len(start) - len(end)]) + end
@@ -65,7 +63,7 @@ class Tokenizer:
         return self.backend.decode([int(i) for i in ids if int(i) not in self.special_ids])
 
     def __call__(self, texts: list[str], max_len: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Ids and attention mask, both (B, max_len) int64. Always padded to max_len: AAUE's fused query sees the padding."""
+        """Ids and attention mask, (B, max_len) int64. Always padded to max_len: AAUE's fused query sees the padding."""
         rows = [self.encode(text, max_len) for text in texts]
         ids = torch.tensor([row + [self.pad_id] * (max_len - len(row)) for row in rows])
         return ids, torch.tensor([[1] * len(row) + [0] * (max_len - len(row)) for row in rows])
@@ -80,47 +78,45 @@ class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece .model. Those of <pad>, <s>, </s> and <mask> that it lacks get the ids after its last piece."""
 
     def __init__(self, path):
-        self.path, self.backend, roles = path, sentencepiece.SentencePieceProcessor(model_file=str(path)), []
-        self.vocab_size = self.backend.get_piece_size()
-        self.special_ids = {i for i in range(self.vocab_size) if self.backend.is_control(i) or self.backend.is_unknown(i)}
+        backend, roles = sentencepiece.SentencePieceProcessor(model_file=str(path)), []
+        self.path, self.backend, self.vocab_size = Path(path), backend, backend.get_piece_size()
+        special = [i for i in range(self.vocab_size) if backend.is_control(i) or backend.is_unknown(i)]
         for names in ROLES:
-            ids = [i for i in map(self.backend.piece_to_id, names) if self.backend.id_to_piece(i) in names]
+            ids = [i for i in map(backend.piece_to_id, names) if backend.id_to_piece(i) in names]
             roles += ids[:1] or [self.vocab_size]
             self.vocab_size += not ids
         self.pad_id, self.cls_id, self.sep_id, self.mask_id = roles
-        self.special_ids |= {*roles}
+        self.special_ids = {*special, *roles}
 
     def _ids(self, text):
         return self.backend.encode(text)
 
     def save(self, folder):
         target = Path(folder) / "tokenizer.model"
-        shutil.copyfile(self.path, f"{target}.tmp")
+        Path(f"{target}.tmp").write_bytes(self.path.read_bytes())
         os.replace(f"{target}.tmp", target)
 
 
 def _byte_level(model, specials) -> tokenizers.Tokenizer:
-    """GPT-2's byte-level BPE; <mask> swallows the space before it, as RoBERTa's does."""
     backend = tokenizers.Tokenizer(model)
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    backend.add_special_tokens([tokenizers.AddedToken(name, lstrip=name == "<mask>", normalized=False, special=True)
-                                for name in specials])
+    backend.add_special_tokens(list(specials))
     return backend
 
 
 def load_tokenizer(path) -> Tokenizer:
-    """A folder or file: tokenizer.json, or RoBERTa's vocab.json + merges.txt, or a SentencePiece *.model; else ValueError."""
+    """A folder or file: tokenizer.json, RoBERTa's vocab.json + merges.txt, or a SentencePiece *.model. ValueError."""
     path = Path(path)
-    inside = [path / "tokenizer.json", path / "vocab.json", *sorted(path.glob("*.model"))] if path.is_dir() else [path]
-    file = next((file for file in inside if file.is_file() and file.suffix in (".json", ".model", ".txt")), None)
+    files = [path / "tokenizer.json", path / "vocab.json", *sorted(path.glob("*.model"))] if path.is_dir() else [path]
+    file = next((file for file in files if file.is_file() and file.suffix in (".json", ".model")), None)
     if file is None:
         raise ValueError(f"no tokenizer at {path}: expected tokenizer.json, vocab.json with merges.txt, or a *.model")
     try:
         if file.suffix == ".model":
             return SentencePieceTokenizer(file)
-        if file.name not in ("vocab.json", "merges.txt"):
+        if file.name != "vocab.json":
             return Tokenizer(tokenizers.Tokenizer.from_file(str(file)))
-        model = models.BPE.from_file(str(file.with_name("vocab.json")), str(file.with_name("merges.txt")))
+        model = models.BPE.from_file(str(file), str(file.with_name("merges.txt")))
     except Exception as error:  # both libraries raise nothing narrower
         raise ValueError(f"{file} is not a readable tokenizer: {error}") from None
     if missing := [name for name in ROBERTA_SPECIALS if model.token_to_id(name) is None]:
@@ -140,11 +136,10 @@ def train_tokenizer(texts, vocab_size: int, specials=ROBERTA_SPECIALS) -> Tokeni
 # ---------------------------------------------------------------- pictures
 CLIP_MEAN = torch.tensor((0.48145466, 0.4578275, 0.40821073)).view(3, 1, 1)
 CLIP_STD = torch.tensor((0.26862954, 0.26130258, 0.27577711)).view(3, 1, 1)
-TRANSFORMS = ("clip", "albef", "albef_randaug_wc", "albef_randaug_wohf")
 GRAY = (128, 128, 128)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def tar_index(path: str) -> dict[str, tuple[int, int]]:
     """Member name -> (offset, size) of an uncompressed tar archive."""
     try:
@@ -168,8 +163,7 @@ def read_bytes(path: str, offset=0, size=-1) -> bytes:
 def load_image(where) -> Image.Image:
     """RGB picture from a path, `archive.tar::member`, bytes or a picture; BadSample names what cannot be read.
 
-    Transparency goes over white, of an animation the first frame is taken, 16-bit gray is scaled to 8 bits; EXIF rotation
-    is ignored, as in the official code.
+    Transparency goes over white, of an animation the first frame is taken, 16-bit gray is scaled; EXIF is ignored.
     """
     try:
         image = where
@@ -187,15 +181,8 @@ def load_image(where) -> Image.Image:
         raise BadSample(f"{name}: not a readable image ({error})") from None
 
 
-def center_crop(image, size):
-    """The short side to `size`, then the middle: CLIP's evaluation transform."""
-    image = image.resize([int(size * side / min(image.size)) for side in image.size], Image.BICUBIC)
-    left, top = (round((side - size) / 2) for side in image.size)
-    return image.crop((left, top, left + size, top + size))
-
-
 def random_resized_crop(image, size, rng, scale=(0.5, 1.0), ratio=(3 / 4, 4 / 3)):
-    """A random part of the area in a random aspect ratio, squashed to size x size; the whole picture after ten misfits."""
+    """A part of random area and aspect ratio, squashed to size x size; the whole picture after ten misfits."""
     width, height = image.size
     for _ in range(10):
         area, aspect = width * height * rng.uniform(*scale), math.exp(rng.uniform(*map(math.log, ratio)))
@@ -226,16 +213,18 @@ RANDAUGMENT = {  # ALBEF's operations; m = +-0.7 is magnitude 7 of 10 with a ran
 def image_transform(name: str, image_size: int, train: bool):
     """A function (picture, rng) -> float32 (3, S, S), normalised with CLIP's mean and standard deviation.
 
-    "clip": short side and centre crop, in training too (the papers' pre-training); "albef": squash to S x S;
-    "albef_randaug_wc" and "albef_randaug_wohf" (VQA: no flip): random crop, flip and RandAugment(2, 7), each operation with
-    probability 1/2, in training, else "albef".
+    "clip": short side and centre crop, in training too (papers: pre-training); "albef": squash to S x S; in training
+    "albef_randaug_wc" crops at random, flips and applies two operations of RANDAUGMENT, each with probability 1/2;
+    "albef_randaug_wohf" (VQA: left and right matter) does not flip.
     """
-    if name not in TRANSFORMS:
-        raise ValueError(f"unknown image transform {name!r}: one of {', '.join(TRANSFORMS)}")
+    if name not in ("clip", "albef", "albef_randaug_wc", "albef_randaug_wohf"):
+        raise ValueError(f"unknown image transform {name!r}: one of clip, albef, albef_randaug_wc, albef_randaug_wohf")
 
     def transform(image, rng=None):
         if name == "clip":
-            image = center_crop(image, image_size)
+            image = image.resize([int(image_size * side / min(image.size)) for side in image.size], Image.BICUBIC)
+            left, top = (round((side - image_size) / 2) for side in image.size)
+            image = image.crop((left, top, left + image_size, top + image_size))
         elif name == "albef" or not train:
             image = image.resize((image_size, image_size), Image.BICUBIC)
         else:
@@ -251,7 +240,8 @@ def image_transform(name: str, image_size: int, train: bool):
 
 
 # ---------------------------------------------------------------- demo data
-COLORS = {"red": (220, 30, 30), "green": (30, 160, 60), "blue": (40, 80, 230), "yellow": (245, 200, 30), "black": (20,) * 3}
+COLORS = {"red": (220, 30, 30), "green": (30, 160, 60), "blue": (40, 80, 230), "yellow": (245, 200, 30),
+          "black": (20, 20, 20)}
 SHAPES = ("circle", "square", "triangle")
 SIZES = {"small": 0.12, "large": 0.20}  # radius as a part of the picture's side
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
@@ -325,16 +315,14 @@ class Demo(Part):
     """The built-in data, drawn at need from (seed, task, split, index). The splits train and heldout share no scene."""
 
     def __init__(self, task, split, size, seed=0, image_size=64):
-        makers = {"captions": self.captions, "vqa": self.vqa, "nlvr2": self.nlvr2, "snli_ve": self.snli_ve,
-                  "chat_captions": self.captions, "chat": self.vqa}
-        if split not in ("train", "heldout") or task not in makers:
-            raise ValueError(f"no demo data for task {task!r}, split {split!r}: the splits are train and heldout, "
-                             f"the tasks {', '.join(makers)}")
+        tasks = ("captions", "vqa", "nlvr2", "snli_ve", "chat_captions", "chat")
+        if split not in ("train", "heldout") or task not in tasks:
+            raise ValueError(f"no demo data {task!r} {split!r}: the tasks are {tasks}, the splits train and heldout")
         self.path, self.places, self.rows_each = f"demo {task} {split}", range(size), 3 if task == "vqa" else 1
-        self.make, self.heldout, self.seed, self.image_size = makers[task], split == "heldout", seed, image_size
+        self.task, self.heldout, self.seed, self.image_size = task, split == "heldout", seed, image_size
 
     def parse(self, raw):
-        return self.make(raw, random.Random(f"{self.seed} {self.name(raw)}"))
+        return getattr(self, self.task)(raw, random.Random(f"{self.seed} {self.name(raw)}"))
 
     def scene(self, draw, covered=False) -> Scene:
         while True:
@@ -377,45 +365,44 @@ class Demo(Part):
             for k, (question, answer) in enumerate(asked.items())]}
 
     def nlvr2(self, number, draw):
-        """What is drawn before the loop cannot depend on the label, and all words are equally likely: text tells nothing."""
-        label, side, kind = number % 2 == 0, draw.randrange(2), draw.choice(("side", "both images have", "only one image has"))
-        attribute = draw.choice(("color", "shape"))
+        """The label and the kind are drawn first and all things are equally likely: the text alone tells nothing."""
+        label, kind = number % 2 == 0, draw.randrange(4)
         while True:
             scenes = [self.scene(draw) for _ in range(2)]
             thing = draw.choice([*scenes[0][:2], *scenes[1][:2]])
-            value = getattr(thing, attribute)
-            in_both = all(value in (getattr(scene.first, attribute), getattr(scene.second, attribute)) for scene in scenes)
-            truth, text = in_both == kind.startswith("both"), f"{kind} a {value}{' object' if attribute == 'color' else ''}"
-            if kind == "side":
-                truth = thing[1:] in (scenes[side].first[1:], scenes[side].second[1:])
-                text = f"the {('left', 'right')[side]} image has a {thing.color} {thing.shape}"
-            if truth == label:
-                pictures = [self.paint(draw, scene) for scene in scenes]
-                return {"images": pictures, "sentence": text, "label": label, "id": f"demo-{number}"}
+            found = [thing[1:] in (scene.first[1:], scene.second[1:]) for scene in scenes]
+            if (*found, all(found), not all(found))[kind] == label:
+                break
+        subject = ("the left image has", "the right image has", "both images have", "only one image has")[kind]
+        return {"images": [self.paint(draw, scene) for scene in scenes], "label": label, "id": f"demo-{number}",
+                "sentence": f"{subject} a {thing.color} {thing.shape}"}
 
     def snli_ve(self, number, draw):
-        """Entailment: it is seen. Neutral: it is not, but something is covered. Contradiction: all is seen, without it."""
+        """Entailment: it is seen. Neutral: it is not, but something is covered. Contradiction: all is seen but it."""
         label = SNLI_LABELS[number % 3]
         scene = self.scene(draw, label == "neutral" or (label == "entailment" and draw.random() < 0.5))
         seen = [other for other in scene[:2] if other != COVER]
         thing = draw.choice(seen)
         while label != "entailment" and thing[1:] in [other[1:] for other in seen]:
             thing = random_thing(draw)
-        return {"image": self.paint(draw, scene), "hypothesis": f"there is a {thing.color} {thing.shape}", "label": label}
+        text = f"there is a {thing.color} {thing.shape}"
+        return {"image": self.paint(draw, scene), "hypothesis": text, "label": label}
+
+    chat_captions, chat = captions, vqa
 
 
-def read_json(path, kind: type):
+def read_json(path, *kinds: type):
     try:
         content = json.loads(Path(path).read_bytes())
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(content, kind):
-        raise ValueError(f"{path} must hold a {kind.__name__}, found {type(content).__name__}")
+    if not isinstance(content, kinds):
+        raise ValueError(f"{path} must hold a {' or '.join(kind.__name__ for kind in kinds)}, found {content!r:.80}")
     return content
 
 
 class Manifest(Part):
-    """JSON Lines, of which only the places of the lines stay in memory; or LLaVA's .json with one list, kept in memory."""
+    """JSON Lines, of which only the lines' places stay in memory; or LLaVA's .json with one list, kept in memory."""
 
     def __init__(self, path, folder=None):
         self.path, self.folder, self.items = str(path), str(folder or Path(path).parent), None
@@ -441,7 +428,7 @@ class Manifest(Part):
             raise BadSample(f"not JSON: {error}") from None
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _arrow_table(path):
     try:
         import pyarrow
@@ -475,18 +462,19 @@ class ArrowFile(Part):
 
     def parse(self, raw):
         pictures = [raw.get(name, b"") for name in self.pictures]
-        record = {"images": pictures, "image": pictures[0], "image_id": raw.get("image_id")}
         if self.task == "captions":
-            return record | {"captions": raw["caption"]}
-        if self.task == "vqa":  # test files have no answers, or nulls
+            rows = [{"caption": text} for text in raw["caption"]]
+        elif self.task == "vqa":  # test files have no answers, or nulls
             scores = [words and dict(zip(words, values)) for words, values in zip(raw["answers"], raw["answer_scores"])]
             rows = zip(raw["question_id"], raw["questions"], scores or [None] * len(raw["questions"]))
-            return record | {"questions": [dict(zip(("id", "question", "answers"), row)) for row in rows]}
-        if self.task == "nlvr2":
-            return record | {"rows": [{"sentence": text, "label": answer == "True", "id": raw["identifier"]}
-                                      for text, answer in zip(raw["questions"], raw["answers"])]}
-        return record | {"rows": [{"hypothesis": texts[1], "label": SNLI_LABELS[label]}
-                                  for texts, label in zip(raw["sentences"], raw["labels"])]}
+            rows = [dict(zip(("id", "question", "answers"), row)) for row in rows]
+        elif self.task == "nlvr2":
+            rows = [{"sentence": text, "label": answer == "True", "id": raw["identifier"]}
+                    for text, answer in zip(raw["questions"], raw["answers"])]
+        else:
+            rows = [{"hypothesis": texts[1], "label": SNLI_LABELS[label]}
+                    for texts, label in zip(raw["sentences"], raw["labels"])]
+        return {"images": pictures, "image": pictures[0], "image_id": raw.get("image_id"), "rows": rows}
 
 
 def _need(record, key, kind):
@@ -505,7 +493,14 @@ def _chat_row(record):
         raise BadSample(f"{len(images)} images but {tags} <image> tags; videos are not read")
     if images and not tags:
         turns[0]["value"] = " ".join(["<image>"] * len(images)) + "\n" + turns[0]["value"]
-    return images, [{"text": "", "conversation": turns, "id": record.get("id")}]
+    words = sum(len(turn["value"].split()) for turn in turns)
+    return images, [{"conversation": turns, "id": record.get("id"), "length": words if images else -words}]
+
+
+FIELDS = {"captions": {"text": "caption"}, "snli_ve": {"text": "hypothesis", "label": "label"},  # ours: the manifests'
+          "nlvr2": {"text": "sentence", "label": "label", "id": "id"},
+          "vqa": {"text": "question", "question_id": "id", "answers": "answers", "question_type": "question_type"}}
+LABELS = {"nlvr2": (False, True), "snli_ve": SNLI_LABELS}
 
 
 def record_rows(task: str, record: dict) -> tuple[list, list[dict]]:
@@ -514,85 +509,71 @@ def record_rows(task: str, record: dict) -> tuple[list, list[dict]]:
         raise BadSample(f"not a JSON object: {record!r:.80}")
     if task.startswith("chat"):
         return _chat_row(record)
-    images = _need(record, "images", list) if task == "nlvr2" else [record.get("image")]
+    images, items = _need(record, "images", list) if task == "nlvr2" else [record.get("image")], [record]
     if [isinstance(image, (str, bytes, Image.Image)) for image in images] != [True] * (1 + (task == "nlvr2")):
         raise BadSample(f"{'two images' if task == 'nlvr2' else 'an image'} expected, found {images!r:.80}")
-    items = record.get("rows", [record])
+    if "rows" in record or task == "vqa":
+        items = _need(record, "rows" if "rows" in record else "questions", list)
+    elif task == "captions":
+        items = [{"caption": text} for text in _need(record, "captions", list)]
+    rows = [{"text": _need(item, FIELDS[task]["text"], str), "image_id": record.get("image_id")} for item in items]
     if task == "captions":  # de-duplicated in order: the order of a set differs from process to process
-        captions = [_need({"caption": text}, "caption", str) for text in _need(record, "captions", list)]
-        rows = [{"text": text} for text in dict.fromkeys(captions)]
-    elif task == "vqa":
-        rows = [{"text": _need(item, "question", str), "question_id": item.get("id"), "answers": item.get("answers"),
-                 "question_type": item.get("question_type")} for item in _need(record, "questions", list)]
-    elif task == "nlvr2":
-        rows = [{"text": _need(item, "sentence", str), "label": _need(item, "label", bool), "id": item.get("id")}
-                for item in items]
-    else:
-        if unknown := [item.get("label") for item in items if item.get("label") not in SNLI_LABELS]:
-            raise BadSample(f"'label' must be one of {SNLI_LABELS}, found {unknown[0]!r}")
-        rows = [{"text": _need(item, "hypothesis", str), "label": SNLI_LABELS.index(item["label"])} for item in items]
-    return images, [row | {"image_id": record.get("image_id")} for row in rows]
+        rows = list({row["text"]: row for row in rows}.values())
+    for row, item in zip(rows, items):
+        row |= {name: item.get(key) for name, key in FIELDS[task].items() if name != "text"}
+        if task in LABELS and row["label"] not in LABELS[task]:
+            raise BadSample(f"'label' must be one of {LABELS[task]}, found {row['label']!r}")
+        row |= {"label": LABELS[task].index(row["label"])} if task in LABELS else {}
+    return images, rows
 
 
-class Skipped:
-    """What becomes of bad samples: policy "error" raises them; "skip" logs and counts them, and raises when too many."""
+def tolerate(error, policy: str, seen: int, bad: set):
+    """Raises a bad sample, or with the policy "skip" logs and counts it, and raises when more than 1 in 1,000 are bad.
 
-    def __init__(self, policy):
-        if policy not in ("error", "skip"):
-            raise ValueError(f"on_bad_sample is error or skip, not {policy!r}")
-        self.policy, self.seen, self.bad = policy, 0, set()
-
-    def add(self, error):
-        """Counts different samples, and for this process alone: every DataLoader worker has its own count."""
-        if self.policy == "error":
-            raise error
-        if str(error) not in self.bad:
-            self.bad.add(str(error))
-            log.warning("skipped bad sample %d: %s", len(self.bad), error)
-        rate = self.seen / 1000
-        if len(self.bad) > max(1, rate + 3 * math.sqrt(rate)):  # 1 in 1,000 and three standard deviations of chance
-            raise ValueError(f"{len(self.bad)} of the first {self.seen} samples are bad, more than 1 in 1,000: "
-                             f"repair the data. The last one: {error}")
+    `bad` holds the different ones that this process has met: every DataLoader worker has its own count.
+    """
+    if policy != "skip":
+        raise error
+    if str(error) not in bad:
+        log.warning("skipped bad sample: %s", error)
+    bad.add(str(error))
+    if len(bad) > max(1, seen / 1000 + 3 * math.sqrt(seen / 1000)):  # and three standard deviations of chance
+        raise ValueError(f"{len(bad)} of {seen} samples are bad, more than 1 in 1,000; repair the data. Last: {error}")
 
 
 class Source:
     """The rows of one task over any number of parts (manifests, .arrow files, demo data), one after the other.
 
-    `source[row]` is a dict: "text", "images" (RGB pictures), "image_index" (the record's number), "image_id" and the task's
-    own: vqa "question_id", "answers" ({answer: score}; None in test sets), "question_type"; nlvr2 "label", "id"; snli_ve
-    "label" (0 contradiction, 1 neutral, 2 entailment); chat "conversation", "id". Opening reads every text, no picture; what
-    is broken raises BadSample with file and line, or is left out and counted with on_bad_sample="skip".
+    `source[row]`: "text", "images" (RGB), "image_index" (the record's number), "image_id"; vqa "question_id", "answers"
+    ({answer: score}; None in test sets), "question_type"; nlvr2 "label", "id"; snli_ve "label" (number in SNLI_LABELS);
+    chat "conversation", "id", "length" and no text. Opening reads every text and no picture; what is broken raises
+    BadSample with file and line, or is left out and counted with on_bad_sample="skip".
     """
 
     def __init__(self, task: str, parts: list, on_bad_sample="error"):
-        self.task, self.parts, self.skipped = task, parts, Skipped(on_bad_sample)
-        self.part_starts = np.cumsum([0, *map(len, parts)]).tolist()
-        counts = [[part.rows_each] * len(part) if part.rows_each else [len(rows) for rows in self._scan(part)]
-                  for part in parts]
-        self.ends = np.cumsum(np.concatenate(counts), dtype=np.int64)  # one past each record's last row
-        self.num_images = len(self.ends)
-        if not sum(map(sum, counts)):
+        self.task, self.parts, self.on_bad_sample, self.seen, self.bad = task, parts, on_bad_sample, 0, set()
+        counts = [[part.rows_each] * len(part) if part.rows_each else [*map(len, self._scan(part))] for part in parts]
+        self.part_ends, counts = np.cumsum([*map(len, parts)]), np.concatenate(counts).astype(int)
+        self.num_images, self.image_of = len(counts), np.repeat(np.arange(len(counts), dtype=np.int32), counts)
+        if not len(self):
             raise ValueError(f"no rows in {', '.join(part.path for part in parts)}")
 
     def _scan(self, part):
         for index, raw in enumerate(part.scan()):
-            self.skipped.seen += 1
+            self.seen += 1
             try:
                 yield record_rows(self.task, part.parse(raw))[1]
             except BadSample as error:
-                self.skipped.add(BadSample(f"{part.name(index)}: {error}"))
+                tolerate(BadSample(f"{part.name(index)}: {error}"), self.on_bad_sample, self.seen, self.bad)
                 yield []
 
     def __len__(self):
-        return int(self.ends[-1])
-
-    def image_of(self, row: int) -> int:
-        """The number of the record that a row belongs to."""
-        return int(np.searchsorted(self.ends, row, side="right"))
+        return len(self.image_of)
 
     def _record(self, index):
-        number = bisect.bisect_right(self.part_starts, index) - 1
-        part, local = self.parts[number], index - self.part_starts[number]
+        number = int(np.searchsorted(self.part_ends, index, side="right"))
+        part = self.parts[number]
+        local = index - int(self.part_ends[number]) + len(part)
         try:
             images, rows = record_rows(self.task, part.parse(part.raw(local)))
             paths = [os.path.join(part.folder, image) if isinstance(image, str) else image for image in images]
@@ -605,9 +586,9 @@ class Source:
         return self._record(index)[0]
 
     def __getitem__(self, row: int) -> dict:
-        index = self.image_of(row)
+        index = int(self.image_of[row])
         images, rows = self._record(index)
-        return rows[row - int(self.ends[index])] | {"images": images, "image_index": index}
+        return rows[row - int(np.searchsorted(self.image_of, index))] | {"images": images, "image_index": index}
 
     def texts(self, limit: int | None = None) -> list[dict]:
         """All rows, or the first ones, without their pictures."""
@@ -616,7 +597,7 @@ class Source:
 
 
 def demo_source(task: str, split: str, size: int, seed: int = 0, image_size: int = 64) -> Source:
-    """`size` records: captions, vqa (3 questions each), nlvr2, snli_ve, chat_captions or chat; split train or heldout."""
+    """`size` records of captions, vqa (3 questions each), nlvr2, snli_ve, chat_captions or chat; train or heldout."""
     return Source(task, [Demo(task, split, size, seed, image_size)])
 
 
@@ -646,10 +627,10 @@ def source_files(root, name: str, split: str) -> list[Path]:
 
 
 def open_source(task: str, where, split="train", names=(), on_bad_sample="error") -> Source:
-    """A .jsonl or .arrow file, or the sets `names` of a data_root, one after the other.
+    """A .jsonl or .arrow file, or the sets `names` of a folder, one after the other; split "train+val" takes both.
 
-    Names: coco, flickr30k, vg, sbu, cc3m, vqav2, vgqa_coco, nlvr2, snli_ve or the <name> of any <name>_<split>.jsonl. A split
-    "train+val" takes both. The .arrow training split of COCO includes restval and that of Flickr30K val, as in the papers.
+    Names: coco, flickr30k, vg, sbu, cc3m, vqav2, vgqa_coco, nlvr2, snli_ve, or the <name> of any <name>_<split>.jsonl.
+    As in the papers, the .arrow training split of COCO includes restval and that of Flickr30K val.
     """
     files = [Path(where)] if Path(where).is_file() else [
         file for name in names for part in split.split("+") for file in source_files(where, name, part)]
@@ -663,12 +644,11 @@ def load_answers(root) -> list[str]:
     """The VQA vocabulary: answers.json (a list), or rebuilt from the answers and labels inside vqav2_*.arrow."""
     if (Path(root) / "answers.json").is_file():
         return read_json(Path(root) / "answers.json", list)
-    known = {}
-    for path in Path(root).glob("vqav2_*.arrow"):
-        for row in _arrow_table(str(path)).select(["answers", "answer_labels"]).to_pylist():
-            for words, labels in zip(row["answers"], row["answer_labels"]):
-                known |= zip(labels or (), words or ())
-    if not known or sorted(known) != list(range(len(known))):
+    rows = [row for path in Path(root).glob("vqav2_*.arrow")
+            for row in _arrow_table(str(path)).select(["answers", "answer_labels"]).to_pylist()]
+    known = {label: answer for row in rows for pair in zip(row["answers"], row["answer_labels"]) if all(pair)
+             for answer, label in zip(*pair)}
+    if not known or max(known) >= len(known):
         raise ValueError(f"no VQA vocabulary in {root}: neither answers.json nor vqav2_*.arrow files with all answers")
     return [known[i] for i in range(len(known))]
 
@@ -685,7 +665,7 @@ def sample_rows(strategy: str, count: int, seed: int) -> np.ndarray:
 
 
 def read_mixture(path) -> list[dict]:
-    """The `datasets` list of json_path and sampling_strategy in YAML of just this shape."""
+    """The `datasets` list, json_path and sampling_strategy, of a YAML file of just this shape."""
     entries = []
     for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
         match = re.fullmatch(r"""\s*(-\s+)?(json_path|sampling_strategy):\s*(["']?)(.+?)\3\s*(\s#.*)?""", line)
@@ -693,25 +673,29 @@ def read_mixture(path) -> list[dict]:
             entries += [{}] if match[1] else []
             entries[-1][match[2]] = match[4]
         elif not re.fullmatch(r"\s*(#.*)?|datasets:\s*(#.*)?", line):
-            raise ValueError(f"{path}, line {number}: expected `datasets:`, `- json_path: ...` or `sampling_strategy: ...`, "
-                             f"found {line!r}")
+            raise ValueError(f"{path}, line {number}: {line!r} is no `datasets:`, `- json_path:`, `sampling_strategy:`")
     return entries
 
 
 def open_chat(where, image_folder=None, seed=0, on_bad_sample="error") -> Source:
-    """LLaVA conversations: .json, .jsonl, `/p/{a,b}.json`, or a mixture of them (.yaml). Image paths start at image_folder."""
-    parts, brace = [], re.fullmatch(r"(.*)\{(.*)\}(.*)", str(where))
-    entries = [{"json_path": f"{brace[1]}{name}{brace[3]}"} for name in brace[2].split(",")] if brace else read_mixture(where)
+    """LLaVA's .json or .jsonl, `/p/{a,b}.json`, or a mixture of them (.yaml, .json); images lie in image_folder."""
+    where, parts = str(where), []
+    brace = re.fullmatch(r"(.*)\{(.*)\}(.*)", where)
+    entries = [{"json_path": brace[1] + name + brace[3] if brace else name}
+               for name in (brace[2].split(",") if brace else [where])]
+    if where.endswith((".yaml", ".yml")):
+        entries = read_mixture(where)
+    elif where.endswith(".json") and not brace and isinstance(mixture := read_json(where, list, dict), dict):
+        entries = mixture.get("datasets", [])
     for entry in entries:
-        part = Manifest(entry["json_path"], image_folder)
-        part.places = part.places[sample_rows(entry.get("sampling_strategy", "all"), len(part), seed)]
-        parts.append(part)
+        parts.append(Manifest(entry["json_path"], image_folder))
+        parts[-1].places = parts[-1].places[sample_rows(entry.get("sampling_strategy", "all"), len(parts[-1]), seed)]
     return Source("chat", parts, on_bad_sample)
 
 
 # ---------------------------------------------------------------- datasets
 def mask_tokens(ids: torch.Tensor, tokenizer: Tokenizer, rng, probability=0.15) -> tuple[torch.Tensor, torch.Tensor]:
-    """Masked ids and labels, both (L,): of each ordinary token 15%, of these 80% <mask>, 10% any token, 10% kept; others -100."""
+    """Masked ids and labels (-100: not chosen), (L,): of 15% of ordinary tokens 80% <mask>, 10% random, 10% kept."""
     chosen, kind, ids = rng.random(len(ids)) < probability, rng.random(len(ids)), ids.numpy()
     chosen &= [i not in tokenizer.special_ids for i in ids.tolist()]
     masked = np.where(chosen & (kind < 0.8), tokenizer.mask_id, ids)
@@ -719,48 +703,39 @@ def mask_tokens(ids: torch.Tensor, tokenizer: Tokenizer, rng, probability=0.15) 
     return torch.from_numpy(masked), torch.from_numpy(np.where(chosen, ids, -100))
 
 
-@functools.lru_cache(maxsize=4)
-def _matches(seed, batch, batch_size):
-    """ITM labels of one global batch: exactly half of them false (rounded down), anywhere."""
-    return np.random.default_rng((seed, batch, batch_size, 1)).permutation(np.arange(batch_size) >= batch_size // 2)
-
-
 class RowDataset(torch.utils.data.Dataset):
-    """`dataset[key]`, key = (epoch, position, row) or a row number. In place of a skipped row comes the next one."""
+    """The source's rows as they are (LLaVA's conversations). A key is (epoch, position, row), or just the row.
+
+    In place of a skipped row comes the next one.
+    """
 
     def __init__(self, source: Source, seed=0, on_bad_sample="error"):
-        self.source, self.seed, self.skipped = source, seed, Skipped(on_bad_sample)
+        self.source, self.seed, self.on_bad_sample, self.seen, self.bad = source, seed, on_bad_sample, 0, set()
 
     def __len__(self):
         return len(self.source)
 
+    def item(self, position, row, rng) -> dict:
+        return self.source[row]
+
     def __getitem__(self, key) -> dict:
         epoch, position, row = key if isinstance(key, tuple) else (0, key, key)
-        for row in (*range(row, len(self)), *range(row)) if self.skipped.policy == "skip" else (row,):
-            self.skipped.seen += 1
+        for other in range(row, row + len(self)):
+            self.seen += 1
             try:
-                return self.item(position, row, np.random.default_rng((self.seed, epoch, position)))
+                return self.item(position, other % len(self), np.random.default_rng((self.seed, epoch, position)))
             except BadSample as error:
-                self.skipped.add(error)
+                tolerate(error, self.on_bad_sample, self.seen, self.bad)
         raise ValueError("no sample of the data can be read")
 
 
-class ChatDataset(RowDataset):
-    """{"conversation": LLaVA's turns, "images": [RGB pictures], "id"}: what the model's own file encodes."""
-
-    def item(self, position, row, rng):
-        fields = self.source[row]
-        return {name: fields[name] for name in ("conversation", "images", "id")}
-
-
 class PairDataset(RowDataset):
-    """Rows as tensors, for fine-tuning and evaluation: pixels (3, S, S), input_ids, attention_mask (T), image_index, image_id.
+    """Rows as tensors: pixels (3, S, S), input_ids, attention_mask (T), image_index, and the other fields of the row.
 
-    vqa adds targets (number of answers; soft scores, answers outside `answers` dropped; absent in test sets), question_id,
-    question_type; nlvr2 pixels_1, label, id; snli_ve label.
+    vqa: targets (A), the soft scores without those of unknown answers; none in test sets. nlvr2: pixels_1, label.
     """
 
-    def __init__(self, source, tokenizer: Tokenizer, transform, max_text_len: int, seed=0, on_bad_sample="error", answers=None):
+    def __init__(self, source, tokenizer, transform, max_text_len: int, seed=0, on_bad_sample="error", answers=None):
         super().__init__(source, seed, on_bad_sample)
         self.tokenizer, self.transform, self.max_text_len = tokenizer, transform, max_text_len
         self.answers = {answer: number for number, answer in enumerate(answers or ())}
@@ -779,29 +754,29 @@ class PairDataset(RowDataset):
 
 
 class PretrainDataset(PairDataset):
-    """Adds mlm_ids, mlm_labels (T), itm_labels () with 1 = match, and itm_pixels: the picture, or a false one from the whole set.
+    """Adds mlm_ids, mlm_labels (T), itm_labels () 1 = match, itm_pixels: the picture, or any other of the set.
 
-    Exactly half of each global batch is false. With share_images there is no itm_pixels: of the positions 2k and 2k + 1 exactly
-    one is false, and takes its partner's picture.
+    Exactly half of each global batch is false. With share_images there is no itm_pixels: of the positions 2k and 2k + 1
+    exactly one is false, and takes its partner's picture.
     """
 
-    def __init__(self, source, tokenizer, transform, max_text_len, batch_size, seed=0, on_bad_sample="error",
-                 objectives=("mlm", "itm"), share_images=False):
-        super().__init__(source, tokenizer, transform, max_text_len, seed, on_bad_sample)
+    def __init__(self, *args, batch_size, objectives=("mlm", "itm"), share_images=False, **kwargs):
+        super().__init__(*args, **kwargs)
         self.batch_size, self.false_images = 2 if share_images else batch_size, "itm" in objectives and not share_images
-        if source.image_of(0) == source.image_of(len(source) - 1):
+        if self.source.image_of[0] == self.source.image_of[-1]:
             raise ValueError("image-text matching needs at least two images, the data has one")
 
     def item(self, position, row, rng):
         item = super().item(position, row, rng)
         item["mlm_ids"], item["mlm_labels"] = mask_tokens(item["input_ids"], self.tokenizer, rng)
         batch, place = divmod(position, self.batch_size)
-        match = bool(_matches(self.seed, batch, self.batch_size)[place])
+        order = np.random.default_rng((self.seed, batch, self.batch_size, 1)).permutation(self.batch_size)
+        match = bool(order[place] >= self.batch_size // 2)
         item["itm_labels"] = torch.tensor(int(match))
         if self.false_images:
-            index = own = self.source.image_of(row)
+            index = own = int(self.source.image_of[row])
             while index == own and not match:
-                index = self.source.image_of(int(rng.integers(len(self))))
+                index = int(self.source.image_of[rng.integers(len(self))])
             item["itm_pixels"] = item["pixels"] if match else self.transform(self.source.images(index)[0], rng)
         return item
 
@@ -809,74 +784,70 @@ class PretrainDataset(PairDataset):
 def collate(items: list[dict]) -> dict:
     """Tensors are stacked, everything else becomes a list."""
     columns = {name: [item[name] for item in items] for name in items[0]}
-    return {name: torch.stack(values) if isinstance(values[0], torch.Tensor) else values for name, values in columns.items()}
+    return {name: torch.stack(column) if torch.is_tensor(column[0]) else column for name, column in columns.items()}
 
 
 # ---------------------------------------------------------------- samplers
 def length_grouped(lengths, batch_size: int, world_size: int, generator: torch.Generator) -> list[int]:
-    """One epoch's order of LLaVA's sampler: batches of one modality and of similar lengths (negative: without an image).
+    """One epoch's order of LLaVA's sampler: batches of one modality (negative length: no image) and of similar lengths.
 
-    Per modality: shuffled rows are cut into megabatches of batch_size * world_size, and each is dealt to world_size batches,
-    the next longest row always to the smallest total. world_size counts all the micro-batches of an optimizer step.
+    Megabatches of world_size batches (all micro-batches of a step) of shuffled rows are dealt out, longest row first,
+    each to the smallest total. The last megabatches of both modalities come sorted at the end.
     """
-    size, kinds = batch_size * world_size, []
+    def deal(rows):
+        chunks, room = [rows[i::world_size] for i in range(world_size)], len(rows) // world_size
+        if len(rows) % world_size == 0:
+            chunks = [[] for _ in range(world_size)]
+            for row in rows:
+                free = (chunk for chunk in chunks if len(chunk) < room)
+                min(free, key=lambda chunk: sum(abs(lengths[i]) for i in chunk)).append(row)
+        return [row for chunk in chunks for row in chunk]
+
+    modalities, size = [], batch_size * world_size
     for rows in ([i for i, n in enumerate(lengths) if n > 0], [i for i, n in enumerate(lengths) if n <= 0]):
-        rows = [rows[i] for i in torch.randperm(len(rows), generator=generator)] if rows else []
-        megas = (sorted(rows[i:i + size], key=lambda row: -abs(lengths[row])) for i in range(0, len(rows), size))
-        kinds += [[_deal(mega, lengths, world_size) for mega in megas]] if rows else []
-    full = [mega for megas in kinds for mega in (megas if len(kinds) == 1 else megas[:-1])]
-    if len(kinds) == 1:
-        return [row for mega in full for row in mega]
+        rows = [rows[i] for i in torch.randperm(len(rows), generator=generator)] if rows else rows
+        megas = [sorted(rows[i:i + size], key=lambda row: -abs(lengths[row])) for i in range(0, len(rows), size)]
+        modalities += [[deal(mega) for mega in megas]] if rows else []
+    if len(modalities) == 1:
+        return [row for mega in modalities[0] for row in mega]
+    full = modalities[0][:-1] + modalities[1][:-1]
     order = torch.randperm(len(full), generator=generator).tolist()
-    return [row for i in order for row in full[i]] + sorted(kinds[0][-1] + kinds[1][-1])
-
-
-def _deal(rows, lengths, world_size):
-    room, chunks = len(rows) // world_size, [[] for _ in range(world_size)]
-    if len(rows) % world_size:
-        return [row for i in range(world_size) for row in rows[i::world_size]]
-    for row in rows:
-        open_chunks = [chunk for chunk in chunks if len(chunk) < room]
-        min(open_chunks, key=lambda chunk: sum(abs(lengths[i]) for i in chunk)).append(row)
-    return [row for chunk in chunks for row in chunk]
+    return [row for i in order for row in full[i]] + sorted(modalities[0][-1] + modalities[1][-1])
 
 
 class GlobalBatchSampler(torch.utils.data.Sampler):
     """This process's micro-batches for DataLoader's batch_sampler: lists of keys (epoch, position, row).
 
-    The global stream is the concatenation of the epochs' permutations, nothing is dropped; step s takes the positions
-    s * batch_size ... of it, and in micro-step m of a step rank r takes the r-th slice of micro_batch_size, whatever the number
-    of processes. With `lengths` (ChatDataset) an epoch is length_grouped.
+    The global stream is the concatenation of the epochs' permutations (`lengths`: length_grouped), nothing is dropped.
+    Step s takes its positions s * batch_size ...; in each micro-step rank r takes the r-th slice of micro_batch_size.
     """
 
-    def __init__(self, num_rows: int, batch_size: int, micro_batch_size: int, rank=0, world_size=1, seed=0, start_step=0,
-                 stop_step=1, lengths=None):
-        if batch_size % (micro_batch_size * world_size):
-            raise ValueError(f"batch_size {batch_size} must be a multiple of micro_batch_size * processes = "
-                             f"{micro_batch_size} * {world_size}")
-        self.num_rows, self.batch_size, self.micro_batch_size = num_rows, batch_size, micro_batch_size
-        self.offset, self.stride, self.seed, self.lengths = rank * micro_batch_size, micro_batch_size * world_size, seed, lengths
-        self.positions, self.order = range(start_step * batch_size, stop_step * batch_size, self.stride), (None, None)
+    def __init__(self, num_rows: int, batch_size: int, micro_batch_size: int, rank=0, world_size=1, seed=0,
+                 start_step=0, stop_step=1, lengths=None):
+        stride = micro_batch_size * world_size
+        if batch_size % stride:
+            raise ValueError(f"batch_size {batch_size} must be a multiple of micro_batch_size {micro_batch_size} "
+                             f"x {world_size} processes = {stride}")
+        self.num_rows, self.batch_size, self.size = num_rows, batch_size, micro_batch_size
+        self.seed, self.lengths, self.epoch, self.order = seed, lengths, None, None
+        self.starts = range(start_step * batch_size + rank * self.size, stop_step * batch_size, stride)
 
     def __len__(self):
-        return len(self.positions)
+        return len(self.starts)
 
     def __iter__(self):
-        for start in self.positions:
-            start += self.offset
-            yield [self.key(position) for position in range(start, start + self.micro_batch_size)]
+        for start in self.starts:
+            yield [self.key(position) for position in range(start, start + self.size)]
 
     def key(self, position: int) -> tuple[int, int, int]:
         epoch, place = divmod(position, self.num_rows)
-        if epoch != self.order[0]:
-            self.order = epoch, self.epoch_order(epoch)
-        return epoch, position, int(self.order[1][place])
-
-    def epoch_order(self, epoch):
-        if self.lengths is None:
-            return np.random.default_rng((self.seed, epoch, 2)).permutation(self.num_rows)
-        generator = torch.Generator().manual_seed(self.seed + epoch)
-        return length_grouped(self.lengths, self.micro_batch_size, self.batch_size // self.micro_batch_size, generator)
+        if epoch != self.epoch and self.lengths is None:
+            self.order = np.random.default_rng((self.seed, epoch, 2)).permutation(self.num_rows)
+        elif epoch != self.epoch:
+            generator = torch.Generator().manual_seed(self.seed + epoch)
+            self.order = length_grouped(self.lengths, self.size, self.batch_size // self.size, generator)
+        self.epoch = epoch
+        return epoch, position, int(self.order[place])
 
 
 def shard(num_rows: int, rank: int, world_size: int) -> range:

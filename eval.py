@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import functools
 import inspect
+import io
 import json
 import math
 from collections import Counter, defaultdict
@@ -22,14 +23,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Subset
 
 import data
 import llava_manager
-from manager import AdaptiveVisualManager
 from model import ManagerTower, load_model, write_atomically
 from prepare import normalize_answer
 from train import World, one_sentence
@@ -37,11 +37,9 @@ from train import World, one_sentence
 KIND = {"vqav2": "vqa", "nlvr2": "nlvr2", "snli_ve": "snli_ve", "flickr30k": "captions", "coco": "captions"}
 SPLITS = {"vqav2": "rest_val", "nlvr2": "dev,test1", "snli_ve": "dev,test", "flickr30k": "test", "coco": "test"}
 # ManagerTower base with 4M VLP, in percent (ACL table 3, TCSVT table III); flickr30k's RMEAN is without VLP (table I)
-PAPER = {"vqav2": {"accuracy": "79.39 test-dev, 79.15 test-std"}, "nlvr2 dev": {"accuracy": "82.81"},
-         "nlvr2 test1": {"accuracy": "83.34"}, "snli_ve dev": {"accuracy": "81.26"},
-         "snli_ve test": {"accuracy": "81.44"},
-         "flickr30k test": {"ir_r1": "86.56", "tr_r1": "95.64", "rmean": "93.97 without VLP"}}
-DEMO_SIZE = 512  # held-out scenes
+PAPER = {"vqav2": {"accuracy": "79.39 test-dev, 79.15 test-std"}, "nlvr2 dev": {"accuracy": 82.81},
+         "nlvr2 test1": {"accuracy": 83.34}, "snli_ve dev": {"accuracy": 81.26}, "snli_ve test": {"accuracy": 81.44},
+         "flickr30k test": {"ir_r1": 86.56, "tr_r1": 95.64, "rmean": "93.97 without VLP"}}
 
 
 # ---------------------------------------------------------------- Processes
@@ -60,7 +58,7 @@ def collect(parts: list[tuple]) -> list:
     return [merged[position] for position in sorted(merged)]
 
 
-def batches(dataset, batch_size: int, num_workers: int = 0, collate: Callable = torch.stack):
+def batches(dataset, batch_size: int, num_workers: int = 0, collate: Callable = data.collate):
     """(rows, batch) of this process: batch b goes to process b % world, so that no batch depends on world."""
     starts = range(0, len(dataset), batch_size)[ranks()[0] :: ranks()[1]]
     plan = [range(start, min(start + batch_size, len(dataset))) for start in starts]
@@ -69,7 +67,7 @@ def batches(dataset, batch_size: int, num_workers: int = 0, collate: Callable = 
 
 @contextlib.contextmanager
 def evaluating(model):
-    """Evaluation mode, no gradients, bf16 autocast on CUDA; gives the device. Afterwards the model's mode is as before."""
+    """Evaluation mode, no gradients, bf16 autocast on CUDA; gives the device. The model's own mode comes back."""
     training, device = model.training, next(model.parameters()).device
     model.eval()
     try:
@@ -100,7 +98,7 @@ def predict(model: ManagerTower, dataset, task: str, batch_size: int = 64, num_w
     """The predictions for all rows of vqav2, nlvr2 or snli_ve, in their order, complete on every process."""
     parts, kind = [], KIND[task]
     with evaluating(model) as device:
-        for rows, batch in batches(dataset, batch_size, num_workers, data.collate):
+        for rows, batch in batches(dataset, batch_size, num_workers):
             tensors = {k: v.to(device) for k, v in batch.items() if isinstance(v, Tensor)}
             choices = class_logits(model, kind, tensors).float().argmax(-1).cpu()
             scores = unknown = [None] * len(rows)
@@ -130,11 +128,12 @@ def mean_by(scores, keys) -> dict:
 
 def accuracy(predictions: list[Prediction]) -> dict:
     """{"accuracy", "count", "per_question_type" where there are types}; only the count without labels."""
-    scores, count = [p.score for p in predictions], {"count": len(predictions)}
+    scores = [p.score for p in predictions]
     if None in scores:
-        return count
+        return {"count": len(scores)}
     types = mean_by(scores, [p.question_type for p in predictions])
-    return {"accuracy": math.fsum(scores) / len(scores), **count} | ({"per_question_type": types} if types else {})
+    metrics = {"accuracy": math.fsum(scores) / len(scores), "count": len(scores)}
+    return metrics | {"per_question_type": types} if types else metrics
 
 
 def evaluate(model: ManagerTower, dataset: data.PairDataset, task: str, batch_size: int = 64, num_workers: int = 0,
@@ -142,21 +141,21 @@ def evaluate(model: ManagerTower, dataset: data.PairDataset, task: str, batch_si
     """Metrics of a task (a key of KIND): accuracy, or recall with re-ranking. To be called by all processes."""
     if KIND[task] != "captions":
         return accuracy(predict(model, dataset, task, batch_size, num_workers))
-    texts, source = dataset.source.texts(), dataset.source
+    source, texts = dataset.source, dataset.source.texts()
     ids, mask = dataset.tokenizer([row["text"] for row in texts], dataset.max_text_len)
-    pictures = Pictures(source.num_images, lambda i: dataset.transform(source.images(i)[0], None))
-    scores = retrieval_scores(model, pictures, ids, mask, k_test, None, batch_size, memory_gb, num_workers)
+    pictures = (lambda i: dataset.transform(source.images(i)[0], None)), source.num_images
+    scores = retrieval_scores(model, *pictures, ids, mask, k_test, None, batch_size, memory_gb, num_workers)
     metrics = recall(scores, torch.tensor([row["image_index"] for row in texts]))
-    return metrics | {"images": len(pictures), "texts": len(texts)}
+    return metrics | {"images": source.num_images, "texts": len(texts)}
 
 
 def official_vqa_accuracy(results: list[dict], annotations: list[dict]) -> dict:
     """VQA's official evaluation (visualqa.org/evaluation.html) from the raw annotations.
 
     results: [{"question_id", "answer"}]; annotations: [{"question_id", "answers": [{"answer"}] of ten people,
-    "question_type", "answer_type"}]. All answers are normalised; each person is left out in turn, and the score is the mean
-    of min(matches among the others / 3, 1). Means are over the "answered" of all "questions". Raises ValueError for a
-    question that is answered twice or unknown.
+    "question_type", "answer_type"}]. All answers are normalised; each person is left out in turn, and the score is the
+    mean of min(matches among the others / 3, 1). Means are over the "answered" of all "questions". A question that is
+    answered twice or unknown: ValueError.
     """
     known, times, scores = {a["question_id"]: a for a in annotations}, Counter(r["question_id"] for r in results), []
     wrong = [q for q, n in times.items() if n > 1 or q not in known]
@@ -173,26 +172,13 @@ def official_vqa_accuracy(results: list[dict], annotations: list[dict]) -> dict:
 
 
 # ---------------------------------------------------------------- Retrieval
-class Pictures:
-    """A dataset of `count` pictures; load(i) gives one as (3, S, S)."""
-
-    def __init__(self, count: int, load: Callable):
-        self.count, self.load = count, load
-
-    def __len__(self):
-        return self.count
-
-    def __getitem__(self, i):
-        return self.load(i)
-
-
 def unit_vectors(model: ManagerTower, modality: str, experts: Tensor) -> Tensor:
     """One half of model.contrast: experts (B, N, L, D) -> ITC unit vectors (B, C) on the CPU."""
     return F.normalize(getattr(model.heads["itc"], modality)(experts[:, -1, 0]), dim=-1).float().cpu()
 
 
 def host_dtype(model) -> torch.dtype:
-    """Under `evaluating`'s autocast the next layer rounds experts to bf16 anyway: keeping half the bytes loses nothing."""
+    """Under `evaluating`'s autocast the next layer rounds experts to bf16 anyway: half the bytes lose nothing."""
     return torch.bfloat16 if next(model.parameters()).is_cuda else torch.float32
 
 
@@ -200,8 +186,8 @@ class TextExperts:
     """The experts of captions, by index: kept in host memory if all fit into `budget` bytes, else computed again."""
 
     def __init__(self, model: ManagerTower, input_ids: Tensor, attention_mask: Tensor, batch_size: int, budget: float):
-        self.model, self.device = model, next(model.parameters()).device
-        self.input_ids, self.attention_mask, self.kept, self.vectors = input_ids, attention_mask, None, []
+        self.model, self.input_ids, self.attention_mask = model, input_ids, attention_mask
+        self.kept, self.vectors = None, []
         shape = len(input_ids), model.config.num_experts("text"), input_ids.shape[1], model.config.text_width
         nbytes = math.prod(shape) * host_dtype(model).itemsize
         kept = torch.empty(shape, dtype=host_dtype(model)) if nbytes <= budget else None
@@ -216,37 +202,25 @@ class TextExperts:
 
     def __getitem__(self, index) -> Tensor:
         """n captions, by a slice or an index tensor (n,) on the CPU -> (n, N, L, D) on the model's device."""
+        device = next(self.model.parameters()).device
         if self.kept is not None:
-            return self.kept[index].to(self.device)
-        return self.model.encode_text(self.input_ids[index].to(self.device), self.attention_mask[index].to(self.device))
+            return self.kept[index].to(device)
+        return self.model.encode_text(self.input_ids[index].to(device), self.attention_mask[index].to(device))
 
 
-class ImageExperts:
-    """Iterates over this process's images as (rows, experts (B, N, L, D)); keeps them if all fit into `budget` bytes."""
-
-    def __init__(self, model: ManagerTower, images, batch_size: int, budget: float, num_workers: int):
-        self.model, self.free, self.kept = model, budget, []
-        self.load = functools.partial(batches, images, batch_size, num_workers)
-
-    def __iter__(self):
-        device, kept, free = next(self.model.parameters()).device, [], self.free
-        for rows, experts in self.kept:
-            yield rows, experts.to(device)
-        for rows, pixels in () if self.kept else self.load():
-            experts = self.model.encode_image(pixels.to(device))
-            host = experts.to("cpu", host_dtype(self.model))
-            free -= host.nbytes
-            kept = [*kept, (rows, host)] if free >= 0 else []
-            yield rows, experts
-        self.kept = self.kept or kept
-
-
-def candidates(similarity: Tensor, texts_per_image: int, images_per_text: int) -> Tensor:
-    """(I, M) similarities -> boolean (I, M): the best texts of each image and the best images of each text."""
-    chosen = torch.zeros_like(similarity, dtype=torch.bool)
-    for dim, k in ((1, texts_per_image), (0, images_per_text)):
-        chosen.scatter_(dim, similarity.topk(min(k, similarity.shape[dim]), dim=dim).indices, True)
-    return chosen
+def image_experts(model: ManagerTower, load: Callable, count: int, batch_size: int, num_workers: int, budget: float,
+                  kept: list):
+    """(rows, experts (B, N, L, D)) of this process's images; the second time from `kept`, if all fit into budget."""
+    device, before = next(model.parameters()).device, list(kept)
+    loaded = batches(range(count), batch_size, num_workers, lambda rows: torch.stack([load(i) for i in rows]))
+    yield from ((rows, experts.to(device)) for rows, experts in before)
+    for rows, pixels in () if before else loaded:
+        experts = model.encode_image(pixels.to(device))
+        kept.append((rows, experts.to("cpu", host_dtype(model))))
+        budget -= kept[-1][1].nbytes
+        if budget < 0:
+            kept.clear()
+        yield rows, experts
 
 
 def match_logits(model: ManagerTower, texts: TextExperts, images: Tensor, pairs: Tensor, batch_size: int) -> Tensor:
@@ -260,28 +234,31 @@ def match_logits(model: ManagerTower, texts: TextExperts, images: Tensor, pairs:
     return torch.cat(scores)
 
 
-def retrieval_scores(model: ManagerTower, images, input_ids: Tensor, attention_mask: Tensor, k_test: int = 128,
-                     texts_per_image: int | None = None, batch_size: int = 64, memory_gb: float = 16.0,
-                     num_workers: int = 0) -> Tensor:
+def retrieval_scores(model: ManagerTower, load: Callable, num_images: int, input_ids: Tensor, attention_mask: Tensor,
+                     k_test: int = 128, texts_per_image: int | None = None, batch_size: int = 64,
+                     memory_gb: float = 16.0, num_workers: int = 0) -> Tensor:
     """ITM scores (I, M) of I images and M captions, the same on every process; -100 where a pair was not re-ranked.
 
-    images[i] is (3, S, S); input_ids and attention_mask are (M, L). One pass gives experts and ITC vectors; then the ITM
-    head scores the k_test most similar images of each caption and the texts_per_image (None: k_test) most similar captions
-    of each image. A pair that both choose is scored once (officially twice, and the maximum taken). Each process re-ranks
-    its images, in full batches, and keeps at most memory_gb of experts in host memory; captions or images that do not fit
-    are encoded again. Without an ITC head every pair is scored. Raises ValueError without an ITM head.
+    load(i) is image i, (3, S, S); input_ids, attention_mask: (M, L). One pass gives experts and ITC vectors; then the
+    ITM head scores the k_test most similar images of each caption and the texts_per_image (None: k_test) most similar
+    captions of each image. A pair that both choose is scored once (officially twice, and the maximum taken). Each
+    process re-ranks its images, in full batches, and keeps at most memory_gb of experts in host memory; captions or
+    images that do not fit are encoded again. Without an ITC head every pair is scored. ValueError without an ITM head.
     """
     if "itm" not in model.heads:
         raise ValueError(f"retrieval needs a model with an ITM head; this one has {', '.join(model.config.heads)}")
     with evaluating(model):
         texts = TextExperts(model, input_ids, attention_mask, batch_size, memory_gb * 2**30)
-        experts, scored = ImageExperts(model, images, batch_size, texts.free, num_workers), []
-        chosen = torch.ones(len(images), len(input_ids), dtype=torch.bool)
+        experts = functools.partial(image_experts, model, load, num_images, batch_size, num_workers, texts.free, [])
+        chosen, scored = torch.full((num_images, len(input_ids)), "itc" not in model.heads), []
         if "itc" in model.heads:
-            vectors = collect([(rows[0], unit_vectors(model, "image", batch)) for rows, batch in experts])
+            vectors = collect([(rows[0], unit_vectors(model, "image", batch)) for rows, batch in experts()])
             similarity = torch.cat(vectors) @ torch.cat(texts.vectors).T
-            chosen = candidates(similarity, k_test if texts_per_image is None else texts_per_image, k_test)
-        for rows, batch in experts:
+            for dim, k in ((0, k_test), (1, k_test if texts_per_image is None else texts_per_image)):
+                chosen.scatter_(dim, similarity.topk(min(k, similarity.shape[dim]), dim=dim).indices, True)
+        elif ranks()[0] == 0:
+            print(f"note: without an ITC head all {chosen.numel()} pairs are scored")
+        for rows, batch in experts():
             wanted = chosen[rows.start : rows.stop]
             pairs, local = wanted.T.nonzero(), torch.empty(wanted.shape)  # (caption, image), sorted by caption
             local[pairs[:, 1], pairs[:, 0]] = match_logits(model, texts, batch, pairs, batch_size)
@@ -301,20 +278,11 @@ def recall(scores: Tensor, image_index: Tensor) -> dict:
 
 # ---------------------------------------------------------------- Figures of the managers
 @contextlib.contextmanager
-def probing(model: ManagerTower):
-    """Gives a dict that each forward pass fills: (modality, i) -> of manager i the weights (B, N, L), averaged over the
-    channels, and the two parts of its output (B, L, D): the sum over the experts, and W_C * LN(C)."""
-    parts, hooks = {}, []
-
-    def probe(key, manager, args, output):
-        weights = manager.weights(*args)  # (B, N, L, D or 1)
-        unimodal = manager.aggregate_experts(weights, args[0]).float()
-        parts[key] = weights.float().mean(-1), unimodal, output.float() - unimodal
-
-    for name, managers in (("text", model.text_managers), ("image", model.image_managers)):
-        hooks += [m.register_forward_hook(functools.partial(probe, (name, i))) for i, m in enumerate(managers)]
+def watching(modules: dict, read: Callable):
+    """Calls read(key, module, args, output) after each forward pass of modules[key]."""
+    hooks = [module.register_forward_hook(functools.partial(read, key)) for key, module in modules.items()]
     try:
-        yield parts
+        yield
     finally:
         for hook in hooks:
             hook.remove()
@@ -324,14 +292,21 @@ def manager_statistics(model: ManagerTower, dataset, batch_size: int = 32, num_w
     """For "text" and "image", means over all tokens of the dataset that are not padding:
 
     "weights" (a list for each cross-modal layer): mean weight of each of the "experts" (encoder layers, from 1);
-    "cosine_unimodal", "cosine_cross_modal": cosine similarity of the parts of consecutive managers' outputs. The first
-    manager has no cross-modal part, so that list is one shorter. Raises ValueError for a model without managers.
+    "cosine_unimodal", "cosine_cross_modal": cosine similarity of the parts of consecutive managers' outputs, the sum
+    over the experts and W_C * LN(C). The first manager has no second part, so that list is one shorter.
     """
-    c, sums, tokens = model.config, defaultdict(float), Counter()
+    c, parts, sums, tokens = model.config, {}, defaultdict(float), Counter()
     if c.fusion != "manager":
         raise ValueError(f"a model with fusion {c.fusion!r} has no managers")
-    with evaluating(model) as device, probing(model) as parts:
-        for _, batch in batches(dataset, batch_size, num_workers, data.collate):
+
+    def read(key, manager, args, output):
+        weights = manager.weights(*args)  # (B, N, L, D or 1)
+        unimodal = manager.aggregate_experts(weights, args[0]).float()  # (B, L, D)
+        parts[key] = weights.float().mean(-1), unimodal, output.float() - unimodal
+
+    managers = {(name, i): m for name in ("text", "image") for i, m in enumerate(getattr(model, f"{name}_managers"))}
+    with evaluating(model) as device, watching(managers, read):
+        for _, batch in batches(dataset, batch_size, num_workers):
             mask = batch["attention_mask"].to(device)
             model(batch["pixels"].to(device), batch["input_ids"].to(device), mask)
             for (name, i), (weights, *both) in parts.items():
@@ -351,74 +326,68 @@ def manager_statistics(model: ManagerTower, dataset, batch_size: int = 32, num_w
 
 
 def visual_manager_statistics(model: llava_manager.LlavaManager, prompts: list[tuple]) -> dict:
-    """Of the MLLM's managers before the LLM "layers": mean "weights" and mean "magnitudes" of each of the "experts".
-
-    Means over channels, and for adaptive managers over the image tokens of prompts, a list of (input_ids, images).
-    """
-    if not len(model.managers):
-        raise ValueError("this model has no managers (manager_type None)")
-    seen = defaultdict(list)
+    """Of the MLLM's managers before the LLM "layers": mean "weights" and "magnitudes" (|weight|) of each expert, over
+    channels, and for adaptive managers over the image tokens of prompts, a list of (input_ids, images)."""
+    adaptive = {k: m for k, m in enumerate(model.managers) if isinstance(m, llava_manager.AdaptiveVisualManager)}
+    if not len(model.managers) or len(prompts) < bool(adaptive):
+        raise ValueError("adaptive managers need pictures: give --image" if adaptive else "this model has no managers")
+    found = defaultdict(list)
 
     def add(k, weights):  # (B, N, L, D)
-        seen[k].append(torch.stack([weights.float().mean((0, 2, 3)), weights.float().abs().mean((0, 2, 3))]).cpu())
+        found[k].append(torch.stack([weights.mean((0, 2, 3)), weights.abs().mean((0, 2, 3))]).float().cpu())
 
-    with evaluating(model), contextlib.ExitStack() as hooks:
-        for k, manager in enumerate(model.managers):
-            if isinstance(manager, AdaptiveVisualManager):
-                hook = manager.register_forward_hook(lambda m, args, _, k=k: add(k, m.weights(*args[1:])))
-                hooks.callback(hook.remove)
-            else:
-                add(k, manager.weights())
-        for ids, images in prompts:
+    with evaluating(model), watching(adaptive, lambda k, manager, args, _: add(k, manager.weights(*args[1:]))):
+        for k in set(range(len(model.managers))) - set(adaptive):
+            add(k, model.managers[k].weights())
+        for ids, images in prompts if adaptive else ():
             model(torch.tensor([ids]), images=images, logits=False)
-    if len(seen) < len(model.managers):
-        raise ValueError("adaptive managers need pictures to look at: give --image or --data demo")
-    means = [torch.stack(seen[k]).mean(0).tolist() for k in range(len(model.managers))]
+    means = [torch.stack(found[k]).mean(0).tolist() for k in range(len(model.managers))]
     return {"experts": list(model.config.managed_layers), "layers": list(model.config.inject_layers),
             "weights": [m[0] for m in means], "magnitudes": [m[1] for m in means]}
 
 
-def draw_curves(panels: list[tuple], path: Path):
-    """A PNG of panels (title, x label, y label, {name: (x, y)}), two in a row."""
+def draw_curves(panels: list[tuple]) -> Image.Image:
+    """Panels (title, x label, y label, {name: (x, y)}), two in a row."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise ValueError("figures need matplotlib: pip install matplotlib") from None
-    rows = math.ceil(len(panels) / 2)
-    figure = Figure(figsize=(11, 4.2 * rows), layout="constrained")
-    for axes, (title, xlabel, ylabel, curves) in zip(figure.subplots(rows, 2, squeeze=False).flat, panels):
+    figure = Figure(figsize=(11, 2.1 * len(panels)), dpi=150, layout="constrained")
+    for axes, (title, xlabel, ylabel, curves) in zip(figure.subplots(len(panels) // 2, 2).flat, panels):
         for name, (x, y) in curves.items():
             axes.plot(x, y, marker="o", markersize=4, label=name)
         axes.set(title=title, xlabel=xlabel, ylabel=ylabel, xticks=sorted({v for x, _ in curves.values() for v in x}))
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
-    write(path, lambda temporary: figure.savefig(temporary, format="png", dpi=150))
+    figure.savefig(file := io.BytesIO(), format="png")
+    return Image.open(file)
 
 
 def manager_panels(stats: dict) -> list[tuple]:
     """What draw_curves takes, from manager_statistics or visual_manager_statistics."""
     if "layers" in stats:
-        return [(f"visual managers: {title}", "SigLIP hidden state", title, {
-            f"before LLM layer {layer}": (stats["experts"][: len(y)], y) for layer, y in zip(stats["layers"], stats[key])})
-            for title, key in (("mean weight", "weights"), ("mean |weight|", "magnitudes"))]
-    panels = [(f"{name} managers: mean weight of each expert", f"{name} expert (encoder layer)", "weight", {
-        f"cross-modal layer {i}": (s["experts"], y) for i, y in enumerate(s["weights"], 1)}) for name, s in stats.items()]
-    return panels + [
-        (f"consecutive managers, {part} part", "cross-modal layers i, i + 1: i", "cosine similarity",
-         {f"{name} managers": (range(first, first + len(s[key])), s[key]) for name, s in stats.items()})
-        for part, key, first in (("unimodal", "cosine_unimodal", 1), ("cross-modal", "cosine_cross_modal", 2))]
+        return [(f"visual managers: {what} of each expert", "SigLIP hidden state", what,
+                 {f"LLM layer {i}": (stats["experts"][: len(y)], y) for i, y in zip(stats["layers"], stats[key])})
+                for what, key in (("mean weight", "weights"), ("mean |weight|", "magnitudes"))]
+    panels = [(f"{name} managers: mean weight of each expert", f"{name} expert (encoder layer)", "weight",
+               {f"cross-modal layer {i}": (s["experts"], y) for i, y in enumerate(s["weights"], 1)})
+              for name, s in stats.items()]
+    cosines = ("unimodal", "cosine_unimodal", 1), ("cross-modal", "cosine_cross_modal", 2)
+    return panels + [(f"managers i and i + 1: {part} parts", "i", "cosine similarity",
+                      {name: (range(first, first + len(s[key])), s[key]) for name, s in stats.items()})
+                     for part, key, first in cosines]
 
 
 # ---------------------------------------------------------------- Loading and writing
 def is_mllm(checkpoint: str) -> bool:
     """Whether a checkpoint folder holds LLaVA-OV-Manager (ours or an official one) and not a two-tower model."""
     file = Path(checkpoint) / "config.json"
-    if not file.is_file():
-        what = "no config.json in" if Path(checkpoint).is_dir() else "no folder"
-        raise ValueError(f"there is {what} {checkpoint}; give a folder that train.py or finetune.py wrote, or that `python "
-                         "prepare.py weights --source FILE --out FOLDER` makes of an official file")
-    config = json.loads(file.read_text())
-    return config.get("model") == "LlavaManager" or "mm_projector_type" in config
+    text = file.read_text() if file.is_file() else ""
+    if '"model"' not in text and '"mm_projector_type"' not in text:
+        what = "is no checkpoint folder of ours" if Path(checkpoint).exists() else "does not exist"
+        raise ValueError(f"--checkpoint {checkpoint} {what}; official ManagerTower weights become one by: "
+                         f"python prepare.py weights --source {checkpoint} --tokenizer ROBERTA --out FOLDER")
+    return '"LlavaManager"' in text or '"mm_projector_type"' in text
 
 
 def load_two_tower(checkpoint: str, head: str = "", device: str = "auto") -> tuple:
@@ -446,15 +415,10 @@ def open_dataset(model, tokenizer, transform, task: str, checkpoint: str, demo: 
     """The PairDataset of a task's split below data_root, or with demo="demo" of the built-in held-out scenes."""
     if task not in KIND or demo not in ("", "demo") or bool(demo) == bool(data_root):
         raise ValueError(f"give --task ({', '.join(KIND)}) and either --data demo or --data_root FOLDER")
-    kind, config, answers = KIND[task], model.config, None
-    if demo:
-        source = data.demo_source(kind, "heldout", DEMO_SIZE, image_size=config.image_size)
-    else:
-        source = data.open_source(kind, data_root, split, (task,))
-    if "vqa" in model.heads:
-        answers = data.load_answers(checkpoint)
-        if len(answers) != config.num_answers:
-            raise ValueError(f"{checkpoint}/answers.json has {len(answers)} answers, the model {config.num_answers}")
+    kind, config = KIND[task], model.config
+    source = (data.demo_source(kind, "heldout", 512, image_size=config.image_size) if demo else
+              data.open_source(kind, data_root, split, (task,)))
+    answers = data.load_answers(checkpoint) if "vqa" in model.heads else None
     return data.PairDataset(source, tokenizer, transform, config.max_text_len, answers=answers)
 
 
@@ -477,8 +441,10 @@ def open_picture(checkpoint: str, head: str, image: str, texts: list[str], devic
     return model, {k: v.to(next(model.parameters()).device) for k, v in batch.items()}
 
 
-def write(path: str | Path, save: Callable):
-    """save(temporary path), then rename; ValueError if that fails."""
+def write(path: str | Path, content):
+    """Write a picture as PNG, anything else as JSON, atomically; ValueError if that fails."""
+    text = "" if isinstance(content, Image.Image) else json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    save = (lambda file: file.write_text(text, encoding="utf-8")) if text else (lambda file: content.save(file, "PNG"))
     try:
         write_atomically(path, save)
     except OSError as error:
@@ -486,24 +452,17 @@ def write(path: str | Path, save: Callable):
     print(f"written: {path}")
 
 
-def write_json(path: str | Path, content):
-    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-    write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
-
 def contact_sheet(items: list[tuple], columns: int = 4, side: int = 224) -> Image.Image:
     """(picture, label) pairs in rows."""
     sheet = Image.new("RGB", (min(columns, len(items)) * side, math.ceil(len(items) / columns) * (side + 16)), "white")
     for i, (picture, label) in enumerate(items):
         x, y = i % columns * side, i // columns * (side + 16)
-        picture.thumbnail((side - 8, side - 8))
-        sheet.paste(picture, (x + 4, y + 4))
+        sheet.paste(ImageOps.contain(picture, (side - 8, side - 8)), (x + 4, y + 4))
         ImageDraw.Draw(sheet).text((x + 4, y + side - 2), label[:36], fill="black")
     return sheet
 
 
 def print_table(title: str, metrics: dict, paper: dict):
-    """Fractions in percent beside the paper's numbers; types of questions below."""
     print(f"{title:<40}{'here':>10}   paper")
     rows = list(metrics.items())
     for name, value in rows:
@@ -533,14 +492,14 @@ def run_task(task: str, checkpoint: str, data: str = "", data_root: str = "", sp
             if annotations:
                 metrics["official"] = official_vqa_accuracy(results, read_annotations(annotations))
             if submit and first:
-                write_json(submit, results)
+                write(submit, results)
         else:
             metrics = evaluate(loaded[0], dataset, task, batch_size, num_workers, k_test, memory_gb)
         report["splits"][name] = metrics
         if first:
-            print_table(f"{task} {name}", metrics, PAPER.get(f"{task} {name}", PAPER.get(task, {})))
+            print_table(f"{task} {name}", metrics, {} if data else PAPER.get(f"{task} {name}", PAPER.get(task, {})))
     if first:
-        write_json(out or f"{checkpoint}/eval.json", report)
+        write(out or f"{checkpoint}/eval.json", report)
 
 
 def ask(checkpoint: str, image: str, question: str, top: int = 5, device: str = "auto") -> list[tuple[str, float]]:
@@ -583,13 +542,12 @@ def search(checkpoint: str, text: str, folder: str, top: int = 12, out: str = "s
             print(f"left out: {error}")
     if not files:
         raise ValueError(f"there is no readable picture in {folder}")
-    pictures = Pictures(len(files), lambda i: transform(data.load_image(files[i]), None))
-    scores = retrieval_scores(model, pictures, ids, mask, k_test, 0, batch_size, memory_gb)[:, 0]
+    pictures = (lambda i: transform(data.load_image(files[i]), None)), len(files)
+    scores = retrieval_scores(model, *pictures, ids, mask, k_test, 0, batch_size, memory_gb)[:, 0]
     best = scores.topk(min(top, k_test, len(files)))
     found = [(score, files[i]) for score, i in zip(best.values.tolist(), best.indices.tolist())]
     print(*(f"{score:8.3f}  {file}" for score, file in found), sep="\n")
-    sheet = contact_sheet([(data.load_image(file), f"{score:.2f} {file.name}") for score, file in found])
-    write(out, lambda path: sheet.save(path, "PNG"))
+    write(out, contact_sheet([(data.load_image(file), f"{score:.2f}: {file.name}") for score, file in found]))
     return found
 
 
@@ -598,8 +556,8 @@ def managers(checkpoint: str, data: str = "", data_root: str = "", task: str = "
     """Draw the aggregation weights of all managers, and how alike consecutive ones are, as PNG and JSON."""
     if is_mllm(checkpoint):
         model, tokenizer = load_mllm(checkpoint, "", device)
-        pictures = open_pictures(image, demo=8 if data else 0)
-        stats = visual_manager_statistics(model, [encode_turns(model, tokenizer, ["What is it?"], [p]) for p in pictures])
+        prompts = [encode_turns(model, tokenizer, ["Describe the picture."], [file]) for file in image or ()]
+        stats = visual_manager_statistics(model, prompts)
     else:
         loaded = load_two_tower(checkpoint, "", device)
         task = task or next((name for name, kind in KIND.items() if kind in loaded[0].heads), "coco")
@@ -607,18 +565,14 @@ def managers(checkpoint: str, data: str = "", data_root: str = "", task: str = "
         dataset = Subset(dataset, range(min(limit, len(dataset))))
         stats = manager_statistics(loaded[0], dataset, batch_size, num_workers)
     out = Path(out or f"{checkpoint}/managers.png")
-    draw_curves(manager_panels(stats), out)
-    write_json(out.with_suffix(".json"), stats)
+    write(out, draw_curves(manager_panels(stats)))
+    write(out.with_suffix(".json"), stats)
     return stats
 
 
-def open_pictures(files: list | None, demo: int = 0) -> list[Image.Image]:
-    scenes = data.demo_source("captions", "heldout", demo) if demo else None
-    return [*map(data.load_image, files or ()), *(scenes.images(i)[0] for i in range(demo))]
-
-
-def encode_turns(model, tokenizer, turns: list[str], images: list) -> tuple[list[int], list]:
+def encode_turns(model, tokenizer, turns: list[str], files: list | None) -> tuple[list[int], list]:
     """Input ids and tiles of a conversation about pictures."""
+    images = [data.load_image(file) for file in files or ()]
     tiles = [llava_manager.preprocess_image(image, model.config, len(images) > 1) for image in images]
     return llava_manager.encode_prompt(turns, tokenizer, len(tiles)), tiles
 
@@ -627,12 +581,12 @@ def chat(checkpoint: str, image: list = None, question: str = None, temperature:
          max_new_tokens: int = 256, tokenizer: str = "", device: str = "auto") -> list[str]:
     """Talk with a LLaVA-OV-Manager about pictures; without --question line by line, until an empty one."""
     model, tokenizer = load_mllm(checkpoint, tokenizer, device)
-    images, turns = open_pictures(image), []
+    turns = []
     with contextlib.suppress(EOFError):
         for line in iter(lambda: input("> "), "") if question is None else [question]:
             if not line.strip():
                 raise ValueError("the question is empty")
-            ids, tiles = encode_turns(model, tokenizer, [*turns, line], images)
+            ids, tiles = encode_turns(model, tokenizer, [*turns, line], image)
             new = model.generate(torch.tensor([ids]), None, tiles, max_new_tokens, temperature, top_p)[0].tolist()
             turns += [line, tokenizer.decode([token for token in new if token not in model.config.eos_ids]).strip()]
             print(turns[-1])
@@ -640,10 +594,8 @@ def chat(checkpoint: str, image: list = None, question: str = None, temperature:
 
 
 def grid(image: str, checkpoint: str = "", out: str = "grid.png") -> dict:
-    """Draw what LLaVA-OV-Manager (default: the paper's) sees: base tile, grid with padding in red, numbers of tokens."""
-    config = llava_manager.LlavaManagerConfig()
-    if checkpoint and is_mllm(checkpoint):
-        config = llava_manager.load_model(checkpoint).config
+    """Draw what LLaVA-OV-Manager (default: the paper's) sees: base tile, grid with padding in red, token counts."""
+    config = llava_manager.load_model(checkpoint).config if checkpoint else llava_manager.LlavaManagerConfig()
     tiles, s, n = llava_manager.preprocess_image(data.load_image(image), config), config.image_size, config.side
     pixels = ((tiles.pixels * 0.5 + 0.5) * 255).round().byte().permute(0, 2, 3, 1).numpy()  # (T, s, s, 3)
     panels, info = [pixels[0]], {"picture": tiles.size, "tiles": (len(pixels),), "tokens of the base tile": (n * n,)}
@@ -653,11 +605,11 @@ def grid(image: str, checkpoint: str = "", out: str = "grid.png") -> dict:
         padding = np.ones((rows * n, columns * n), dtype=bool)
         padding[keep] = False
         padding = np.asarray(Image.fromarray(padding).resize((columns * s, rows * s)))
-        whole[padding] = whole[padding] // 2 + np.array((110, 0, 0), dtype=np.uint8)
+        whole[padding] = whole[padding] // 2 + np.uint8([110, 0, 0])
         whole[s::s], whole[:, s::s] = 255, 255
-        panels.append(whole)
-        info |= {"grid of tiles": (columns, rows), "patches without padding": tuple(k.stop - k.start for k in keep[::-1]),
-                 "tokens of the grid, with newlines": (w + 1, h)}
+        panels, info["grid of tiles"] = [*panels, whole], (columns, rows)
+        info["patches without padding"] = tuple(k.stop - k.start for k in reversed(keep))
+        info["tokens of the grid, with newlines"] = (w + 1, h)
     info["tokens"] = (llava_manager.count_image_tokens(len(pixels), tiles.size, config),)
     text = "\n".join(f"{name}: {' x '.join(map(str, value))}" for name, value in info.items())
     print(text)
@@ -665,7 +617,7 @@ def grid(image: str, checkpoint: str = "", out: str = "grid.png") -> dict:
     for i, panel in enumerate(panels):
         sheet.paste(Image.fromarray(panel), (8 + i * (s + 8), 8))
     ImageDraw.Draw(sheet).multiline_text((sheet.width - 220, 8), text, fill="black")
-    write(out, lambda path: sheet.save(path, "PNG"))
+    write(out, sheet)
     return info
 
 
@@ -680,10 +632,8 @@ def main(argv: list[str]):
     parser = argparse.ArgumentParser(f"eval.py {name}", description=COMMANDS[name].__doc__, allow_abbrev=False)
     for flag in inspect.signature(COMMANDS[name]).parameters.values():
         how = {"action": "append"} if flag.annotation is list else {"type": flag.annotation}
-        if flag.default is flag.empty:
-            parser.add_argument(f"--{flag.name}", required=True, **how)
-        else:
-            parser.add_argument(f"--{flag.name}", default=flag.default, help=f"default: {flag.default or 'none'}", **how)
+        how |= {"required": True} if flag.default is flag.empty else {"default": flag.default, "help": "%(default)r"}
+        parser.add_argument(f"--{flag.name}", **how)
     COMMANDS[name](**vars(parser.parse_args(argv[len(name) > 0 :])))
 
 

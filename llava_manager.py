@@ -29,8 +29,17 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from manager import AdaptiveVisualManager, StaticVisualManager, weighted_sum
-from model import (ManagerTower, ViT, export_state, hf_vision_table, import_state, load_encoder, pair, read_config,
-                   read_safetensors, save_folder)
+from model import (
+    ViT,
+    export_state,
+    hf_vision_table,
+    import_state,
+    load_encoder,
+    pair,
+    read_config,
+    read_safetensors,
+    save_folder,
+)
 
 IMAGE_TOKEN, IGNORE = -200, -100  # the id of an image placeholder; the label of a token without loss
 IMAGE_TAG, SYSTEM = "<image>", "You are a helpful assistant."
@@ -443,6 +452,14 @@ class Output(NamedTuple):
     hidden_states: list[Tensor] | None = None  # the input of each LLM layer, then the last hidden state: (B, S, D)
 
 
+def init_weights(module: nn.Module):
+    """As in HF's Qwen2: N(0, 0.02^2) for matrices, zero biases."""
+    if isinstance(module, nn.Linear | nn.Embedding | nn.Conv2d):
+        nn.init.normal_(module.weight, std=0.02)
+    if getattr(module, "bias", None) is not None:
+        nn.init.zeros_(module.bias)
+
+
 class LlavaManager(nn.Module):
     """LLaVA-OneVision with visual managers. input_ids (B, L) hold one placeholder -200 for each image; images is a flat
     list, in the order of the placeholders, of what preprocess_image returns. Outputs are in spliced positions, padded
@@ -456,8 +473,7 @@ class LlavaManager(nn.Module):
                           c.vision_mlp_width, siglip=True)
         self.vision.ln_post.requires_grad_(False)  # in the official checkpoints, but not used
         self.llm = Qwen2(c)
-        for part in (self.vision, self.llm):
-            part.apply(ManagerTower.init_weights)
+        self.apply(init_weights)
         self.projector = nn.Sequential(nn.Linear(c.vision_width, D), nn.GELU(), nn.Linear(D, D))
         self.image_newline = nn.Parameter(torch.randn(D) / math.sqrt(D))
         self.managers = nn.ModuleList()
@@ -468,7 +484,7 @@ class LlavaManager(nn.Module):
                 # before layer 0 without the last one, which, says the paper, the LLM's input holds already
                 static = c.is_static(layer)
                 manager = StaticVisualManager(D, N - (layer == 0)) if static else AdaptiveVisualManager(D, N, query)
-                self.managers.append(manager.apply(ManagerTower.init_weights))
+                self.managers.append(manager.apply(init_weights))
 
     def set_checkpointing(self, on: bool):
         """Activation checkpointing of SigLIP's blocks, the projector and the LLM's layers."""
@@ -570,8 +586,8 @@ class LlavaManager(nn.Module):
 
     def count_labels(self, input_ids: Tensor, attention_mask: Tensor | None, images, labels: Tensor) -> int:
         """The num_tokens that forward will give, without running the model: for the mean over a global batch."""
-        plan = plan_splice(input_ids, attention_mask, images, self.config)
-        return int((plan.labels(labels)[:, 1:] != IGNORE).sum())
+        spliced = plan_splice(input_ids, attention_mask, images, self.config).labels(labels)
+        return int((spliced[:, 1:] != IGNORE).sum())
 
     @torch.no_grad()
     def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, images=(), max_new_tokens: int = 128,
@@ -606,7 +622,7 @@ def tokenize(text: str, tokenizer, has_image: bool = True) -> list[int]:
     """Token ids. Every <image> is a placeholder, unless has_image is False; the pieces around it are encoded alone."""
     backend, ids = getattr(tokenizer, "backend", tokenizer), []
     if "<|im_start|>" in text and None in map(backend.token_to_id, ("<|im_start|>", "<|im_end|>")):
-        raise ValueError("the tokenizer lacks <|im_start|> or <|im_end|>, which chats need; Qwen2's tokenizer.json has both")
+        raise ValueError("the tokenizer lacks <|im_start|> or <|im_end|>, which chats need; Qwen2's has both")
     for i, piece in enumerate(text.split(IMAGE_TAG) if has_image else [text]):
         ids += [IMAGE_TOKEN] * (i > 0) + backend.encode(piece, add_special_tokens=False).ids
     return ids
@@ -622,7 +638,7 @@ def encode_chat(conversation: list[dict], tokenizer, style: str = "qwen_1_5", st
     turns = [({"human": "user", "gpt": "assistant"}.get(x.get("from")), x.get("value")) for x in conversation]
     for i, (role, text) in enumerate(turns):
         if role is None or not isinstance(text, str):
-            raise ValueError(f'turn {i}: {str(conversation[i])[:80]} is not {{"from": "human" or "gpt", "value": text}}')
+            raise ValueError(f'turn {i}: {str(conversation[i])[:80]} is not {{"from": "human" | "gpt", "value": text}}')
     if style == "plain":
         if [role for role, _ in turns] != ["user", "assistant"] or IMAGE_TAG not in turns[0][1]:
             raise ValueError(f"style plain needs a human turn with {IMAGE_TAG}, then gpt, not {str(conversation)[:80]}")
@@ -706,17 +722,13 @@ def drop_tied_head(state: dict, config: LlavaManagerConfig) -> dict:
     return {k: v for k, v in state.items() if k != "lm_head.weight"}
 
 
-def meta_model(config: LlavaManagerConfig) -> LlavaManager:
-    with torch.device("meta"):
-        return LlavaManager(config)
-
-
 def from_official(state_dict: dict, config: LlavaManagerConfig) -> dict:
     """An official state -> ours, strictly (errors as in model.import_state); meta tensors work too. A state for flat
     merging may lack image_newline: zeros. Load it with `model.load_state_dict(state, strict=True, assign=True)`."""
     state = drop_tied_head(state_dict, config)
     newline = config.merge != "flat" or "model.image_newline" in state
-    shapes = {k: v.shape for k, v in meta_model(config).state_dict().items()}
+    with torch.device("meta"):
+        shapes = {k: v.shape for k, v in LlavaManager(config).state_dict().items()}
     dead = (r".*\.position_ids", r".*rotary_emb\.inv_freq")  # buffers that old versions of transformers wrote
     ours = import_state(state, official_table(config, newline), shapes, dead)
     return ours if newline else {**ours, "image_newline": ours["llm.norm.weight"].new_zeros(config.hidden_size)}
@@ -736,7 +748,7 @@ def read_shards(path) -> dict:
 
 def load_unimodal(model: LlavaManager, vision, language) -> None:
     """Fill SigLIP and the LLM from HF's SiglipModel or SiglipVisionModel and Qwen2ForCausalLM: folders or files.
-    SigLIP's last layer, pooling head and text encoder are dropped. ValueError for a missing, unknown or misshapen key."""
+    SigLIP's last layer, pooling head and text encoder are dropped. ValueError for a missing, unknown, misshapen key."""
     state, layers = read_shards(vision), len(model.vision.blocks)
     prefix = "vision_model." if any(k.startswith("vision_model.") for k in state) else ""
     last = rf"{prefix}(encoder\.layers\.{layers}|head)\..*"
@@ -760,7 +772,8 @@ def load_model(folder, dtype: torch.dtype = torch.float32, **official) -> LlavaM
         state = from_official(read_shards(folder), config)
     else:
         config, state = read_config(folder, LlavaManagerConfig), read_safetensors(folder)
-    model = meta_model(config)
+    with torch.device("meta"):
+        model = LlavaManager(config)
     shapes = {k: v.shape for k, v in model.state_dict().items()}
     state = import_state(state, [(k, [k], "cat") for k in shapes], shapes)
     model.load_state_dict({k: v.to(dtype) for k, v in state.items()}, strict=True, assign=True)

@@ -1,20 +1,22 @@
 """The managers: modules that aggregate the layers of pre-trained unimodal encoders.
 
-ManagerTower (ACL 2023) puts one textual and one visual manager before every cross-modal layer. An *expert* is one layer
-of a unimodal encoder, its output is the *insight*; a manager weighs the insights of N experts and adds the output C of the
-previous cross-modal layer of its own modality:
+ManagerTower (ACL 2023, section 3; section III of Manager, TCSVT 2025) puts a textual and a visual manager before every
+cross-modal layer. An *expert* is one layer of a unimodal encoder, its output is the *insight*. A manager weighs the
+insights V_i of N experts and adds C, the output of the previous cross-modal layer of its own modality:
 
     M = sum_i W_i * LN_i(V_i) + W_C * LN_C(C)
 
-StaticManager learns W (SAUE; called SAUM in the journal paper; and SAE / SAM over all previous layers' outputs),
-AdaptiveManager computes it for each token from both modalities (AAUE / AAUM). Section 3 of the ACL paper, section III of
-Manager (TCSVT 2025). LLaVA-OV-Manager's visual managers, which need no norm and no C, are at the end (section IV).
+StaticManager learns W: SAUE (SAUM in the journal), and SAE (SAM) over the outputs of all previous cross-modal layers.
+AdaptiveManager computes W for each token from both modalities: AAUE (AAUM). LLaVA-OV-Manager's visual managers, with
+neither norm nor C, are at the end (section IV).
 
-The mean and the variance of V_i are the same for every manager. So `standardize` takes them out once for each modality, and
-LN_i is left with its scale and shift, which fold into the aggregation weights: no normalised copy of the N experts per manager.
+The mean and the variance of V_i are the same for every manager. So `standardize` takes them out once for each modality;
+LN_i is left with its scale and shift, which fold into the weights: no manager makes a normalised copy of the N experts.
 
-Shapes: B batch, N experts (managed layers), L tokens, D width, K previous cross-modal layers. Experts are always (B, N, L, D).
+Shapes: B batch, N experts (managed layers), L tokens, D width, K previous cross-modal layers. Experts: (B, N, L, D).
 """
+import functools
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -23,7 +25,7 @@ EPS = 1e-5
 
 
 def standardize(experts: Tensor, eps: float = EPS) -> Tensor:
-    """Zero mean and unit variance over D for each token of each expert, (B, N, L, D); what all LN_i have in common."""
+    """Zero mean and unit variance over D for each token of each expert, (B, N, L, D): what all LN_i have in common."""
     out = F.layer_norm(experts, experts.shape[-1:], eps=eps)
     # autocast normalises in float32; kept in its own dtype afterwards, the stack costs half the memory traffic
     device = experts.device.type
@@ -31,31 +33,15 @@ def standardize(experts: Tensor, eps: float = EPS) -> Tensor:
 
 
 def draw_noise(experts: Tensor) -> Tensor:
-    """Training noise on the scores: N(0, (1/N)^2) for every element (B, N, L, D), whatever the shape of the weights."""
+    """Training noise on the scores: N(0, (1/N)^2) for each element (B, N, L, D), whatever the shape of the weights."""
     return torch.randn_like(experts) / experts.shape[1]
 
 
-def aggregate(weights: Tensor, scale: Tensor, shift: Tensor, experts: Tensor) -> Tensor:
-    """sum_i weights_i * (scale_i * experts_i + shift_i) -> (B, L, D), one expert after the other: no (B, N, L, D) temporary.
-
-    weights: (1 or B, N, 1 or L, 1 or D); scale, shift: (N, D); experts: (B, N, L, D), standardised.
-    """
-    out = None
-    for w, x, a, b in zip(weights.unbind(1), experts.unbind(1), scale.unbind(0), shift.unbind(0), strict=True):
-        insight = torch.addcmul(w * b, w * a, x)  # (B, L, D)
-        out = insight if out is None else out + insight
-    return out
-
-
 class Manager(nn.Module):
-    """What static and adaptive managers share: the affine halves of the layer norms, the temperature, the noise.
+    """What both kinds share; a kind has its `score`, and `weigh_previous`, which gives W_C for each of the K.
 
-    Args:
-        width: D.
-        num_experts: N.
-        num_previous: K, the number of previous cross-modal outputs that are aggregated too.
-        weight: "vector" for a weight per channel, "scalar" for one per expert.
-        noise: add `draw_noise` to the experts' scores in training mode.
+    width: D; num_experts: N; num_previous: K; weight: "vector" for a weight per channel, "scalar" for one per expert;
+    noise: add `draw_noise` to the experts' scores in training mode.
     """
 
     def __init__(self, width: int, num_experts: int, num_previous: int = 0, weight: str = "vector", noise: bool = True):
@@ -68,26 +54,41 @@ class Manager(nn.Module):
         self.shift = nn.Parameter(torch.zeros(num_experts + num_previous, width))
         self.temperature = nn.Parameter(torch.ones(1))
 
+    def norm_previous(self, previous: Tensor | None) -> list[Tensor]:
+        """LN_C of the outputs of the previous cross-modal layers, K tensors (B, L, D)."""
+        previous = () if previous is None else previous.unbind(1) if previous.dim() == 4 else (previous,)
+        affine = self.scale[self.num_experts :], self.shift[self.num_experts :]
+        return [F.layer_norm(c, c.shape[-1:], scale, shift, EPS) for c, scale, shift in zip(previous, *affine)]
+
     def normalize(self, scores: Tensor, experts: Tensor) -> Tensor:
         """softmax((scores + noise) / temperature) over the experts; scores (1 or B, N, 1 or L, 1 or D)."""
         if experts.shape[1] != self.num_experts:
-            raise ValueError(f"experts {tuple(experts.shape)} hold {experts.shape[1]} layers, this manager has {self.num_experts}")
+            raise ValueError(f"experts {tuple(experts.shape)} are {experts.shape[1]}, not {self.num_experts} layers")
         if self.training and self.noise:
-            scores = scores + draw_noise(experts)  # official code: in the trainer's training stage
+            scores = scores + draw_noise(experts)
         return torch.softmax(scores / self.temperature, dim=1)
 
-    def norm_previous(self, previous: Tensor, k: int = 0) -> Tensor:
-        i = self.num_experts + k
-        return F.layer_norm(previous, previous.shape[-1:], self.scale[i], self.shift[i], EPS)
-
     def aggregate_experts(self, weights: Tensor, experts: Tensor) -> Tensor:
-        return aggregate(weights, self.scale[: self.num_experts], self.shift[: self.num_experts], experts)
+        """sum_i weights_i * (scale_i * experts_i + shift_i), (B, L, D), expert by expert: no (B, N, L, D) temporary."""
+        parts = zip(weights.unbind(1), self.scale, self.shift, experts.unbind(1))
+        return functools.reduce(torch.add, (torch.addcmul(w * shift, w * scale, x) for w, scale, shift, x in parts))
 
-    def weights(self, experts: Tensor, previous: Tensor | None = None, query: Tensor | None = None,
-                query_mask: Tensor | None = None) -> Tensor:
-        """The aggregation weights of the experts, (B, N, L, D), or (B, N, L, 1) when the channels share them."""
-        weights = self.normalize(self.score(experts, previous, query, query_mask), experts)
+    def weights(self, experts: Tensor, previous=None, query=None, query_mask=None) -> Tensor:
+        """The experts' aggregation weights, (B, N, L, D), or (B, N, L, 1) where the channels share them."""
+        weights = self.normalize(self.score(self.norm_previous(previous), query, query_mask), experts)
         return weights.expand(experts.shape[0], -1, experts.shape[2], -1)
+
+    def forward(self, experts: Tensor, previous: Tensor | None = None, query: Tensor | None = None,
+                query_mask: Tensor | None = None) -> Tensor:
+        """experts (B, N, L, D), standardised -> (B, L, D). previous: (B, L, D), or (B, K, L, D), or None for K = 0;
+        AdaptiveManager reads the query (B, Lq, D), the previous output of the other modality, and its mask (B, Lq)."""
+        own = self.norm_previous(previous)
+        if len(own) != self.num_previous:
+            raise ValueError(f"{len(own)} previous outputs, this manager aggregates {self.num_previous}")
+        out = self.aggregate_experts(self.normalize(self.score(own, query, query_mask), experts), experts)
+        for w, c in zip(self.weigh_previous(), own, strict=True):
+            out = torch.addcmul(out, w, c)
+        return out
 
 
 class StaticManager(Manager):
@@ -102,27 +103,16 @@ class StaticManager(Manager):
         self.sae = num_previous > 0 and (sae or num_previous > 1)
         scores = torch.full((num_experts + num_previous, self.weight_width), 1 / num_experts)
         scores[num_experts:] = 1 / max(num_previous, 1)
-        self.scores = nn.Parameter(scores)  # W_A, then W_C
+        self.scores = nn.Parameter(scores)  # W, then W_C
         if self.sae:
             self.temperature_previous = nn.Parameter(torch.ones(1))
 
-    def score(self, experts, previous=None, query=None, query_mask=None) -> Tensor:
+    def score(self, own: list[Tensor], query: Tensor | None, query_mask: Tensor | None) -> Tensor:
         return self.scores[None, : self.num_experts, None, :]  # (1, N, 1, D or 1)
 
-    def forward(self, experts: Tensor, previous: Tensor | None = None, query: Tensor | None = None,
-                query_mask: Tensor | None = None) -> Tensor:
-        """experts (B, N, L, D) standardised; previous (B, L, D) or (B, K, L, D), absent when K = 0; the query is not used.
-
-        Returns (B, L, D).
-        """
-        out = self.aggregate_experts(self.normalize(self.score(experts), experts), experts)
-        weights = self.scores[self.num_experts :]  # (K, D or 1)
-        if self.sae:
-            weights = torch.softmax(weights / self.temperature_previous, dim=0)
-        previous = () if self.num_previous == 0 else previous.unbind(1) if previous.dim() == 4 else (previous,)
-        for k, (w, c) in enumerate(zip(weights.unbind(0), previous, strict=True)):
-            out = torch.addcmul(out, w, self.norm_previous(c, k))
-        return out
+    def weigh_previous(self) -> Tensor:
+        scores = self.scores[self.num_experts :]  # (K, D or 1)
+        return torch.softmax(scores / self.temperature_previous, dim=0) if self.sae else scores
 
 
 class AdaptiveManager(Manager):
@@ -138,30 +128,19 @@ class AdaptiveManager(Manager):
         super().__init__(width, num_experts, 1, weight, noise)
         self.score_previous = nn.Parameter(torch.ones(1, self.weight_width))  # W_C: all that "vector" shapes here
         self.norm_query = nn.LayerNorm(width, eps=EPS)
-        self.q_proj = nn.Linear(width, width)
-        self.k_proj = nn.Linear(width, width)
+        self.q_proj, self.k_proj = nn.Linear(width, width), nn.Linear(width, width)
         self.controller = nn.Linear(2 * width, num_experts)
 
-    def score(self, experts: Tensor, previous: Tensor, query: Tensor, query_mask: Tensor | None = None) -> Tensor:
-        """Scores before noise, temperature and softmax, (B, N, L, 1)."""
-        return self.controller_scores(self.norm_previous(previous), query, query_mask)
-
-    def controller_scores(self, own: Tensor, query: Tensor, query_mask: Tensor | None) -> Tensor:
-        other = self.norm_query(query)
+    def score(self, own: list[Tensor], query: Tensor, query_mask: Tensor | None) -> Tensor:
+        own, other = own[0], self.norm_query(query)
         mask = None if query_mask is None else query_mask[:, None, None, :].bool()
         # one head, no value projection, no dropout
-        q, k, v = (x.unsqueeze(1) for x in (self.q_proj(own), self.k_proj(other), other))  # (B, 1, L, D)
-        fused = F.scaled_dot_product_attention(q, k, v, mask).squeeze(1)
-        return self.controller(torch.cat([fused, own], dim=-1)).transpose(1, 2).unsqueeze(-1)
+        q, k, v = (x.unsqueeze(1) for x in (self.q_proj(own), self.k_proj(other), other))  # (B, 1, L or Lq, D)
+        attended = F.scaled_dot_product_attention(q, k, v, mask).squeeze(1)
+        return self.controller(torch.cat([attended, own], dim=-1)).transpose(1, 2).unsqueeze(-1)  # (B, N, L, 1)
 
-    def forward(self, experts: Tensor, previous: Tensor, query: Tensor, query_mask: Tensor | None = None) -> Tensor:
-        """experts (B, N, L, D) standardised; previous (B, L, D) of the own modality; query (B, Lq, D) of the other one.
-
-        Returns (B, L, D).
-        """
-        own = self.norm_previous(previous)
-        weights = self.normalize(self.controller_scores(own, query, query_mask), experts)
-        return torch.addcmul(self.aggregate_experts(weights, experts), self.score_previous[0], own)
+    def weigh_previous(self) -> Tensor:
+        return self.score_previous
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,20 +1,21 @@
-"""ManagerTower in plain PyTorch: two unimodal encoders, managers, cross-modal layers, heads, and the import of official weights.
+"""ManagerTower in plain PyTorch: two encoders, managers, cross-modal layers, heads, and the import of official weights.
 
-Papers: ManagerTower (ACL 2023) section 3, Manager (TCSVT 2025) section III. BridgeTower and METER live in the same frame, as
-values of `fusion`. Read manager.py first, then this file from `ManagerTower.fuse` on.
-
-Shapes: B batch, N experts (managed layers), L tokens (Lt text, Li image), D width, H heads, V vocabulary. The stack of experts
-is always (B, N, L, D). attention_mask is 1 for real tokens.
+Papers: ManagerTower (ACL 2023) section 3, Manager (TCSVT 2025) section III. BridgeTower and METER live in the same
+frame, as values of `fusion`. Read manager.py first, then this file from `ManagerTower.fuse` on.
 
     model = ManagerTower(ManagerTowerConfig.tiny())
-    features = model(pixels, input_ids, attention_mask)            # (B, 3, S, S), (B, Lt), (B, Lt)
+    features = model(pixels, input_ids, attention_mask)            # (B, 3, S, S), (B, Lt), (B, Lt; 1 = real token)
     match_logits = model.heads["itm"](features.pooled)             # (B, 2)
+
+B batch, N experts (managed layers), L tokens (Lt text, Li image), D width, H heads, V vocabulary.
 """
 import dataclasses
 import json
 import math
 import os
 import re
+import textwrap
+from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,16 +33,16 @@ HEADS = ("mlm", "itm", "itc", "vqa", "nlvr2", "snli_ve", "retrieval")
 
 @dataclass
 class ManagerTowerConfig:
-    """The architecture; the defaults are the papers' base model (CLIP ViT-B/16 + RoBERTa-base, 6 cross-modal layers)."""
+    """The architecture. Defaults: the papers' base model (CLIP ViT-B/16 + RoBERTa-base, 6 cross-modal layers)."""
     # vision
-    image_size: int = 288
+    image_size: int = 288  # pixels a side
     patch_size: int = 16
     vision_width: int = 768
     vision_layers: int = 12
     vision_heads: int = 12
     # text
     vocab_size: int = 50265
-    max_positions: int = 514
+    max_positions: int = 514  # RoBERTa's positions start at pad_token_id + 1
     text_width: int = 768
     text_layers: int = 12
     text_heads: int = 12
@@ -52,22 +53,22 @@ class ManagerTowerConfig:
     num_layers: int = 6
     num_heads: int = 12
     mlp_ratio: int = 4
-    dropout: float = 0.1  # text encoder, cross-modal layers, NLVR2 head; CLIP has none
+    dropout: float = 0.1  # text encoder and cross-modal layers; CLIP, managers and heads have none
     contrastive_size: int = 256
-    temperature: float = 0.07  # of ITC, a divisor
+    temperature: float = 0.07  # of ITC at the start, a divisor
     # managers
     fusion: str = "manager"  # manager | bridge (BridgeTower) | last (METER)
     manager_type: str = "aaue"  # aaue | saue | sae
     manager_weight: str = "vector"  # vector | scalar
-    managed_layers_text: int = 6
+    managed_layers_text: int = 6  # N: the last ones of the encoder
     managed_layers_image: int = 6
     mask_fused_query: bool = False  # mask padding in AAUE's attention; the released weights were trained without
-    manager_noise: bool = True
+    manager_noise: bool = True  # in training mode
     # heads
     heads: tuple[str, ...] = ("mlm", "itm")
     num_answers: int = 3129
-    head_hidden_scale: int = 1
-    max_text_len: int = 50
+    head_hidden_scale: int = 1  # hidden width of the classifiers, in units of 2 * hidden_size
+    max_text_len: int = 50  # text is padded to it: AAUE's results depend on the padded length
 
     @classmethod
     def base(cls, **overrides) -> "ManagerTowerConfig":
@@ -76,16 +77,19 @@ class ManagerTowerConfig:
     @classmethod
     def large(cls, **overrides) -> "ManagerTowerConfig":
         """CLIP ViT-L/14 + RoBERTa-large."""
-        return cls(**{**dict(image_size=294, patch_size=14, vision_width=1024, vision_layers=24, vision_heads=16, text_width=1024,
-                             text_layers=24, text_heads=16, text_mlp_width=4096, hidden_size=1024, num_heads=16), **overrides})
+        return cls(**{
+            "image_size": 294, "patch_size": 14, "vision_width": 1024, "vision_layers": 24, "vision_heads": 16,
+            "text_width": 1024, "text_layers": 24, "text_heads": 16, "text_mlp_width": 4096,
+            "hidden_size": 1024, "num_heads": 16} | overrides)
 
     @classmethod
     def tiny(cls, **overrides) -> "ManagerTowerConfig":
         """For the built-in demo data: learns on a CPU in minutes."""
-        return cls(**{**dict(image_size=64, patch_size=8, vision_width=96, vision_layers=3, vision_heads=3, vocab_size=300,
-                             max_positions=52, text_width=96, text_layers=3, text_heads=3, text_mlp_width=384, hidden_size=96,
-                             num_layers=2, num_heads=3, contrastive_size=64, managed_layers_text=3, managed_layers_image=3, dropout=0.0,
-                             max_text_len=16), **overrides})
+        return cls(**{
+            "image_size": 64, "patch_size": 16, "vision_width": 96, "vision_layers": 3, "vision_heads": 3,
+            "vocab_size": 300, "max_positions": 52, "text_width": 96, "text_layers": 3, "text_heads": 3,
+            "text_mlp_width": 384, "hidden_size": 96, "num_layers": 2, "num_heads": 3, "contrastive_size": 64,
+            "managed_layers_text": 3, "managed_layers_image": 3, "dropout": 0.0, "max_text_len": 16} | overrides)
 
     def __post_init__(self):
         self.heads = tuple(self.heads)
@@ -95,50 +99,55 @@ class ManagerTowerConfig:
                                      *(("heads", head, HEADS) for head in self.heads)):
             if value not in allowed:
                 raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}")
-        for width, heads in (("vision_width", "vision_heads"), ("text_width", "text_heads"), ("hidden_size", "num_heads"),
-                             ("image_size", "patch_size")):
-            if getattr(self, width) % getattr(self, heads):
-                raise ValueError(f"{width} {getattr(self, width)} is not a multiple of {heads} {getattr(self, heads)}")
-        for kind, layers, managed in (("text", self.text_layers, self.num_experts("text")),
-                                      ("vision", self.vision_layers, self.num_experts("image"))):
-            if not 0 < managed <= layers:
-                raise ValueError(f"{managed} managed layers, but the {kind} encoder has {layers} (fusion {self.fusion!r})")
+        for field in dataclasses.fields(self):
+            value, least = getattr(self, field.name), 0 if field.name == "pad_token_id" else 1
+            if field.type is int and (type(value) is not int or value < least):
+                raise ValueError(f"{field.name} is {value!r}; it must be a whole number from {least} on")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout}; it must be from 0 on and below 1")
+        for total, part in (("vision_width", "vision_heads"), ("text_width", "text_heads"),
+                            ("hidden_size", "num_heads"), ("image_size", "patch_size")):
+            if getattr(self, total) % getattr(self, part):
+                raise ValueError(f"{total} {getattr(self, total)} is not a multiple of {part} {getattr(self, part)}")
+        for modality, layers in (("text", self.text_layers), ("image", self.vision_layers)):
+            if (n := self.num_experts(modality)) > layers:
+                raise ValueError(f"{n} managed layers, the {modality} encoder has {layers} (fusion {self.fusion!r})")
         if self.max_text_len + self.pad_token_id + 1 > self.max_positions:
             raise ValueError(f"max_text_len {self.max_text_len} does not fit into max_positions {self.max_positions} "
                              f"(positions start at {self.pad_token_id + 1})")
 
     def num_experts(self, modality: str) -> int:
-        """N: how many of the encoder's last layers reach the cross-modal layers."""
+        """N: how many of the encoder's last layers reach the cross-modal layers; modality is "text" or "image"."""
         managed = self.managed_layers_text if modality == "text" else self.managed_layers_image
         return {"manager": managed, "bridge": self.num_layers, "last": 1}[self.fusion]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Encoders and cross-modal layers
-
+# Encoders, cross-modal layers, heads
 
 def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None, dropout: float = 0.0) -> Tensor:
-    """Multi-head attention (B, Lq, D), (B, Lk, D), (B, Lk, D) -> (B, Lq, D); mask (B or 1, 1, 1 or Lq, Lk), True = attend."""
+    """Multi-head attention (B, Lq, D), (B, Lk, D), (B, Lk, D) -> (B, Lq, D). mask: boolean, broadcastable to
+    (B, H, Lq, Lk), True = attend. dropout applies in every mode, so the caller passes it in training only."""
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))  # (B, H, L, D/H)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout).transpose(1, 2).flatten(2)
 
 
+def run(layer: nn.Module, checkpointing: bool, *args) -> Tensor:
+    """layer(*args); with checkpointing its activations are computed again in the backward pass."""
+    if checkpointing and torch.is_grad_enabled():
+        return checkpoint(layer, *args, use_reentrant=False)
+    return layer(*args)
+
+
 def run_layers(layers: nn.ModuleList, x: Tensor, args: tuple, keep, checkpointing: bool) -> list[Tensor]:
-    """Hidden states `keep` in ascending order: 0 = x, k = output of layer k (from 1). Layers above max(keep) do not run."""
-    keep, kept = set(keep), []
-    for i in range(max(keep) + 1):
-        if i > 0 and checkpointing and torch.is_grad_enabled():
-            x = checkpoint(layers[i - 1], x, *args, use_reentrant=False)
-        elif i > 0:
-            x = layers[i - 1](x, *args)
-        if i in keep:
+    """Hidden states `keep` in ascending order: 0 = x, k = output of layer k (from 1). Layers above do not run."""
+    keep = set(keep)
+    kept = [x] if 0 in keep else []
+    for k in range(1, max(keep) + 1):
+        x = run(layers[k - 1], checkpointing, x, *args)
+        if k in keep:
             kept.append(x)
     return kept
-
-
-def quick_gelu(x: Tensor) -> Tensor:
-    """x * sigmoid(1.702 x), CLIP's activation, through the fused SiLU."""
-    return F.silu(1.702 * x) / 1.702
 
 
 class ViTBlock(nn.Module):
@@ -149,25 +158,25 @@ class ViTBlock(nn.Module):
         eps = 1e-6 if siglip else 1e-5
         self.heads, self.siglip = heads, siglip
         self.ln_1 = nn.LayerNorm(width, eps=eps)
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.ln_2 = nn.LayerNorm(width, eps=eps)
-        self.fc = nn.Linear(width, mlp_width)
-        self.fc_out = nn.Linear(mlp_width, width)
+        self.fc, self.fc_out = nn.Linear(width, mlp_width), nn.Linear(mlp_width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.proj(attention(*self.qkv(self.ln_1(x)).chunk(3, dim=-1), self.heads))
         hidden = self.fc(self.ln_2(x))
-        return x + self.fc_out(F.gelu(hidden, approximate="tanh") if self.siglip else quick_gelu(hidden))
+        # CLIP has QuickGELU, h * sigmoid(1.702 h), here through the fused SiLU
+        hidden = F.gelu(hidden, approximate="tanh") if self.siglip else F.silu(1.702 * hidden) / 1.702
+        return x + self.fc_out(hidden)
 
 
 class ViT(nn.Module):
-    """CLIP's ViT (class token, ln_pre, QuickGELU), or SigLIP's (none of them; GELU tanh, a bias in the patch embedding)."""
+    """CLIP's ViT (class token, ln_pre, QuickGELU), or SigLIP's (neither token nor ln_pre; patch bias, tanh GELU)."""
 
-    def __init__(self, image_size: int, patch_size: int, width: int, layers: int, heads: int, mlp_width: int | None = None,
-                 siglip: bool = False):
+    def __init__(self, image_size: int, patch_size: int, width: int, layers: int, heads: int,
+                 mlp_width: int | None = None, siglip: bool = False):
         super().__init__()
-        num_patches = (image_size // patch_size) ** 2
+        self.image_size, num_patches = image_size, (image_size // patch_size) ** 2
         self.patch = nn.Conv2d(3, width, patch_size, patch_size, bias=siglip)
         self.class_embedding = None if siglip else nn.Parameter(0.02 * torch.randn(width))
         self.position_embedding = nn.Parameter(0.02 * torch.randn(num_patches + (not siglip), width))
@@ -177,7 +186,10 @@ class ViT(nn.Module):
         self.checkpointing = False
 
     def forward(self, pixels: Tensor, keep) -> list[Tensor]:
-        """pixels (B, 3, S, S) -> hidden states `keep` (0 = embeddings, k = output of block k), each (B, L, D), before ln_post."""
+        """(B, 3, S, S) -> hidden states `keep` (0 = after ln_pre, k = block k), each (B, L, D), before ln_post."""
+        size = self.image_size
+        if pixels.shape[1:] != (3, size, size):
+            raise ValueError(f"pixels are {tuple(pixels.shape)}, this encoder reads (B, 3, {size}, {size})")
         x = self.patch(pixels).flatten(2).transpose(1, 2)  # (B, L, D)
         if self.class_embedding is not None:
             x = torch.cat([self.class_embedding.to(x.dtype).expand(len(x), 1, -1), x], dim=1)
@@ -186,24 +198,21 @@ class ViT(nn.Module):
 
 
 class BertLayer(nn.Module):
-    """Post-norm BERT layer: RoBERTa's (cross=False), or a cross-modal layer, which also attends to the other modality."""
+    """Post-norm BERT layer: RoBERTa's, or a cross-modal one (cross=True), which also attends to the other modality."""
 
     def __init__(self, width: int, heads: int, mlp_width: int, dropout: float, eps: float, cross: bool = False):
         super().__init__()
         self.heads, self.dropout = heads, dropout
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.ln_1 = nn.LayerNorm(width, eps=eps)
         if cross:
-            self.q = nn.Linear(width, width)
-            self.kv = nn.Linear(width, 2 * width)
+            self.q, self.kv = nn.Linear(width, width), nn.Linear(width, 2 * width)
             self.cross_proj = nn.Linear(width, width)
             self.ln_2 = nn.LayerNorm(width, eps=eps)
-        self.fc = nn.Linear(width, mlp_width)
-        self.fc_out = nn.Linear(mlp_width, width)
+        self.fc, self.fc_out = nn.Linear(width, mlp_width), nn.Linear(mlp_width, width)
         self.ln_3 = nn.LayerNorm(width, eps=eps)
 
-    def forward(self, x: Tensor, mask: Tensor | None, other: Tensor | None = None, other_mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None, other: Tensor | None = None, other_mask=None) -> Tensor:
         """x (B, L, D), other (B, Lo, D) or None; masks (B, 1, 1, L or Lo) boolean or None. Returns (B, L, D)."""
         p = self.dropout if self.training else 0.0
         out = attention(*self.qkv(x).chunk(3, dim=-1), self.heads, mask, p)
@@ -219,60 +228,44 @@ class TextEncoder(nn.Module):
 
     def __init__(self, config: ManagerTowerConfig):
         super().__init__()
-        width, self.pad = config.text_width, config.pad_token_id
+        width, self.pad, self.dropout = config.text_width, config.pad_token_id, config.dropout
         self.word_embedding = nn.Embedding(config.vocab_size, width, padding_idx=self.pad)
         self.position_embedding = nn.Embedding(config.max_positions, width, padding_idx=self.pad)
         self.type_embedding = nn.Parameter(0.02 * torch.randn(1, width))
         self.ln = nn.LayerNorm(width)
         self.layers = nn.ModuleList(BertLayer(width, config.text_heads, config.text_mlp_width, config.dropout, 1e-5)
                                     for _ in range(config.text_layers))
-        self.dropout = config.dropout
         self.checkpointing = False
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, keep) -> list[Tensor]:
         """(B, L), (B, L) -> hidden states `keep` (0 = embeddings, k = output of layer k), each (B, L, D)."""
+        longest = self.position_embedding.num_embeddings - self.pad - 1
+        if input_ids.shape[1] > longest:
+            raise ValueError(f"the text has {input_ids.shape[1]} tokens, the position table holds {longest}")
         real = (input_ids != self.pad).long()
-        positions = torch.cumsum(real, dim=1) * real + self.pad  # from the ids, not from the mask: pad + 1, pad + 2, ...; pad
+        # from the ids, not from the mask: pad + 1, pad + 2, ... for tokens and pad for padding
+        positions = torch.cumsum(real, dim=1) * real + self.pad
         x = self.word_embedding(input_ids) + self.position_embedding(positions) + self.type_embedding
         x = F.dropout(self.ln(x), self.dropout, self.training)
-        return run_layers(self.layers, x, (key_mask(attention_mask),), keep, self.checkpointing)
-
-
-def key_mask(attention_mask: Tensor) -> Tensor:
-    return attention_mask[:, None, None, :].bool()  # (B, 1, 1, L)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Heads
+        mask = attention_mask[:, None, None, :].bool()  # (B, 1, 1, L)
+        return run_layers(self.layers, x, (mask,), keep, self.checkpointing)
 
 
 class MLMHead(nn.Module):
+    """(..., D) -> (..., V); not tied to the word embedding."""
+
     def __init__(self, width: int, vocab_size: int):
         super().__init__()
-        self.dense = nn.Linear(width, width)
-        self.ln = nn.LayerNorm(width, eps=1e-12)
-        self.decoder = nn.Linear(width, vocab_size, bias=False)  # not tied to the word embedding
-        self.bias = nn.Parameter(torch.zeros(vocab_size))
+        self.dense, self.ln = nn.Linear(width, width), nn.LayerNorm(width, eps=1e-12)
+        self.decoder, self.bias = nn.Linear(width, vocab_size, bias=False), nn.Parameter(torch.zeros(vocab_size))
 
     def forward(self, text: Tensor) -> Tensor:
-        """(..., D) -> (..., V)"""
         return self.decoder(self.ln(F.gelu(self.dense(text)))) + self.bias
 
 
-class ClassifierHead(nn.Module):
-    def __init__(self, width: int, hidden: int, num_classes: int, dropout: float = 0.0):
-        super().__init__()
-        self.dropout = dropout
-        self.fc = nn.Linear(width, hidden)
-        self.ln = nn.LayerNorm(hidden)
-        self.fc_out = nn.Linear(hidden, num_classes)
-
-    def forward(self, pooled: Tensor) -> Tensor:
-        """(B, width) -> (B, num_classes)"""
-        return self.fc_out(F.gelu(self.ln(self.fc(F.dropout(pooled, self.dropout, self.training)))))
-
-
 class ContrastiveHead(nn.Module):
+    """First tokens (B, D_text), (B, D_image) -> unit vectors (B, C), (B, C)."""
+
     def __init__(self, config: ManagerTowerConfig):
         super().__init__()
         # sized by the towers; the official code sizes them by hidden_size, which only works when all widths are equal
@@ -281,25 +274,26 @@ class ContrastiveHead(nn.Module):
         self.temperature = nn.Parameter(torch.tensor(config.temperature))
 
     def forward(self, text: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
-        """First tokens (B, D_text), (B, D_image) -> unit vectors (B, C), (B, C)."""
         return F.normalize(self.text(text), dim=-1), F.normalize(self.image(image), dim=-1)
 
 
 def make_head(name: str, config: ManagerTowerConfig) -> nn.Module:
     width = 2 * config.hidden_size  # of the pooled features
+    if name == "mlm":
+        return MLMHead(config.hidden_size, config.vocab_size)
+    if name == "itc":
+        return ContrastiveHead(config)
+    classes = {"itm": 2, "retrieval": 1, "vqa": config.num_answers, "nlvr2": 2, "snli_ve": 3}[name]
+    if name in ("itm", "retrieval"):
+        return nn.Linear(width, classes)
     hidden = width * config.head_hidden_scale
-    return {"mlm": lambda: MLMHead(config.hidden_size, config.vocab_size),
-            "itm": lambda: nn.Linear(width, 2),
-            "itc": lambda: ContrastiveHead(config),
-            "vqa": lambda: ClassifierHead(width, hidden, config.num_answers),
-            "nlvr2": lambda: ClassifierHead(2 * width, hidden, 2, config.dropout),
-            "snli_ve": lambda: ClassifierHead(width, hidden, 3),
-            "retrieval": lambda: nn.Linear(width, 1)}[name]()
+    # without dropout, as in the released recipes: NLVR2's sets its nlvr2_drop_rate to 0
+    return nn.Sequential(OrderedDict(fc=nn.Linear(2 * width if name == "nlvr2" else width, hidden),
+                                     ln=nn.LayerNorm(hidden), gelu=nn.GELU(), fc_out=nn.Linear(hidden, classes)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The model
-
 
 @dataclass
 class Features:
@@ -313,307 +307,253 @@ class ManagerTower(nn.Module):
 
     def __init__(self, config: ManagerTowerConfig):
         super().__init__()
-        self.config = config
-        width = config.hidden_size
-        self.text_encoder = TextEncoder(config)
-        self.image_encoder = ViT(config.image_size, config.patch_size, config.vision_width, config.vision_layers, config.vision_heads)
-        self.text_transform = nn.Linear(config.text_width, width)
-        self.image_transform = nn.Linear(config.vision_width, width)
-        self.type_embedding = nn.Parameter(0.02 * torch.randn(3 if "nlvr2" in config.heads else 2, width))
-        if config.fusion == "manager":
-            self.text_layer_embedding = nn.Parameter(0.02 * torch.randn(config.text_layers, width))
-            self.image_layer_embedding = nn.Parameter(0.02 * torch.randn(config.vision_layers, width))
-            self.text_managers = self.make_managers(config.managed_layers_text)
-            self.image_managers = self.make_managers(config.managed_layers_image)
-        elif config.fusion == "bridge":
-            self.text_bridges = nn.ModuleList(nn.LayerNorm(width) for _ in range(config.num_layers))
-            self.image_bridges = nn.ModuleList(nn.LayerNorm(width) for _ in range(config.num_layers))
-        self.text_layers = self.make_layers()
-        self.image_layers = self.make_layers()
-        self.text_pooler = nn.Linear(width, width)
-        self.image_pooler = nn.Linear(width, width)
-        self.heads = nn.ModuleDict({name: make_head(name, config) for name in config.heads})
+        c, width = config, config.hidden_size
+        self.config, self.checkpointing = config, False
+        self.text_encoder = TextEncoder(c)
+        self.image_encoder = ViT(c.image_size, c.patch_size, c.vision_width, c.vision_layers, c.vision_heads)
+        self.text_transform, self.image_transform = nn.Linear(c.text_width, width), nn.Linear(c.vision_width, width)
+        types = 0.02 * torch.randn(2, width)  # text, image; NLVR2's second image starts as a copy of image
+        self.type_embedding = nn.Parameter(torch.cat([types, types[1:]]) if "nlvr2" in c.heads else types)
+        if c.fusion == "manager":
+            self.text_layer_embedding = nn.Parameter(0.02 * torch.randn(c.text_layers, width))
+            self.image_layer_embedding = nn.Parameter(0.02 * torch.randn(c.vision_layers, width))
+            self.text_managers, self.image_managers = (
+                nn.ModuleList(make_manager(i, m, c) for i in range(c.num_layers)) for m in ("text", "image"))
+        elif c.fusion == "bridge":
+            self.text_bridges, self.image_bridges = (
+                nn.ModuleList(nn.LayerNorm(width) for _ in range(c.num_layers)) for _ in range(2))
+        self.text_layers, self.image_layers = (
+            nn.ModuleList(BertLayer(width, c.num_heads, c.mlp_ratio * width, c.dropout, 1e-12, cross=True)
+                          for _ in range(c.num_layers)) for _ in range(2))
+        self.text_pooler, self.image_pooler = nn.Linear(width, width), nn.Linear(width, width)
+        self.heads = nn.ModuleDict({name: make_head(name, c) for name in c.heads})
         self.apply(self.init_weights)
-
-    def make_managers(self, num_experts: int) -> nn.ModuleList:
-        config, managers = self.config, []
-        for i in range(config.num_layers):
-            if config.manager_type == "aaue" and i > 0:
-                managers.append(AdaptiveManager(config.hidden_size, num_experts, config.manager_weight, config.manager_noise))
-            else:  # the first cross-modal layer has no previous output, so AAUE starts with a static manager
-                sae = config.manager_type == "sae"
-                managers.append(StaticManager(config.hidden_size, num_experts, i if sae else min(i, 1), config.manager_weight,
-                                              config.manager_noise, sae))
-        return nn.ModuleList(managers)
-
-    def make_layers(self) -> nn.ModuleList:
-        c = self.config
-        return nn.ModuleList(BertLayer(c.hidden_size, c.num_heads, c.mlp_ratio * c.hidden_size, c.dropout, 1e-12, cross=True)
-                             for _ in range(c.num_layers))
 
     @staticmethod
     def init_weights(module: nn.Module):
-        """BERT's initialisation: N(0, 0.02) for matrices, zero biases, and a zero row for padding."""
+        """BERT's initialisation: N(0, 0.02^2) for matrices, zero biases, and a zero row for padding."""
         if isinstance(module, nn.Linear | nn.Embedding | nn.Conv2d):
             nn.init.normal_(module.weight, std=0.02)
-            if getattr(module, "bias", None) is not None:
+            if isinstance(module, nn.Embedding):
+                module.weight.data[module.padding_idx] = 0
+            elif module.bias is not None:
                 nn.init.zeros_(module.bias)
-            if getattr(module, "padding_idx", None) is not None:
-                with torch.no_grad():
-                    module.weight[module.padding_idx].zero_()
 
     def set_checkpointing(self, on: bool):
-        """Activation checkpointing of encoder blocks and cross-modal layers: a third more computation, far less memory."""
+        """Activation checkpointing of encoder and cross-modal layers: a third more computation, far less memory."""
         self.text_encoder.checkpointing = self.image_encoder.checkpointing = self.checkpointing = on
-
-    checkpointing = False
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """(B, Lt), (B, Lt) -> the text experts (B, N, Lt, D_text): the last N layers, before projection."""
-        top = self.config.text_layers + 1
-        return torch.stack(self.text_encoder(input_ids, attention_mask, range(top - self.config.num_experts("text"), top)), 1)
+        last = range(self.config.text_layers + 1)[-self.config.num_experts("text") :]
+        return torch.stack(self.text_encoder(input_ids.long(), attention_mask, last), 1)
 
     def encode_image(self, pixels: Tensor) -> Tensor:
-        """(B, 3, S, S) -> the image experts (B, N, Li, D_image): the last N blocks, each after the one shared ln_post."""
-        top = self.config.vision_layers + 1
-        states = self.image_encoder(pixels, range(top - self.config.num_experts("image"), top))
-        return self.image_encoder.ln_post(torch.stack(states, 1))
+        """(B, 3, S, S) -> the image experts (B, N, Li, D_image): the last N blocks, each after the shared ln_post."""
+        last = range(self.config.vision_layers + 1)[-self.config.num_experts("image") :]
+        return self.image_encoder.ln_post(torch.stack(self.image_encoder(pixels, last), 1))
 
     def contrast(self, text_experts: Tensor, image_experts: Tensor) -> tuple[Tensor, Tensor]:
-        """ITC features: unit vectors (B, C) of the first token of the last expert of each modality, before any fusion."""
+        """ITC features: unit vectors (B, C) of the first token of each modality's last expert, before any fusion."""
         return self.heads["itc"](text_experts[:, -1, 0], image_experts[:, -1, 0])
 
-    def project(self, experts: Tensor, transform: nn.Linear, type_row: int, layer_embedding: Tensor | None) -> Tensor:
-        """(B, N, L, D_modality) -> (B, N, L, D), with type and layer embeddings; standardised when managers will read them."""
-        embedding = self.type_embedding[type_row]
-        if layer_embedding is None:
-            return transform(experts) + embedding
-        embedding = embedding + layer_embedding[-experts.shape[1] :]  # rows are absolute layer numbers: (N, D)
-        return standardize(transform(experts) + embedding[:, None, :])
+    def project(self, modality: str, experts: Tensor, type_row: int) -> Tensor:
+        """(B, N, L, D_modality) -> (B, N, L, D) with type and layer embeddings; standardised if managers read them."""
+        embedding, managed = self.type_embedding[type_row], self.config.fusion == "manager"
+        if managed:  # one row for each layer of the encoder, the experts have the last ones
+            embedding = embedding + getattr(self, f"{modality}_layer_embedding")[-experts.shape[1] :, None]  # (N, 1, D)
+        experts = getattr(self, f"{modality}_transform")(experts) + embedding
+        return standardize(experts) if managed else experts
 
-    def fuse(self, text_experts: Tensor, image_experts: Tensor, attention_mask: Tensor, image_type: int = 1) -> Features:
-        """The cross-modal encoder (ACL section 3.2; Manager, TCSVT, section III).
+    def layer_input(self, modality: str, i: int, experts: Tensor, own: list, other: list, query_mask=None) -> Tensor:
+        """What cross-modal layer i reads, (B, L, D), from what the layers before it put out: own and other modality."""
+        if self.config.fusion == "last":
+            return own[-1] if i else experts[:, -1]
+        if self.config.fusion == "bridge":
+            return getattr(self, f"{modality}_bridges")[i](experts[:, i] + own[-1] if i else experts[:, i])
+        manager = getattr(self, f"{modality}_managers")[i]
+        if i == 0:
+            return manager(experts)
+        previous = torch.stack(own, 1) if self.config.manager_type == "sae" else own[-1]
+        return manager(experts, previous, other[-1], query_mask)
 
-        text_experts (B, N, Lt, D_text), image_experts (B, N, Li, D_image), attention_mask (B, Lt); image_type is 2 for the
-        second image of NLVR2. Managers or bridges of layer i read the outputs of layer i - 1.
-        """
-        text_experts = self.project(text_experts, self.text_transform, 0, getattr(self, "text_layer_embedding", None))
-        image_experts = self.project(image_experts, self.image_transform, image_type, getattr(self, "image_layer_embedding", None))
-        text_mask = key_mask(attention_mask)
+    def fuse(self, text_experts: Tensor, image_experts: Tensor, attention_mask: Tensor, image_type=1) -> Features:
+        """The cross-modal encoder (ACL section 3.2; TCSVT section III): text_experts (B, N, Lt, D_text), image_experts
+        (B, N, Li, D_image), attention_mask (B, Lt); image_type is 2 for the second image of NLVR2, else 1."""
+        text_experts = self.project("text", text_experts, 0)
+        image_experts = self.project("image", image_experts, image_type)
+        text_mask = attention_mask[:, None, None, :].bool()  # (B, 1, 1, Lt)
+        query_mask = attention_mask if self.config.mask_fused_query else None
         text, image = [], []  # outputs of the cross-modal layers
         for i, (text_layer, image_layer) in enumerate(zip(self.text_layers, self.image_layers, strict=True)):
-            text_in, image_in = self.layer_inputs(i, text_experts, image_experts, text, image, attention_mask)
-            if self.checkpointing and torch.is_grad_enabled():
-                text.append(checkpoint(text_layer, text_in, text_mask, image_in, None, use_reentrant=False))
-                image.append(checkpoint(image_layer, image_in, None, text_in, text_mask, use_reentrant=False))
-            else:
-                text.append(text_layer(text_in, text_mask, image_in, None))
-                image.append(image_layer(image_in, None, text_in, text_mask))
-        pooled = torch.cat([self.text_pooler(text[-1][:, 0]).tanh(), self.image_pooler(image[-1][:, 0]).tanh()], dim=-1)
-        return Features(text[-1], image[-1], pooled)
-
-    def layer_inputs(self, i: int, text_experts: Tensor, image_experts: Tensor, text: list, image: list,
-                     attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """What cross-modal layer i reads; text and image are the outputs of the layers before it."""
-        fusion, text_c, image_c = self.config.fusion, text[-1] if text else None, image[-1] if image else None
-        if fusion == "last":
-            return (text_c, image_c) if i else (text_experts[:, -1], image_experts[:, -1])
-        if fusion == "bridge":
-            return (self.text_bridges[i](text_experts[:, i] + text_c if i else text_experts[:, i]),
-                    self.image_bridges[i](image_experts[:, i] + image_c if i else image_experts[:, i]))
-        if self.config.manager_type == "sae" and i:
-            return (self.text_managers[i](text_experts, torch.stack(text, 1)),
-                    self.image_managers[i](image_experts, torch.stack(image, 1)))
-        mask = attention_mask if self.config.mask_fused_query else None
-        return (self.text_managers[i](text_experts, text_c, image_c),
-                self.image_managers[i](image_experts, image_c, text_c, mask))
+            text_in = self.layer_input("text", i, text_experts, text, image)
+            image_in = self.layer_input("image", i, image_experts, image, text, query_mask)
+            text.append(run(text_layer, self.checkpointing, text_in, text_mask, image_in, None))
+            image.append(run(image_layer, self.checkpointing, image_in, None, text_in, text_mask))
+        pooled = [self.text_pooler(text[-1][:, 0]).tanh(), self.image_pooler(image[-1][:, 0]).tanh()]
+        return Features(text[-1], image[-1], torch.cat(pooled, dim=-1))
 
     def forward(self, pixels: Tensor, input_ids: Tensor, attention_mask: Tensor, image_type: int = 1) -> Features:
         """pixels (B, 3, S, S), input_ids and attention_mask (B, Lt), of any integer dtype."""
-        input_ids = input_ids.long()
-        return self.fuse(self.encode_text(input_ids, attention_mask), self.encode_image(pixels), attention_mask, image_type)
+        experts = self.encode_text(input_ids, attention_mask), self.encode_image(pixels)
+        return self.fuse(*experts, attention_mask, image_type)
+
+
+def make_manager(i: int, modality: str, config: ManagerTowerConfig) -> nn.Module:
+    """The manager before cross-modal layer i. The first one has no layer before it: there AAUE is static."""
+    width, n, sae = config.hidden_size, config.num_experts(modality), config.manager_type == "sae"
+    if config.manager_type == "aaue" and i > 0:
+        return AdaptiveManager(width, n, config.manager_weight, config.manager_noise)
+    return StaticManager(width, n, i if sae else min(i, 1), config.manager_weight, config.manager_noise, sae)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Weights: one table of (our key, their keys, how) for every foreign layout. how: "cat" their tensors along rows, "stack"
-# them, or "scores": theirs has the shape (1, n, 1, width).
+# Weights. One table of rows (our key, their keys, how) for every foreign layout; `how` is the way from theirs to ours:
+# "cat" along the rows, "stack", or "scores" for a (1, n, 1, width) that is (n, width) here.
+
+SPLIT = {"cat": lambda tensor, count: tensor.chunk(count) if count > 1 else (tensor,),
+         "stack": lambda tensor, count: tensor.unbind(0), "scores": lambda tensor, count: (tensor[None, :, None],)}
+JOIN = {"cat": lambda parts: torch.cat(parts) if len(parts) > 1 else parts[0],
+        "stack": torch.stack, "scores": lambda parts: parts[0][0, :, 0]}
 
 
 def import_state(state: dict, table: list, shapes: dict, dropped: tuple[str, ...] = ()) -> dict:
     """Foreign state -> ours, by renaming, concatenating and reshaping; no value is read, so meta tensors work too.
 
-    shapes: our key -> shape. dropped: patterns of keys that are known to be dead. Raises ValueError, naming every missing,
-    left-over or misshapen key.
+    shapes: our key -> shape; dropped: patterns of keys that are known to be dead. Raises ValueError with the missing,
+    unknown and misshapen keys, the first ones where they are many.
     """
-    wanted, out, wrong = {key for _, keys, _ in table for key in keys}, {}, []
-    left_over = [k for k in state if k not in wanted and not any(re.fullmatch(p, k) for p in dropped)]
-    for name, keys in (("missing", sorted(wanted - set(state))), ("unknown", left_over)):
-        if keys:
-            wrong.append(f"{name}: {', '.join(keys[:8])}{f' and {len(keys) - 8} more' if len(keys) > 8 else ''}")
-    for ours, keys, how in table:
-        parts, (rows, *rest) = [state[k] for k in keys if k in state], shapes[ours] or (None,)
-        part_shape = {"cat": (rows // len(keys), *rest) if rows else (), "stack": tuple(rest),
-                      "scores": (1, rows, 1, *rest)}[how]
-        bad = [f"{k} is {tuple(p.shape)}, should be {part_shape}" for k, p in zip(keys, parts) if tuple(p.shape) != part_shape]
-        if bad or len(parts) < len(keys):
-            wrong += bad
-        elif how == "scores":
-            out[ours] = parts[0].reshape(shapes[ours])
-        else:
-            out[ours] = parts[0] if len(parts) == 1 and how == "cat" else {"cat": torch.cat, "stack": torch.stack}[how](parts)
-    if wrong:
-        raise ValueError("the weights do not fit the config. " + "; ".join(wrong))
-    return out
+    wanted = {key for _, keys, _ in table for key in keys}
+    unknown = [k for k in state if k not in wanted and not any(re.fullmatch(p, k) for p in dropped)]
+    on_meta = {ours: torch.empty(shape, device="meta") for ours, shape in shapes.items()}
+    misshapen = [f"{key} is {tuple(state[key].shape)}, should be {tuple(part.shape)}" for ours, keys, how in table
+                 for key, part in zip(keys, SPLIT[how](on_meta[ours], len(keys)), strict=True)
+                 if key in state and state[key].shape != part.shape]
+    problems = {"missing": sorted(wanted - set(state)), "unknown": unknown, "wrong shape": misshapen}
+    if any(problems.values()):
+        raise ValueError("the weights do not fit the config. " + ". ".join(
+            f"{name}: {textwrap.shorten('; '.join(items), 400)}" for name, items in problems.items() if items))
+    return {ours: JOIN[how]([state[k] for k in keys]) for ours, keys, how in table}
 
 
 def export_state(state: dict, table: list) -> dict:
     """The inverse of import_state, for any dict keyed by our parameter names, also gradients and partial dicts."""
-    out = {}
-    for ours, keys, how in table:
-        if ours in state:
-            tensor = state[ours]
-            parts = {"cat": lambda: tensor.chunk(len(keys)) if len(keys) > 1 else (tensor,), "stack": lambda: tensor.unbind(0),
-                     "scores": lambda: (tensor[None, :, None, :],)}[how]()
-            out.update(zip(keys, parts, strict=True))
-    return out
+    return {key: part for ours, keys, how in table if ours in state
+            for key, part in zip(keys, SPLIT[how](state[ours], len(keys)), strict=True)}
 
 
-def pair(ours: str, *theirs: str, how: str = "cat") -> list:
-    """Rows of the table for a module's weight and bias."""
-    return [(f"{ours}.{p}", [f"{t}.{p}" for t in theirs], how) for p in ("weight", "bias")]
+def expand(names: dict, ours: str = "", theirs: str = "", layers: int = 0, how: str = "cat") -> list:
+    """{our key: their keys, divided by spaces} -> rows of a table. `ours` and `theirs` are prefixes; a {} in a name
+    stands for each layer number, a * for weight and bias."""
+    return [((ours + a.format(i)).replace("*", p), [(theirs + key.format(i)).replace("*", p) for key in b.split()], how)
+            for a, b in names.items() for i in range(layers if "{}" in a else 1)
+            for p in (("weight", "bias") if "*" in a else ("",))]
 
 
-def bert_table(ours: str, theirs: str, cross: bool = False) -> list:
-    a, c = f"{theirs}.attention", f"{theirs}.crossattention"
-    rows = [*pair(f"{ours}.qkv", *(f"{a}.self.{x}" for x in ("query", "key", "value"))), *pair(f"{ours}.proj", f"{a}.output.dense"),
-            *pair(f"{ours}.ln_1", f"{a}.output.LayerNorm"), *pair(f"{ours}.fc", f"{theirs}.intermediate.dense"),
-            *pair(f"{ours}.fc_out", f"{theirs}.output.dense"), *pair(f"{ours}.ln_3", f"{theirs}.output.LayerNorm")]
-    if cross:
-        rows += [*pair(f"{ours}.q", f"{c}.self.query"), *pair(f"{ours}.kv", f"{c}.self.key", f"{c}.self.value"),
-                 *pair(f"{ours}.cross_proj", f"{c}.output.dense"), *pair(f"{ours}.ln_2", f"{c}.output.LayerNorm")]
-    return rows
+def pair(ours: str, *theirs: str) -> list:
+    """Rows of the table for one module's weight and bias."""
+    return expand({f"{ours}.*": " ".join(f"{name}.*" for name in theirs)})
 
 
-def roberta_table(layers: int, ours: str, theirs: str) -> list:
-    """HF's RobertaModel layout, also inside the official states; ours and theirs are prefixes that end in a dot or are empty."""
-    e = f"{theirs}embeddings."
-    rows = [(f"{ours}{x}_embedding.weight", [f"{e}{x}_embeddings.weight"], "cat") for x in ("word", "position")]
-    rows += [(f"{ours}type_embedding", [f"{e}token_type_embeddings.weight"], "cat"), *pair(f"{ours}ln", f"{e}LayerNorm")]
-    return rows + [r for i in range(layers) for r in bert_table(f"{ours}layers.{i}", f"{theirs}encoder.layer.{i}")]
-
-
-def clip_table(layers: int, ours: str, theirs: str) -> list:
-    """OpenAI's CLIP layout (`visual.`), also inside the official states."""
-    rows = [(f"{ours}{a}", [f"{theirs}{b}"], "cat") for a, b in (("class_embedding", "class_embedding"), ("patch.weight", "conv1.weight"),
-                                                               ("position_embedding", "positional_embedding"))]
-    rows += pair(f"{ours}ln_pre", f"{theirs}ln_pre") + pair(f"{ours}ln_post", f"{theirs}ln_post")
-    for i in range(layers):
-        a, b = f"{ours}blocks.{i}", f"{theirs}transformer.resblocks.{i}"
-        rows += [(f"{a}.qkv.{p}", [f"{b}.attn.in_proj_{p}"], "cat") for p in ("weight", "bias")]
-        for x, y in (("proj", "attn.out_proj"), ("ln_1", "ln_1"), ("ln_2", "ln_2"), ("fc", "mlp.c_fc"), ("fc_out", "mlp.c_proj")):
-            rows += pair(f"{a}.{x}", f"{b}.{y}")
-    return rows
+BERT = {"qkv.*": "attention.self.query.* attention.self.key.* attention.self.value.*",
+        "proj.*": "attention.output.dense.*", "ln_1.*": "attention.output.LayerNorm.*",
+        "fc.*": "intermediate.dense.*", "fc_out.*": "output.dense.*", "ln_3.*": "output.LayerNorm.*"}
+CROSS = {"q.*": "crossattention.self.query.*", "kv.*": "crossattention.self.key.* crossattention.self.value.*",
+         "cross_proj.*": "crossattention.output.dense.*", "ln_2.*": "crossattention.output.LayerNorm.*", **BERT}
+ROBERTA = {  # HF's RobertaModel, also inside the official states
+    "word_embedding.weight": "embeddings.word_embeddings.weight", "ln.*": "embeddings.LayerNorm.*",
+    "position_embedding.weight": "embeddings.position_embeddings.weight",
+    "type_embedding": "embeddings.token_type_embeddings.weight",
+    **{f"layers.{{}}.{a}": " ".join(f"encoder.layer.{{}}.{key}" for key in b.split()) for a, b in BERT.items()}}
+CLIP = {  # OpenAI's, also inside the official states
+    "class_embedding": "class_embedding", "position_embedding": "positional_embedding", "patch.weight": "conv1.weight",
+    "blocks.{}.ln_1.*": "transformer.resblocks.{}.ln_1.*", "blocks.{}.ln_2.*": "transformer.resblocks.{}.ln_2.*",
+    "blocks.{}.qkv.*": "transformer.resblocks.{}.attn.in_proj_*", "ln_pre.*": "ln_pre.*", "ln_post.*": "ln_post.*",
+    "blocks.{}.proj.*": "transformer.resblocks.{}.attn.out_proj.*",
+    "blocks.{}.fc.*": "transformer.resblocks.{}.mlp.c_fc.*",
+    "blocks.{}.fc_out.*": "transformer.resblocks.{}.mlp.c_proj.*"}
+HF_VISION = {  # HF's CLIPVisionModel and SiglipVisionModel
+    "patch.weight": "embeddings.patch_embedding.weight", "position_embedding": "embeddings.position_embedding.weight",
+    "blocks.{}.ln_1.*": "encoder.layers.{}.layer_norm1.*", "blocks.{}.ln_2.*": "encoder.layers.{}.layer_norm2.*",
+    "blocks.{}.qkv.*": " ".join(f"encoder.layers.{{}}.self_attn.{x}_proj.*" for x in "qkv"),
+    "blocks.{}.proj.*": "encoder.layers.{}.self_attn.out_proj.*", "ln_post.*": "post_layernorm.*",
+    "blocks.{}.fc.*": "encoder.layers.{}.mlp.fc1.*", "blocks.{}.fc_out.*": "encoder.layers.{}.mlp.fc2.*"}
+HF_CLIP = {"class_embedding": "embeddings.class_embedding", "ln_pre.*": "pre_layrnorm.*"}
+HF_SIGLIP = {"patch.bias": "embeddings.patch_embedding.bias"}
+ADAPTIVE = {"norm_query.*": "extra_query_LayerNorm.*", "controller.*": "linear_controller.*",
+            "q_proj.*": "fusion_attention.q_proj.*", "k_proj.*": "fusion_attention.k_proj.*"}
+HEAD_KEYS = {
+    "mlm": {"dense.*": "mlm_score.transform.dense.*", "ln.*": "mlm_score.transform.LayerNorm.*",
+            "decoder.weight": "mlm_score.decoder.weight", "bias": "mlm_score.bias"},
+    "itc": {"text.*": "cross_modal_itc_text_head.fc.*", "image.*": "cross_modal_itc_image_head.fc.*",
+            "temperature": "temperature"},
+    "itm": {"*": "itm_score.fc.*"}, "retrieval": {"*": "rank_output.*"},
+    **{ours: {f"{layer}.*": f"{theirs}_classifier.{i}.*" for layer, i in (("fc", 0), ("ln", 1), ("fc_out", 3))}
+       for ours, theirs in (("vqa", "vqa"), ("nlvr2", "nlvr2"), ("snli_ve", "snli"))}}
+DEAD_KEYS = (  # in every official state, but not used by its model
+    r"vit_model\.(positional_embedding|ln_final\..*)", r"text_transformer\.(pooler\..*|embeddings\.position_ids)",
+    r".*\.softmax_temperature_cross")
 
 
 def hf_vision_table(layers: int, ours: str, theirs: str, siglip: bool = False) -> list:
-    """HF's CLIPVisionModel and SiglipVisionModel layout."""
-    e = f"{theirs}embeddings."
-    rows = [(f"{ours}patch.weight", [f"{e}patch_embedding.weight"], "cat"),
-            (f"{ours}position_embedding", [f"{e}position_embedding.weight"], "cat"), *pair(f"{ours}ln_post", f"{theirs}post_layernorm")]
-    if siglip:
-        rows += [(f"{ours}patch.bias", [f"{e}patch_embedding.bias"], "cat")]
-    else:
-        rows += [(f"{ours}class_embedding", [f"{e}class_embedding"], "cat"), *pair(f"{ours}ln_pre", f"{theirs}pre_layrnorm")]
-    for i in range(layers):
-        a, b = f"{ours}blocks.{i}", f"{theirs}encoder.layers.{i}"
-        rows += pair(f"{a}.qkv", *(f"{b}.self_attn.{x}_proj" for x in "qkv"))
-        for x, y in (("proj", "self_attn.out_proj"), ("ln_1", "layer_norm1"), ("ln_2", "layer_norm2"), ("fc", "mlp.fc1"), ("fc_out", "mlp.fc2")):
-            rows += pair(f"{a}.{x}", f"{b}.{y}")
-    return rows
-
-
-def manager_table(config: ManagerTowerConfig, modality: str) -> list:
-    rows = []
-    for i in range(config.num_layers):
-        ours, theirs = f"{modality}_managers.{i}", f"cross_modal_{modality}_manager_tower.{i}.manager_layer"
-        norms = [f"{theirs}.LayerNorm.{n}" for n in range(config.num_experts(modality) + (i > 0))]
-        rows += [(f"{ours}.scale", [f"{n}.weight" for n in norms], "stack"), (f"{ours}.shift", [f"{n}.bias" for n in norms], "stack"),
-                 (f"{ours}.temperature", [f"{theirs}.softmax_temperature"], "cat")]
-        if config.manager_type == "aaue" and i > 0:
-            rows += [(f"{ours}.score_previous", [f"{theirs}.layer_scores_cross"], "scores"),
-                     *pair(f"{ours}.norm_query", f"{theirs}.extra_query_LayerNorm"), *pair(f"{ours}.controller", f"{theirs}.linear_controller"),
-                     *pair(f"{ours}.q_proj", f"{theirs}.fusion_attention.q_proj"), *pair(f"{ours}.k_proj", f"{theirs}.fusion_attention.k_proj")]
-        else:
-            rows.append((f"{ours}.scores", [f"{theirs}.layer_scores"], "scores"))
-    return rows
-
-
-def head_table(name: str) -> list:
-    ours = f"heads.{name}"
-    if name == "mlm":
-        return [*pair(f"{ours}.dense", "mlm_score.transform.dense"), *pair(f"{ours}.ln", "mlm_score.transform.LayerNorm"),
-                (f"{ours}.decoder.weight", ["mlm_score.decoder.weight"], "cat"), (f"{ours}.bias", ["mlm_score.bias"], "cat")]
-    if name == "itc":
-        return [*pair(f"{ours}.text", "cross_modal_itc_text_head.fc"), *pair(f"{ours}.image", "cross_modal_itc_image_head.fc"),
-                (f"{ours}.temperature", ["temperature"], "cat")]
-    if name in ("itm", "retrieval"):
-        return pair(ours, {"itm": "itm_score.fc", "retrieval": "rank_output"}[name])
-    theirs = {"vqa": "vqa", "nlvr2": "nlvr2", "snli_ve": "snli"}[name] + "_classifier"
-    return [*pair(f"{ours}.fc", f"{theirs}.0"), *pair(f"{ours}.ln", f"{theirs}.1"), *pair(f"{ours}.fc_out", f"{theirs}.3")]
+    return expand(HF_VISION | (HF_SIGLIP if siglip else HF_CLIP), ours, theirs, layers)
 
 
 def official_table(config: ManagerTowerConfig) -> list:
     """The layout of the official ManagerTower, BridgeTower and METER states."""
     if config.fusion == "manager" and config.manager_type == "sae":
         raise ValueError("manager_type 'sae' has no official code, so there are no official weights of it")
-    rows = clip_table(config.vision_layers, "image_encoder.", "vit_model.visual.")
-    rows += roberta_table(config.text_layers, "text_encoder.", "text_transformer.")
-    rows.append(("type_embedding", ["token_type_embeddings.weight"], "cat"))
+    rows = expand(CLIP, "image_encoder.", "vit_model.visual.", config.vision_layers)
+    rows += expand(ROBERTA, "text_encoder.", "text_transformer.", config.text_layers)
+    rows += expand({"type_embedding": "token_type_embeddings.weight"})
     for m in ("text", "image"):
-        rows += pair(f"{m}_transform", f"cross_modal_{m}_transform") + pair(f"{m}_pooler", f"cross_modal_{m}_pooler.dense")
-        for i in range(config.num_layers):
-            rows += bert_table(f"{m}_layers.{i}", f"cross_modal_{m}_layers.{i}", cross=True)
+        rows += expand({"transform.*": "transform.*", "pooler.*": "pooler.dense.*"}, f"{m}_", f"cross_modal_{m}_")
         if config.fusion == "manager":
-            rows += [(f"{m}_layer_embedding", [f"layer_embeddings_{m}.weight"], "cat"), *manager_table(config, m)]
-        elif config.fusion == "bridge":
-            for i in range(config.num_layers):
+            rows += expand({f"{m}_layer_embedding": f"layer_embeddings_{m}.weight"})
+        for i in range(config.num_layers):
+            rows += expand(CROSS, f"{m}_layers.{i}.", f"cross_modal_{m}_layers.{i}.")
+            if config.fusion == "manager":
+                rows += manager_rows(config, m, i)
+            elif config.fusion == "bridge":
                 theirs = f"cross_modal_{m}_link_tower.{i - 1}.LayerNorm" if i else f"cross_modal_{m}_layernorm"
                 rows += pair(f"{m}_bridges.{i}", theirs)
-    return rows + [row for name in config.heads for row in head_table(name)]
+    return rows + [row for name in config.heads for row in expand(HEAD_KEYS[name], f"heads.{name}.")]
 
 
-# in every official state, but not used by its model
-DEAD_KEYS = (r"vit_model\.(positional_embedding|ln_final\..*)", r"text_transformer\.(pooler\..*|embeddings\.position_ids)",
-             r".*\.softmax_temperature_cross")
-
-
-def meta_shapes(config: ManagerTowerConfig) -> dict:
-    with torch.device("meta"):
-        return {k: v.shape for k, v in ManagerTower(config).state_dict().items()}
+def manager_rows(config: ManagerTowerConfig, modality: str, i: int) -> list:
+    prefixes = f"{modality}_managers.{i}.", f"cross_modal_{modality}_manager_tower.{i}.manager_layer."
+    norms = [f"LayerNorm.{n}." for n in range(config.num_experts(modality) + (i > 0))]
+    affine = {"scale": " ".join(f"{n}weight" for n in norms), "shift": " ".join(f"{n}bias" for n in norms)}
+    adaptive = config.manager_type == "aaue" and i > 0
+    scores = {"score_previous": "layer_scores_cross"} if adaptive else {"scores": "layer_scores"}
+    names = {"temperature": "softmax_temperature", **(ADAPTIVE if adaptive else {})}
+    return expand(affine, *prefixes, how="stack") + expand(scores, *prefixes, how="scores") + expand(names, *prefixes)
 
 
 def from_official(state_dict: dict, config: ManagerTowerConfig) -> dict:
-    """An official ManagerTower, BridgeTower or METER state -> ours, strictly; see import_state for the errors.
-
-    Load it with `model.load_state_dict(state, strict=True, assign=True)`.
-    """
+    """An official ManagerTower, BridgeTower or METER state -> ours, strictly; import_state raises the errors.
+    Load it with `model.load_state_dict(state, strict=True, assign=True)`."""
+    with torch.device("meta"):
+        shapes = {k: v.shape for k, v in ManagerTower(config).state_dict().items()}
     dropped = DEAD_KEYS if "itc" in config.heads else (*DEAD_KEYS, "temperature")
-    return import_state(state_dict, official_table(config), meta_shapes(config), dropped)
+    return import_state(state_dict, official_table(config), shapes, dropped)
 
 
 def to_official(state_dict: dict, config: ManagerTowerConfig) -> dict:
-    """Ours -> official names: every key that the official model uses. Also for gradients keyed by our parameter names."""
+    """Ours -> official names: every key that the official model uses. Also for gradients by our parameter names."""
     return export_state(state_dict, official_table(config))
 
 
 def read_safetensors(path) -> dict:
-    """A .safetensors file, or the model.safetensors of a folder, as a dict of CPU tensors; ValueError if it cannot be read."""
+    """A .safetensors file, or the model.safetensors of a folder, as a dict of CPU tensors; ValueError if unreadable."""
     path = Path(path)
     file = path / "model.safetensors" if path.is_dir() else path
     if not file.is_file():
-        raise ValueError(f"{file} does not exist; expected a .safetensors file or a folder with model.safetensors")
+        raise ValueError(f"{file} does not exist; expected a .safetensors file or a folder with model.safetensors "
+                         "(`python prepare.py weights` makes one from .bin, .pt and .ckpt files)")
     if file.suffix != ".safetensors":
-        raise ValueError(f"{file} is not a .safetensors file; `python prepare.py weights --source {file} --out FOLDER` makes one")
+        raise ValueError(f"{file} is not a .safetensors file; `python prepare.py weights --source {file} --out FOLDER` "
+                         "makes one")
     try:
         return load_file(file)
     except SafetensorError as error:
@@ -623,40 +563,42 @@ def read_safetensors(path) -> dict:
 def load_unimodal(model: ManagerTower, vision, text) -> None:
     """Fill both encoders from pre-trained ones: .safetensors files, or folders with model.safetensors.
 
-    vision: CLIP in HF's layout or OpenAI's; text: RoBERTa as HF's RobertaModel or RobertaForMaskedLM. The position table is
-    resized to the model's image size. Raises ValueError for a missing, left-over or misshapen key.
+    vision: CLIP in HF's layout or OpenAI's, its position table resized to the model's image size; text: RoBERTa as HF's
+    RobertaModel or RobertaForMaskedLM. Raises ValueError for a missing, left-over or misshapen key.
     """
     encoder, state = model.image_encoder, read_safetensors(vision)
     if any(k.startswith("visual.") for k in state):
-        table = clip_table(len(encoder.blocks), "", "visual.")
+        positions, table = "visual.positional_embedding", expand(CLIP, "", "visual.", len(encoder.blocks))
         dropped = (r"(?!visual\.).*", r"visual\.proj")  # CLIP's own text encoder
     else:
         prefix = "vision_model." if any(k.startswith("vision_model.") for k in state) else ""
+        positions = f"{prefix}embeddings.position_embedding.weight"
         table = hf_vision_table(len(encoder.blocks), "", prefix)
         dropped = (r"text_model\..*", "logit_scale", r"(visual|text)_projection\.weight", r".*position_ids")
-    positions = next(keys[0] for ours, keys, _ in table if ours == "position_embedding")
-    if positions in state:
-        grid = math.isqrt(encoder.position_embedding.shape[0] - 1)
-        state[positions] = resize_position_embedding(state[positions], grid)
-    load_encoder(encoder, state, table, dropped, vision)
-    state = read_safetensors(text)
+    load_encoder(encoder, state, table, dropped, vision, positions)
+    encoder, state = model.text_encoder, read_safetensors(text)
     prefix = "roberta." if any(k.startswith("roberta.") for k in state) else ""
-    load_encoder(model.text_encoder, state, roberta_table(len(model.text_encoder.layers), "", prefix),
-                 (r"lm_head\..*", r".*pooler\..*", r".*position_ids"), text)
+    dropped = (r"lm_head\..*", r".*pooler\..*", r".*position_ids")
+    load_encoder(encoder, state, expand(ROBERTA, "", prefix, len(encoder.layers)), dropped, text)
 
 
-def load_encoder(encoder: nn.Module, state: dict, table: list, dropped: tuple, source) -> None:
+def load_encoder(encoder: nn.Module, state: dict, table: list, dropped: tuple, source, positions: str = "") -> None:
+    """Load a foreign state into one encoder; positions: the key of a table to resize. Its errors name the source."""
     try:
-        encoder.load_state_dict(import_state(state, table, {k: v.shape for k, v in encoder.state_dict().items()}, dropped))
+        if positions in state:
+            grid = encoder.image_size // encoder.patch.kernel_size[0]
+            state = {**state, positions: resize_position_embedding(state[positions], grid)}
+        shapes = {k: v.shape for k, v in encoder.state_dict().items()}
+        encoder.load_state_dict(import_state(state, table, shapes, dropped))
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
 
 
 def resize_position_embedding(table: Tensor, grid: int) -> Tensor:
-    """Class row + (g*g, D) -> class row + (grid*grid, D), bicubic (align_corners False, no antialias); as it is if g == grid."""
-    old = math.isqrt(table.shape[0] - 1)
-    if old * old + 1 != table.shape[0]:
-        raise ValueError(f"a position table of {table.shape[0]} rows is not a class row and a square grid")
+    """Class row + (g * g, D) -> class row + (grid * grid, D), bicubic without antialias; as it is for g = grid."""
+    old = math.isqrt(max(len(table) - 1, 0))
+    if old * old + 1 != len(table):
+        raise ValueError(f"a position table of shape {tuple(table.shape)} is not a class row and a square grid")
     if old == grid:
         return table
     patches = table[1:].float().T.reshape(1, -1, old, old)
@@ -666,7 +608,6 @@ def resize_position_embedding(table: Tensor, grid: int) -> Tensor:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Checkpoint folders: model.safetensors + config.json
-
 
 def write_atomically(path, write) -> None:
     """write(temporary path), flush to disk, rename: the file is either the old one or the whole new one."""
@@ -703,40 +644,43 @@ def read_config(folder, kind=ManagerTowerConfig):
         raise ValueError(f"{folder} is not a checkpoint folder: it has no config.json")
     try:
         values = json.loads(file.read_text())
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise ValueError(f"{file} is not JSON: {error}") from error
-    name = values.pop("model", None)
-    unknown = set(values) - {f.name for f in dataclasses.fields(kind)}
+    name = values.pop("model", None) if isinstance(values, dict) else None
+    unknown = sorted(set(values) - {f.name for f in dataclasses.fields(kind)})
     if f"{name}Config" != kind.__name__ or unknown:
-        raise ValueError(f"{file} is not the config of a {kind.__name__.removesuffix('Config')}: model {name!r}, "
-                         f"unknown fields {sorted(unknown)}")
+        raise ValueError(f"{file} is not the config of a {kind.__name__.removesuffix('Config')}: "
+                         f"model {name!r}, unknown fields {unknown}")
     return kind(**values)
 
 
 def load_model(folder, **overrides) -> ManagerTower:
     """A checkpoint folder -> model. overrides are config fields: other `heads`, another `image_size`, ...
 
-    What fits is kept; other tasks' heads are dropped and new ones initialised (both printed); the position table is resized;
-    NLVR2's third token type copies the second; the rank head starts as the match row of the ITM head. Any other difference
-    raises ValueError.
+    What fits is kept; other tasks' heads are dropped and new ones initialised (both printed); the position table is
+    resized; NLVR2's third token type copies the second; a new rank head starts as the match row of the ITM head. Any
+    other difference raises ValueError.
     """
     model = ManagerTower(dataclasses.replace(read_config(folder), **overrides))
     state, own = read_safetensors(folder), model.state_dict()
-    grid = model.config.image_size // model.config.patch_size
-    state["image_encoder.position_embedding"] = resize_position_embedding(state["image_encoder.position_embedding"], grid)
-    types = state["type_embedding"]
-    state["type_embedding"] = torch.cat([types, types[1:2]])[:3] if len(own["type_embedding"]) == 3 else types[:2]
-    if "heads.retrieval.weight" in own and "heads.itm.weight" in state:
-        for p in ("weight", "bias"):
-            state.setdefault(f"heads.retrieval.{p}", state[f"heads.itm.{p}"][1:2].clone())
-    dropped = sorted({k.split(".")[1] for k in state if k.startswith("heads.") and k not in own})
-    new = sorted({k.split(".")[1] for k in own if k.startswith("heads.") and k not in state})
-    state = {k: v for k, v in state.items() if not (k.startswith("heads.") and k not in own)}
-    state.update({k: v for k, v in own.items() if k.startswith("heads.") and k not in state})
-    wrong = [f"{k}: {tuple(state[k].shape) if k in state else 'missing'} in the file, {tuple(own[k].shape) if k in own else 'unknown'} in the model"
-             for k in sorted({*state, *own}) if k not in state or k not in own or state[k].shape != own[k].shape]
-    if wrong:
-        raise ValueError(f"{folder} does not fit the model. " + "; ".join(wrong[:8]))
+    positions, types = "image_encoder.position_embedding", "type_embedding"
+    if positions in state:
+        grid = model.config.image_size // model.config.patch_size
+        state[positions] = resize_position_embedding(state[positions], grid)
+    if types in state:
+        state[types] = torch.cat([state[types], state[types][1:2]])[: len(own[types])]
+    stored = {k.split(".")[1] for k in state if k.startswith("heads.")}
+    if "retrieval" in model.heads and "itm" in stored and "retrieval" not in stored:
+        state |= {k.replace("itm", "retrieval"): v[1:2] for k, v in state.items() if k.startswith("heads.itm.")}
+        stored.add("retrieval")
+    dropped, new = sorted(stored - set(model.heads)), sorted(set(model.heads) - stored)
+    state = {k: v for k, v in state.items() if not k.startswith(tuple(f"heads.{name}." for name in dropped))}
+    state |= {k: v for k, v in own.items() if k.startswith(tuple(f"heads.{name}." for name in new))}
+    theirs, ours = ({k: tuple(v.shape) for k, v in s.items()} for s in (state, own))
+    if theirs != ours:
+        wrong = [f"{k}: {theirs.get(k, 'missing')} in the file, {ours.get(k, 'missing')} in the model"
+                 for k in sorted({*theirs, *ours}) if theirs.get(k) != ours.get(k)]
+        raise ValueError(f"{folder} does not fit the model. {textwrap.shorten('; '.join(wrong), 800)}")
     model.load_state_dict(state)
     if (dropped or new) and os.environ.get("RANK", "0") == "0":
         print(f"{folder}: heads dropped: {', '.join(dropped) or 'none'}; heads initialised: {', '.join(new) or 'none'}")

@@ -1,13 +1,14 @@
 """What was downloaded -> what the other files read: official weights, and manifests of the raw datasets.
 
-    python prepare.py weights --source model.ckpt --out FOLDER   official Lightning .ckpt, HF BridgeTower, OpenAI CLIP .pt, HF .bin
-    python prepare.py openclipart --out DIR                      drawings with captions, a Debian package (also: tuxpaint)
+    python prepare.py weights --source model.ckpt --out FOLDER   Lightning .ckpt, HF BridgeTower, OpenAI CLIP .pt
+    python prepare.py openclipart --out DIR                      drawings with captions; also: tuxpaint
     python prepare.py vqav2 --root RAW --out DIR                 also: vgqa nlvr2 snli_ve flickr30k coco vg sbu cc3m
 
-Manifests are JSON Lines, DIR/<name>_<split>.jsonl; images stay where they are. Running a command again gives the same bytes.
-The rules are those of the official preprocessing (ManagerTower, src/utils/write_*.py) except where a comment says otherwise.
+Manifests are JSON Lines, DIR/<name>_<split>.jsonl; images stay where they are. Running it again gives the same bytes.
+The rules are those of the official preprocessing (src/utils/write_*.py) except where a comment says otherwise.
 """
 import argparse
+import dataclasses
 import functools
 import hashlib
 import html
@@ -28,77 +29,75 @@ import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from data import load_tokenizer
+from data import load_answers, load_tokenizer
 from model import ManagerTowerConfig, from_official, read_safetensors, save_folder, write_atomically
 
-# ---------------------------------------------------------------------------------------------------------------------
-# VQA answers: the normaliser of ViLT and METER, on the tables of VQA's official evaluator
+# ---------------- VQA answers: the normaliser of ViLT and METER, on the tables of VQA's official evaluator
 
 # a key is its contraction with one apostrophe left out: couldnt've and couldn'tve -> couldn't've
 CONTRACTIONS = {word[:i] + word[i + 1 :]: word for word in """
-    ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've he's
-    how'd how'll how's I'd've I'm I've isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't
-    not've o'clock oughtn't 'ow's'at shan't she'd've should've shouldn't shouldn't've somebody'd've somebody'll somebody's
-    someone'd someone'd've someone'll someone's something'd something'd've something'll that's there'd there'd've there're
-    there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what's what've when's
-    where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't would've wouldn't wouldn't've y'all
-    y'all'll y'all'd've you'd you'd've you'll you're you've""".split() for i, letter in enumerate(word) if letter == "'"}
+    ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd
+    he'd've he's how'd how'll how's I'd've I'm I've isn't it'd it'd've it'll ma'am mightn't mightn't've might've
+    mustn't must've needn't not've o'clock oughtn't 'ow's'at shan't she'd've should've shouldn't shouldn't've
+    somebody'd've somebody'll somebody's someone'd someone'd've someone'll someone's something'd something'd've
+    something'll that's there'd there'd've there're there's they'd they'd've they'll they're they've 'twas
+    wasn't we'd've we've weren't what'll what're what's what've when's where'd where's where've who'd who'd've
+    who'll who's who've why'll why're why's won't would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd
+    you'd've you'll you're you've""".split()
+                for i, letter in enumerate(word) if letter == "'"}
 CONTRACTIONS["somebody'd"] = "somebodyd"  # the wrong way round in the official table
-NUMBERS = "zero one two three four five six seven eight nine ten".split()
-DIGITS = {"none": "0"} | {word: str(i) for i, word in enumerate(NUMBERS)}
+DIGITS = {"none": "0", **{word: str(i) for i, word in enumerate(
+    "zero one two three four five six seven eight nine ten".split())}}
 ARTICLES = ("a", "an", "the")
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 COMMA = re.compile(r"\d,\d")
-PERIOD = re.compile(r"(?!<=\d)\.(?!\d)")  # (?<!\d) was meant: as it is, "3." loses its period too. The labels were made so
+PERIOD = re.compile(r"(?!<=\d)\.(?!\d)")  # meant: (?<!\d); as it is, "3." loses its period. Kept
 
 
 @functools.cache
 def normalize_answer(text: str) -> str:
-    """An answer as the ViLT family writes it: 'The two-story house.' -> '2 story house'.
-
-    Differs from VQA's official evaluator in PERIOD, and in that only the first 32 periods go (re.UNICODE, passed as a count).
-    """
+    """An answer as the ViLT family writes it: 'The two-story house.' -> '2 story house'."""
     out = text
     for mark in PUNCTUATION:
         alone = f"{mark} " in text or f" {mark}" in text or COMMA.search(text)
         out = out.replace(mark, "" if alone else " ")
-    words = (DIGITS.get(word, word) for word in PERIOD.sub("", out, count=32).lower().split())
+    words = (DIGITS.get(word, word) for word in PERIOD.sub("", out, count=32).lower().split())  # 32: re.UNICODE
     return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES).replace(",", "")
 
 
 def answer_score(count: int) -> float:
-    """Soft score of an answer of `count` of the ten annotators: the mean of min(n / 3, 1) with each left out in turn."""
+    """Soft score of what `count` of ten annotators answered: the mean of min(n / 3, 1) with each left out in turn."""
     return (0.0, 0.3, 0.6, 0.9, 1.0)[min(count, 4)]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Raw files
+# ---------------- Raw files
+
+
+# usual sub-folders of RAW, beside RAW/<name>
+FOLDERS = ("annotations", "images", "data", "utils", "karpathy", "coco_splits", "coco", "flickr30k", "nlvr2/data")
 
 
 class Dataset(NamedTuple):
     build: Callable  # Raw -> {split: rows}
     files: dict[str, str]  # name -> where to get it
     images: str  # where to get them
-    folders: tuple[str, ...] = ()  # usual sub-folders of RAW, beside RAW/<name>
-    published: dict[str, tuple[str, str]] = {}  # split -> (images, texts), as the papers or the authors count them
-    root: str | None = None  # RAW, where it has a fixed place
+    published: dict[str, str] = {}  # split -> the counts of the papers or of the authors
+    root: Path | None = None  # RAW, where it has a fixed place
 
 
 def read_json(path: Path, lines: bool = False):
     """A JSON file, or JSON Lines as a list."""
-    values, number = [], 0
-    try:
-        text = path.read_text(encoding="utf-8")
-        for part in text.split("\n") if lines else [text]:
-            number += 1
+    values = []
+    for number, part in enumerate(path.read_bytes().split(b"\n") if lines else [path.read_bytes()], 1):
+        try:
             values += [json.loads(part)] if part.strip() or not lines else []
-    except ValueError as error:  # JSONDecodeError or UnicodeDecodeError
-        raise ValueError(f"{path}{f', line {number}' if lines else ''} is not JSON ({error}); download it again") from error
+        except ValueError as error:  # JSONDecodeError or UnicodeDecodeError
+            raise ValueError(f"{path}, {f'line {number}' if lines else 'the file'} is not JSON: {error}") from error
     return values if lines else values[0]
 
 
 def fields(path: Path, items, *keys: str) -> Iterator[tuple]:
-    """The values of `keys` of each item of a file's list, behind a progress bar; a key with a ? may be absent (None)."""
+    """The values of `keys` of each item of a file's list, with a progress bar; a key with a ? may be absent (None)."""
     if not isinstance(items, list):
         raise ValueError(f"{path}: expected a list of entries, found {type(items).__name__}")
     for number, item in enumerate(tqdm(items, desc=path.name, unit_scale=True, leave=False, disable=len(items) < 1000)):
@@ -113,15 +112,14 @@ class Raw:
 
     def __init__(self, name: str, root: Path, out: Path):
         self.name, self.spec, self.root, self.out = name, DATASETS[name], root, Path(os.path.realpath(out))
-        self.bases = [base for folder in ("", name, *self.spec.folders) if (base := root / folder).is_dir()]
+        self.bases = [base for folder in ("", name, *FOLDERS) if (base := root / folder).is_dir()]
         self.folders: dict[str, dict[str, str]] = {}  # listings of image folders
         self.missing: dict[str, None] = {}  # images, in the order of their first use
         self.found, self.left_out = 0, Counter()
         absent = [f"  {file}   from {source}" for file, source in self.spec.files.items() if not self.find(file)]
-        if not self.bases:
-            absent.insert(0, f"  {root} is not a folder. Images: {self.spec.images}")
-        if absent:
-            raise ValueError("\n".join([f"files of {name} are missing (looked in {', '.join(map(str, self.bases))}):", *absent]))
+        if not self.bases or absent:
+            looked = ", ".join(map(str, self.bases)) or f"{root}: no such folder; {self.spec.images}"
+            raise ValueError("\n".join([f"files of {name} are missing (looked in {looked})", *absent]))
 
     def find(self, file: str) -> Path | None:
         return next((path for base in self.bases if (path := base / file).is_file()), None)
@@ -132,7 +130,7 @@ class Raw:
         yield from fields(self.find(file), items.get(under) if under and isinstance(items, dict) else items, *keys)
 
     def image(self, *candidates: str) -> str | None:
-        """The first of these images that exists, as a path relative to the manifest; None if none does, which is noted."""
+        """The first of these images that exists, relative to the manifest; None if none does, which is noted."""
         for candidate in candidates:
             folder, _, file = candidate.rpartition("/")
             if folder not in self.folders:  # one listing instead of a system call an image
@@ -156,8 +154,10 @@ def dedupe(texts: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(text for t in texts if (text := " ".join(t.split()))))
 
 
-def write_text(path: Path, text: str) -> None:
+def write_json(path: Path, values: list, lines: bool = False) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
+    parts = [json.dumps(value, ensure_ascii=False) for value in values]
+    text = "".join(f"{part}\n" for part in parts) if lines else "[" + ",\n".join(parts) + "]\n"
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
@@ -166,25 +166,22 @@ def prepare_dataset(name: str, root: Path, out: Path) -> None:
     raw = Raw(name, root, out)
     splits = raw.spec.build(raw)
     if not raw.found:
-        raise ValueError(f"no image of {name} is below {root}, e.g. {next(iter(raw.missing), '')}; get them: {raw.spec.images}")
-    print(f"{'':<26}{'images':>12}{'published':>12}{'texts':>12}{'published':>12}")
+        raise ValueError(f"no image of {name} is in {root}, e.g. {[*raw.missing][:1]}; get them: {raw.spec.images}")
     for split, rows in splits.items():
         images = len({image for row in rows for image in row.get("images", [row.get("image")])})
         texts = sum(len(row.get("captions", row.get("questions", [""]))) for row in rows)
-        published = raw.spec.published.get(split, ("", ""))
-        print(f"{name}_{split:<{25 - len(name)}}{images:>12,}{published[0]:>12}{texts:>12,}{published[1]:>12}", end="")
-        print("" if rows else "   empty: not written")
+        published = raw.spec.published.get(split)
+        print(f"{name}_{split}: {images:,} images, {texts:,} texts{f'   (published: {published})' if published else ''}"
+              f"{'' if rows else ' - not written'}")
         if rows:
-            write_text(out / f"{name}_{split}.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
+            write_json(out / f"{name}_{split}.jsonl", rows, lines=True)
     for what, number in (+raw.left_out).items():
         print(f"left out: {number:,} {what}")
     if raw.missing:
-        print(f"left out: the rows of {len(raw.missing):,} missing images, e.g. {', '.join(list(raw.missing)[:3])}. "
-              f"Get them: {raw.spec.images}")
+        print(f"left out: {len(raw.missing):,} missing images: {', '.join([*raw.missing][:3])} ... ({raw.spec.images})")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The datasets
+# ---------------- The datasets
 
 
 def build_vqav2(raw: Raw) -> dict:
@@ -198,19 +195,19 @@ def build_vqav2(raw: Raw) -> dict:
             annotations[question_id] = given, *types
     vocabulary = [answer for answer, count in counts.items() if count >= 9]
     if not vocabulary:
-        raise ValueError("no answer stands 9 times in the annotations: use the whole files (the images may be a subset)")
+        raise ValueError("no answer stands 9 times: use the whole annotation files (the images may be a subset)")
     splits = {split: vqa_rows(raw, f"{split}2014", annotations, set(vocabulary)) for split in ("train", "val")}
     # to choose a checkpoint when training on nearly everything; a subset keeps the share of the published 1,000 images
     rest = len(splits["val"]) - min(1000, math.ceil(len(splits["val"]) / 40))
     splits |= {"trainable_val": splits["val"][:rest], "rest_val": splits["val"][rest:]}
     splits |= {"test": vqa_rows(raw, "test2015"), "test-dev": vqa_rows(raw, "test-dev2015")}
-    write_text(raw.out / "answers.json", json.dumps(vocabulary, ensure_ascii=False, indent=0) + "\n")
+    write_json(raw.out / "answers.json", vocabulary)
     print(f"answers.json: {len(vocabulary):,} answers (published: 3,129)")
     return splits
 
 
 def vqa_rows(raw: Raw, split: str, annotations: dict | None = None, vocabulary: set[str] = frozenset()) -> list[dict]:
-    """One row an image, in the order of the question file. Questions without an answer of the vocabulary are left out."""
+    """One row an image, in the order of the file. Questions without an answer of the vocabulary are left out."""
     file, rows, folder = f"v2_OpenEnded_mscoco_{split}_questions.json", {}, split.replace("test-dev", "test")
     for image_id, question_id, text in raw.entries(file, "image_id", "question_id", "question", under="questions"):
         question = {"id": question_id, "question": text}
@@ -228,22 +225,12 @@ def vqa_rows(raw: Raw, split: str, annotations: dict | None = None, vocabulary: 
             if (image := raw.image(f"{folder}/COCO_{folder}_{image_id:012d}.jpg"))]
 
 
-def read_answers(path: Path) -> list[str]:
-    """answers.json: the answers in the order of their ids."""
-    answers = read_json(path) if path.is_file() else None
-    if not isinstance(answers, list) or not all(isinstance(a, str) for a in answers):
-        raise ValueError(f"{path} {'is no list of answers' if path.is_file() else 'does not exist'}; "
-                         f"`python prepare.py vqav2 --root RAW --out {path.parent}` writes it")
-    return answers
-
-
 def build_vgqa(raw: Raw) -> dict:
-    """Questions with one distinct answer of the VQAv2 vocabulary. coco_*: the images that are in COCO; train, val: all.
+    """Questions with one distinct answer of the VQAv2 vocabulary (made before, in --out). coco_*: the images in COCO.
 
-    Karpathy's val and test images are never in train. Of the images outside COCO one in ten goes to val, by a hash (the
-    official code follows a random list there).
+    Karpathy's val and test images are never in train. Of the images outside COCO one in ten goes to val, by a hash.
     """
-    vocabulary, kept, file = set(read_answers(raw.out / "answers.json")), {}, "question_answers.json"
+    vocabulary, kept, file = set(load_answers(raw.out)), {}, "question_answers.json"
     lines = "\n".join(raw.find(f"karpathy_{split}_images.txt").read_text() for split in ("val", "test")).split("\n")
     held_out = {int(re.findall(r"\d+", line.split(".jpg")[0])[-1]) for line in lines if line.strip()}
     coco = dict(raw.entries("image_data.json", "image_id", "coco_id?"))
@@ -271,7 +258,7 @@ def build_nlvr2(raw: Raw) -> dict:
         keys = ("sentence", "identifier", "label", "directory?")
         for sentence, identifier, label, directory in raw.entries(f"{split}.json", *keys, lines=True):
             if str(label) not in ("True", "False"):
-                raise ValueError(f"{raw.find(split + '.json')}: label {label!r} of {identifier} is neither True nor False")
+                raise ValueError(f"{raw.find(split + '.json')}: label {label!r} of {identifier} is not True or False")
             name = identifier.rpartition("-")[0]  # the last field numbers the sentences of a pair
             folder = split if directory is None else f"{split}/{directory}"
             pair = [raw.image(f"images/{folder}/{name}-img{k}.png", f"{folder}/{name}-img{k}.png") for k in (0, 1)]
@@ -294,17 +281,16 @@ def build_snli_ve(raw: Raw) -> dict:
 
 
 def build_karpathy(raw: Raw) -> dict:
-    """COCO (restval belongs to train) and Flickr30K by Karpathy's splits."""
-    file, splits = f"dataset_{raw.name}.json", {"train": [], "val": [], "test": []}
+    """COCO and Flickr30K by Karpathy's splits. The papers train on COCO's restval and on Flickr30K's val as well."""
+    file, coco, splits = f"dataset_{raw.name}.json", raw.name == "coco", {"train": [], "val": [], "test": []}
     for name, split, sentences in raw.entries(file, "filename", "split", "sentences", under="images"):
-        split = "train" if split == "restval" else split
-        if split not in splits:
-            raise ValueError(f"{raw.find(file)}: {name} is in the unknown split {split!r}")
         captions, stem = (caption for caption, in fields(raw.find(file), sentences, "raw")), Path(name).stem
-        if raw.name == "coco":  # COCO_val2014_000000391895.jpg
-            splits[split] += raw.captions(int(stem.split("_")[-1]), captions, f"{stem.split('_')[1]}/{name}")
+        if coco:  # COCO_val2014_000000391895.jpg
+            row = raw.captions(int(stem.split("_")[-1]), captions, f"{stem.split('_')[1]}/{name}")
         else:
-            splits[split] += raw.captions(stem, captions, f"flickr30k-images/{name}", f"flickr30k_images/{name}")
+            row = raw.captions(stem, captions, f"flickr30k-images/{name}", f"flickr30k_images/{name}")
+        for target in {"restval": ["train"], "val": ["val"] if coco else ["train", "val"]}.get(split, [split]):
+            splits[target] += row
     return splits
 
 
@@ -330,7 +316,7 @@ def build_sbu(raw: Raw) -> dict:
 
 
 def build_cc3m(raw: Raw) -> dict:
-    """The image of row i (from 0) is <split>/i or <split>/i.jpg; only rows listed in {train,val}_image_exist.txt, if there."""
+    """The image of row i (from 0) is <split>/i or <split>/i.jpg; <split>_image_exist.txt lists the rows, if there."""
     splits = {"train": [], "val": []}
     for (split, rows), file in zip(splits.items(), raw.spec.files):
         path, exist = raw.find(file), raw.find(f"{split}_image_exist.txt")
@@ -339,20 +325,19 @@ def build_cc3m(raw: Raw) -> dict:
         for i, line in enumerate(tqdm(lines, desc=file, unit_scale=True, leave=False)):
             caption, tab, _ = line.partition("\t")
             if not tab:
-                raise ValueError(f"{path}, line {i + 1}: expected a caption, a tab and a URL, found {line[:100]!r}")
+                raise ValueError(f"{path}, line {i + 1}: expected a caption, a tab and a URL, found {line[:80]!r}")
             if wanted is None or str(i) in wanted:
                 rows += raw.captions(str(i), [caption], f"{split}/{i}.jpg", f"{split}/{i}", f"images_{split}/{i}.jpg")
     return splits
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Real pictures with captions in two Debian packages: drawings in the public domain, and stamps (GPL-2)
+# ---------------- Real pictures with captions in two Debian packages: drawings in the public domain, and stamps (GPL-2)
 
 SKIPPED_STAMPS = re.compile(r"_(mirror|flip)\b|symbols/alphabets")
-BOILERPLATE = re.compile(r"https?:|www\.|\.com\b|@|licen[sc]e|copyright|public domain|hash\(0x|clip ?arts?\b|collection|theme"
-                         r"|icon ?set|inkscape|sodipodi|s[iu]bmission|untitled|convert|advertising|rollandin$|Ã", re.I)
-DULL_KEYWORD = re.compile(r".*(sym|national|travel)|.*\d.*|hash|unsorted|signs?( and symbols)?|symbols?|shapes?|computer|work"
-                          r"|united nations member|icons?|recreation|geometry|menu|equipment|activities|design|miscellany|study")
+BOILERPLATE = re.compile(r"https?:|www\.|\.com\b|@|licen[sc]e|copyright|public domain|hash\(0x|clip ?arts?\b|theme|Ã"
+                         r"|collection|icon ?set|inkscape|sodipodi|s[iu]bmission|convert|advertising|rollandin$", re.I)
+DULL_KEYWORD = re.compile(r".*(sym|national|travel)|.*\d.*|hash|unsorted|signs?( and symbols)?|symbols?|shapes?|icons?"
+                          r"|united nations member|recreation|geometry|menu|equipment|activities|miscellany|computer")
 
 
 def bucket(text: str) -> int:
@@ -366,7 +351,7 @@ def tidy(text: str, title: bool = False) -> str:
     if title:
         text = re.sub(r"\.(svg|png)\b", "", text.replace("_", " "), flags=re.I)
         text = text.replace("-", " ") if " " not in text and text.count("-") > 1 else text
-        text = re.sub(r"\s(by|di)\s[A-Z].*|\s*(?i:architetto|(francesco )?rollandin)\b.*|(?<=[a-z])[\s#]*\d{1,3}$", "", text)
+        text = re.sub(r"\s(by|di)\s[A-Z].*|\s*(?i:architetto|rollandin)\b.*|(?<=[a-z])[\s#]*\d{1,3}$", "", text)
     dull = BOILERPLATE.search(text) or len(text.split()) > 40 or len(re.findall(r"[^\W\d_]", text)) < 2
     return "" if dull else text.strip(" -,")
 
@@ -395,7 +380,7 @@ def build_openclipart(raw: Raw) -> dict:
 
 def build_tuxpaint(raw: Raw) -> dict:
     """Stamps with the first, English line of their .txt."""
-    paths = [p for p in sorted(raw.root.rglob("*.png")) if not SKIPPED_STAMPS.search(p.relative_to(raw.root).as_posix())]
+    paths = [path for path in sorted(raw.root.rglob("*.png")) if not SKIPPED_STAMPS.search(path.as_posix())]
     texts = [t.read_text(encoding="utf-8") if (t := p.with_suffix(".txt")).is_file() else "" for p in paths]
     return split_pictures(raw, [(path, [text.partition("\n")[0]]) for path, text in zip(paths, texts)])
 
@@ -406,15 +391,17 @@ def split_pictures(raw: Raw, pictures: list[tuple[Path, list[str]]]) -> dict:
     for path, captions in tqdm(pictures, desc=raw.name, leave=False):
         captions = list({c.casefold().rstrip("."): c for c in reversed(dedupe(captions))}.values())[::-1]
         content, first = path.read_bytes(), captions[0].casefold() if captions else ""
+        digest = hashlib.sha1(content).digest()
         # the size stands in the header; nothing is decoded, for there are files of 600 megapixels
         sides = struct.unpack(">II", content[16:24]) if content[:4] == b"\x89PNG" and len(content) > 24 else (0, 0)
-        checks = {"without a caption": not captions, "smaller than 32 px": min(sides) < 32, "that are copies": content in seen,
-                  "longer than 5:1": max(sides) > 5 * min(sides), "of more than 8 megapixels": math.prod(sides) > 8e6,
-                  "that are blank": math.prod(sides) > 2000 * len(content), "beyond six of a caption": uses[first] == 6}
+        area, ratio = math.prod(sides), max(sides) / max(1, min(sides))
+        checks = {"without a caption": not captions, "below 32 px": min(sides) < 32, "above 8 megapixels": area > 8e6,
+                  "longer than 5:1": ratio > 5, "that are blank": area > 2000 * len(content),
+                  "that are copies": digest in seen, "beyond six of a caption": uses[first] == 6}
         if wrong := [reason for reason, holds in checks.items() if holds]:
             raw.left_out[f"images {wrong[0]}"] += 1
             continue
-        seen.add(content)
+        seen.add(digest)
         uses[first] += 1
         raw.found += 1
         split = "train" if bucket(first) < 80 else "val" if bucket(first) < 90 else "test"
@@ -428,54 +415,48 @@ def split_pictures(raw: Raw, pictures: list[tuple[Path, list[str]]]) -> dict:
     return splits
 
 
-VQA, COCO, FLICKR = "https://visualqa.org/download.html", "https://cocodataset.org", "https://shannon.cs.illinois.edu/DenotationGraph"
+COCO, NLVR2, SHARE = "https://cocodataset.org", "https://github.com/lil-lab/nlvr", Path("/usr/share")
+SPLITS = "https://github.com/peteanderson80/bottom-up-attention/tree/master/data/genome/coco_splits"
 KARPATHY = "https://cs.stanford.edu/people/karpathy/deepimagesent/caption_datasets.zip"
-GENOME, NLVR2 = "https://homes.cs.washington.edu/~ranjay/visualgenome/api.html", "https://github.com/lil-lab/nlvr"
-COCO_SPLITS = "https://github.com/peteanderson80/bottom-up-attention, data/genome/coco_splits"
-SNLI_VE, SBU = "https://github.com/necla-ml/SNLI-VE", "https://www.cs.rice.edu/~vo/sbucaptions"
-CC3M = "https://ai.google.com/research/ConceptualCaptions/download"
-
+GENOME = "https://homes.cs.washington.edu/~ranjay/visualgenome/api.html"
+FLICKR, SNLI_VE = "https://shannon.cs.illinois.edu/DenotationGraph", "https://github.com/necla-ml/SNLI-VE"
+SBU, CC3M = "https://www.cs.rice.edu/~vo/sbucaptions", "https://ai.google.com/research/ConceptualCaptions/download"
 DATASETS = {
-    "vqav2": Dataset(build_vqav2, dict.fromkeys([
-        *(f"v2_OpenEnded_mscoco_{split}_questions.json" for split in ("train2014", "val2014", "test2015", "test-dev2015")),
-        *(f"v2_mscoco_{split}_annotations.json" for split in ("train2014", "val2014"))], VQA), COCO, ("annotations", "images", "coco"), {
-            "train": ("82,774", "435,174"), "val": ("40,503", "210,207"), "test": ("", "447,793"), "test-dev": ("", "107,394")}),
+    "vqav2": Dataset(build_vqav2, dict.fromkeys([f"v2_{name}.json" for name in (
+        "OpenEnded_mscoco_train2014_questions", "OpenEnded_mscoco_val2014_questions", "mscoco_train2014_annotations",
+        "mscoco_val2014_annotations", "OpenEnded_mscoco_test2015_questions", "OpenEnded_mscoco_test-dev2015_questions"
+        )], "https://visualqa.org/download.html"), COCO, {
+        "train": "82,774 images, 435,174 questions", "val": "40,503 images, 210,207 questions"}),
     "vgqa": Dataset(build_vgqa, {
-        **dict.fromkeys(["question_answers.json", "image_data.json"], GENOME),
-        **dict.fromkeys(["karpathy_val_images.txt", "karpathy_test_images.txt"], COCO_SPLITS)}, GENOME,
-        ("annotations", "images", "coco_splits", "vg"), {
-            "coco_train": ("", "429,061"), "coco_val": ("", "38,855"), "train": ("", "846,015"), "val": ("", "85,851")}),
-    "nlvr2": Dataset(build_nlvr2, dict.fromkeys(["train.json", "dev.json", "test1.json"], NLVR2), NLVR2, ("data", "nlvr2/data"), {
-        "train": ("", "86,373"), "dev": ("", "6,982"), "test1": ("", "6,967")}),
-    "snli_ve": Dataset(build_snli_ve, dict.fromkeys([f"snli_ve_{split}.jsonl" for split in ("train", "dev", "test")], SNLI_VE), FLICKR,
-                       ("flickr30k",), {"train": ("", "529,527"), "dev": ("", "17,858"), "test": ("", "17,901")}),
-    "flickr30k": Dataset(build_karpathy, {"dataset_flickr30k.json": KARPATHY}, FLICKR, ("karpathy",), {
-        "train": ("29,000", "145,000"), "val": ("1,014", "5,070"), "test": ("1,000", "5,000")}),
-    "coco": Dataset(build_karpathy, {"dataset_coco.json": KARPATHY}, COCO, ("karpathy", "images"), {
-        "train": ("113,287", "566,747"), "val": ("5,000", "25,010"), "test": ("5,000", "25,010")}),
-    "vg": Dataset(build_vg, {"region_descriptions.json": GENOME}, GENOME, ("annotations", "images"), {"train": ("108K", "4.8M")}),
-    "sbu": Dataset(build_sbu, {"sbu-captions-all.json": SBU}, "its image_urls", (), {"train": ("860K", "860K")}),
-    "cc3m": Dataset(build_cc3m, dict.fromkeys(["Train_GCC-training.tsv", "Validation_GCC-1.1.0-Validation.tsv"], CC3M), "their URLs",
-                    ("utils", "images"), {"train": ("2.9M", "2.9M")}),
-    "openclipart": Dataset(build_openclipart, {}, "apt-get install openclipart-png openclipart-svg", root="/usr/share/openclipart"),
-    "tuxpaint": Dataset(build_tuxpaint, {}, "apt-get install tuxpaint-stamps-default", root="/usr/share/tuxpaint/stamps"),
-}
+        "question_answers.json": GENOME, "image_data.json": GENOME, "karpathy_val_images.txt": SPLITS,
+        "karpathy_test_images.txt": SPLITS}, GENOME, {
+        "coco_train": "429,061 questions", "coco_val": "38,855", "train": "846,015", "val": "85,851"}),
+    "nlvr2": Dataset(build_nlvr2, dict.fromkeys(["train.json", "dev.json", "test1.json"], NLVR2), NLVR2, {
+        "train": "86,373 sentences", "dev": "6,982", "test1": "6,967"}),
+    "snli_ve": Dataset(build_snli_ve, {f"snli_ve_{s}.jsonl": SNLI_VE for s in ("train", "dev", "test")}, FLICKR, {
+        "train": "529,527 hypotheses", "dev": "17,858", "test": "17,901"}),
+    "flickr30k": Dataset(build_karpathy, {"dataset_flickr30k.json": KARPATHY}, FLICKR, {
+        "train": "29,000 + 1,014 images", "val": "1,014", "test": "1,000"}),
+    "coco": Dataset(build_karpathy, {"dataset_coco.json": KARPATHY}, COCO, {
+        "train": "113,287 images, 567K captions", "val": "5,000", "test": "5,000"}),
+    "vg": Dataset(build_vg, {"region_descriptions.json": GENOME}, GENOME, {"train": "108K images, 4.8M captions"}),
+    "sbu": Dataset(build_sbu, {"sbu-captions-all.json": SBU}, "its image_urls", {"train": "860K images"}),
+    "cc3m": Dataset(build_cc3m, dict.fromkeys(["Train_GCC-training.tsv", "Validation_GCC-1.1.0-Validation.tsv"], CC3M),
+                    "their URLs", {"train": "2.9M images"}),
+    "openclipart": Dataset(build_openclipart, {}, "apt-get install openclipart-png openclipart-svg", {},
+                           SHARE / "openclipart"),
+    "tuxpaint": Dataset(build_tuxpaint, {}, "apt-get install tuxpaint-stamps-default", {}, SHARE / "tuxpaint/stamps")}
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Weights. Nothing of a checkpoint is ever executed: its pickle is read into inert records, from which tensors are rebuilt
+
+# ---------------- Weights: a pickle becomes inert records, from which tensors are rebuilt; nothing is executed
 
 
 class Inert(dict):
-    """What a pickle's globals and their instances become: it takes every call, state and item, and does nothing with them."""
-    name, state, __hash__ = "", None, object.__hash__
-
-    def __new__(cls, *args, **kwargs):
-        self = super().__new__(cls)
-        self.args = args
-        return self
+    """What a pickle's globals and their instances become: it takes every call, state and item, and does nothing."""
+    name, args, state, __hash__ = "", (), None, object.__hash__
 
     def __init__(self, *args, **kwargs):
-        super().__init__()
+        self.args = args
 
     def __setstate__(self, state):
         self.state = state
@@ -494,10 +475,11 @@ class InertUnpickler(pickle.Unpickler):
         return pid  # ("storage", class, key, device, length)
 
 
-STORAGES = {"Float": torch.float32, "Half": torch.float16, "BFloat16": torch.bfloat16, "Double": torch.float64, "Long": torch.int64,
-            "Int": torch.int32, "Short": torch.int16, "Char": torch.int8, "Byte": torch.uint8, "Bool": torch.bool}
+STORAGES = {"Float": torch.float32, "Half": torch.float16, "BFloat16": torch.bfloat16, "Double": torch.float64,
+            "Long": torch.int64, "Int": torch.int32, "Byte": torch.uint8, "Bool": torch.bool}
 # what a damaged or hostile file raises
-BROKEN = (pickle.UnpicklingError, zipfile.BadZipFile, EOFError, LookupError, ValueError, TypeError, AttributeError, RuntimeError)
+BROKEN = (pickle.UnpicklingError, zipfile.BadZipFile, EOFError, LookupError, ValueError, TypeError, AttributeError,
+          RuntimeError)
 
 
 class TorchFile:
@@ -505,8 +487,8 @@ class TorchFile:
 
     def __init__(self, path: Path):
         if not zipfile.is_zipfile(path):
-            raise ValueError(f"{path} is not a zip archive: a broken download, or PyTorch's format from before 1.6; then: python "
-                             f"-c \"import torch; torch.save(torch.load('{path}', weights_only=True), 'new.pt')\"")
+            raise ValueError(f"{path} is no zip archive: broken, or from before PyTorch 1.6; then: python -c "
+                             f"\"import torch; torch.save(torch.load('{path}', weights_only=True), 'new.pt')\"")
         self.path, self.zip, self.storages = path, zipfile.ZipFile(path), {}
         try:
             pkl = min((n for n in self.zip.namelist() if n.split("/")[-1] == "data.pkl"), key=len)
@@ -528,24 +510,29 @@ class TorchFile:
             self.storages[key] = torch.frombuffer(content, dtype=dtype) if content else torch.empty(0, dtype=dtype)
         return self.storages[key].as_strided(size, stride, offset).clone(memory_format=torch.contiguous_format)
 
-    def tensors(self, node, name: str, seen: set) -> dict[str, torch.Tensor]:
+    def tensors(self, tree) -> dict[str, torch.Tensor]:
         """{dotted name: tensor} of nested dicts and TorchScript modules, each container once."""
-        try:
-            tensor = self.tensor(node)
-        except BROKEN as error:
-            raise ValueError(f"{self.path}: tensor {name!r} cannot be read: {error!r}") from error
-        if tensor is not None or id(node) in seen:
-            return {} if tensor is None else {name: tensor}
-        seen.add(id(node))
-        state, found = getattr(node, "state", None), {}
-        for key, value in {**node, **(state if isinstance(state, dict) else {})}.items():
-            if isinstance(value, dict):
-                found |= self.tensors(value, f"{name}.{key}" if name else str(key), seen)
+        found, seen, todo = {}, set(), [("", tree)]
+        for name, node in todo:  # it grows meanwhile
+            try:
+                tensor = self.tensor(node)
+            except BROKEN as error:
+                raise ValueError(f"{self.path}: tensor {name!r} cannot be read: {error!r}") from error
+            if tensor is not None:
+                found[name] = tensor
+            elif id(node) not in seen:
+                seen.add(id(node))
+                items = {**node, **as_dict(getattr(node, "state", None))}.items()
+                todo += [(f"{name}.{key}".lstrip("."), value) for key, value in items if isinstance(value, dict)]
         return found
 
 
+def as_dict(value) -> dict:
+    return value if isinstance(value, dict) else {}
+
+
 def read_weights(source: Path) -> tuple[dict, dict]:
-    """(state, settings) of a file or a HF folder; settings: Lightning's hyper-parameters or HF's config.json, else empty."""
+    """(state, settings) of a file or a HF folder; settings: Lightning's hyper-parameters, HF's config.json or empty."""
     if source.is_dir():
         files = sorted(source.glob("*.safetensors")) or sorted(source.glob("pytorch_model*.bin"))
         if not files:
@@ -555,33 +542,36 @@ def read_weights(source: Path) -> tuple[dict, dict]:
     if source.suffix == ".safetensors" or not source.is_file():
         return read_safetensors(source), {}
     file = TorchFile(source)
-    tree = file.tree if isinstance(file.tree, dict) else {}
-    settings = tree.get("hyper_parameters")
-    settings = settings.get("config", settings) if isinstance(settings, dict) else {}
-    return file.tensors(tree.get("state_dict", tree), "", set()), settings if isinstance(settings, dict) else {}
+    tree = as_dict(file.tree)
+    settings = as_dict(tree.get("hyper_parameters"))
+    plain = {k: v for k, v in as_dict(settings.get("config", settings)).items() if isinstance(v, (int, float, str))}
+    return file.tensors(as_dict(tree.get("state_dict", tree))), plain
 
 
-V, T, MANAGER = "vit_model.visual.", "text_transformer.", "cross_modal_{}_manager_tower.0.manager_layer."
+V, T, X = "vit_model.visual.", "text_transformer.", "cross_modal_text_"
+M = "cross_modal_{}_manager_tower.0.manager_layer."
 HF_NAMES = {r"bridgetower\.": "", r"vision_model\.visual\.embeddings\.class_embedding": f"{V}class_embedding",
             r"vision_model\.visual\.embeddings\.patch_embedding\.": f"{V}conv1.", r"vision_model\.": "vit_model.",
-            r"vit_model\.visual\.embeddings\.position_embedding\.weight": f"{V}positional_embedding", r"text_model\.": T,
-            r"itc_(text|image)_head\.": r"cross_modal_itc_\1_head."}
+            r"vit_model\.visual\.embeddings\.position_embedding\.weight": f"{V}positional_embedding",
+            r"text_model\.": T, r"itc_(text|image)_head\.": r"cross_modal_itc_\1_head."}
 HEAD_KEYS = {"mlm": "mlm_score.bias", "itm": "itm_score.fc.weight", "itc": "cross_modal_itc_text_head.fc.weight",
-             "vqa": "vqa_classifier.3.weight", "nlvr2": "nlvr2_classifier.3.weight", "snli_ve": "snli_classifier.3.weight",
-             "retrieval": "rank_output.weight"}
-SIZES = {"vision_width": (f"{V}conv1.weight", 0), "patch_size": (f"{V}conv1.weight", 3), "num_answers": (HEAD_KEYS["vqa"], 0),
-         "image_size": (f"{V}positional_embedding", 0), "vocab_size": (f"{T}embeddings.word_embeddings.weight", 0),
-         "max_positions": (f"{T}embeddings.position_embeddings.weight", 0), "contrastive_size": (HEAD_KEYS["itc"], 0),
-         "text_width": ("cross_modal_text_transform.weight", 1), "hidden_size": ("cross_modal_text_transform.weight", 0),
-         "text_mlp_width": (f"{T}encoder.layer.0.intermediate.dense.weight", 0),
-         "mlp_ratio": ("cross_modal_text_layers.0.intermediate.dense.weight", 0)}
+             "vqa": "vqa_classifier.3.weight", "nlvr2": "nlvr2_classifier.3.weight",
+             "snli_ve": "snli_classifier.3.weight", "retrieval": "rank_output.weight"}
+SIZES = [("vision_width", f"{V}conv1.weight", 0), ("patch_size", f"{V}conv1.weight", 3),
+         ("image_size", f"{V}positional_embedding", 0), ("vocab_size", f"{T}embeddings.word_embeddings.weight", 0),
+         ("max_positions", f"{T}embeddings.position_embeddings.weight", 0),
+         ("text_mlp_width", f"{T}encoder.layer.0.intermediate.dense.weight", 0),
+         ("text_width", f"{X}transform.weight", 1), ("hidden_size", f"{X}transform.weight", 0),
+         ("mlp_ratio", f"{X}layers.0.intermediate.dense.weight", 0), ("num_answers", HEAD_KEYS["vqa"], 0),
+         ("contrastive_size", HEAD_KEYS["itc"], 0),
+         *(("head_hidden_scale", HEAD_KEYS[head], 1) for head in ("vqa", "nlvr2", "snli_ve"))]
 COUNTS = {"vision_layers": V + r"transformer\.resblocks\.\d+", "text_layers": T + r"encoder\.layer\.\d+",
-          "num_layers": r"cross_modal_text_layers\.\d+", "managed_layers_text": MANAGER.format("text") + r"LayerNorm\.\d+",
-          "managed_layers_image": MANAGER.format("image") + r"LayerNorm\.\d+"}
+          "num_layers": X + r"layers\.\d+", "managed_layers_text": M.format("text") + r"LayerNorm\.\d+",
+          "managed_layers_image": M.format("image") + r"LayerNorm\.\d+"}
 
 
 def bridgetower_to_official(state: dict) -> dict:
-    """transformers' BridgeTower layout -> the official one. Its contrastive head on the fused features has no place here."""
+    """transformers' BridgeTower layout -> the official one, less its contrastive head on the fused features."""
     official = {}
     for key, tensor in state.items():
         if not re.search(r"(position|token_type)_ids$|^itc_cross_modal_head\.", key):
@@ -592,60 +582,60 @@ def bridgetower_to_official(state: dict) -> dict:
         official.setdefault("mlm_score.decoder.weight", official[f"{T}embeddings.word_embeddings.weight"])
     if "logit_scale" in official:
         official["temperature"] = (-official.pop("logit_scale")).exp()
-        # transformers' image feature has passed the cross-modal transform and type embedding: fold both into the linear head
-        weight, transform = official["cross_modal_itc_image_head.fc.weight"], official["cross_modal_image_transform.weight"]
-        shift = official["cross_modal_image_transform.bias"] + official["token_type_embeddings.weight"][1]
-        official["cross_modal_itc_image_head.fc.weight"] = weight @ transform
-        official["cross_modal_itc_image_head.fc.bias"] = official["cross_modal_itc_image_head.fc.bias"] + weight @ shift
+        # its image feature has passed the cross-modal transform and the type embedding: fold both into the linear head
+        head, transform = "cross_modal_itc_image_head.fc.", "cross_modal_image_transform."
+        shift = official[transform + "bias"] + official["token_type_embeddings.weight"][1]
+        official[head + "bias"] = official[head + "bias"] + official[head + "weight"] @ shift
+        official[head + "weight"] = official[head + "weight"] @ official[transform + "weight"]
     return official
 
 
 def infer_config(state: dict, settings: dict) -> ManagerTowerConfig:
-    """The config of a state in the official layout: from its shapes and keys, and from the settings what no shape shows."""
-    config = {field: state[key].shape[dim] for field, (key, dim) in SIZES.items() if key in state}
-    missing = [key for field, (key, _) in SIZES.items() if field not in (*config, "num_answers", "contrastive_size")]
-    if missing:
-        raise ValueError(f"not a ManagerTower, BridgeTower or METER with CLIP and RoBERTa: there is no {missing[0]}")
+    """The config of a state in the official layout: from shapes and keys, and from the settings what no shape shows."""
+    config = dataclasses.asdict(ManagerTowerConfig())  # an absent key leaves the default, and from_official names it
+    found = {field: state[key].shape[dim] for field, key, dim in SIZES if key in state}
     counts = {field: len({m[0] for key in state if (m := re.match(pattern, key))}) for field, pattern in COUNTS.items()}
-    config |= {field: count for field, count in counts.items() if count}
+    config |= found | {field: count for field, count in counts.items() if count}
     config["image_size"] = math.isqrt(config["image_size"] - 1) * config["patch_size"]
     config["mlp_ratio"] //= config["hidden_size"]
     config["heads"] = tuple(head for head, key in HEAD_KEYS.items() if key in state)
-    for head in {"vqa", "snli_ve", "nlvr2"} & set(config["heads"]):
-        config["head_hidden_scale"] = state[HEAD_KEYS[head]].shape[1] // (2 * config["hidden_size"])
-    config["fusion"] = "bridge" if "cross_modal_text_layernorm.weight" in state else "last"
-    if "managed_layers_text" in config:
-        scalar = state[MANAGER.format("text") + "layer_scores"].shape[-1] == 1
-        config |= {"fusion": "manager", "manager_weight": "scalar" if scalar else "vector",
-                   "manager_type": "aaue" if any("linear_controller" in key for key in state) else "saue"}
+    config["head_hidden_scale"] = max(1, config["head_hidden_scale"] // (2 * config["hidden_size"]))
+    scores = state.get(M.format("text") + "layer_scores")
+    if scores is None:
+        config["fusion"] = "bridge" if f"{X}layernorm.weight" in state else "last"
+    else:
+        config["manager_weight"] = "scalar" if scores.shape[-1] == 1 else "vector"
+        config["manager_type"] = "aaue" if any("linear_controller" in key for key in state) else "saue"
     text = settings.get("text_config", {})  # transformers builds its cross-modal layers from it as well
+    heads = text.get("num_attention_heads")
     config["vision_heads"] = max(1, config["vision_width"] // 64)
-    config["text_heads"] = text.get("num_attention_heads", max(1, config["text_width"] // 64))
-    config["num_heads"] = text.get("num_attention_heads", settings.get("num_heads", max(1, config["hidden_size"] // 64)))
+    config["text_heads"] = heads or max(1, config["text_width"] // 64)
+    config["num_heads"] = heads or settings.get("num_heads", max(1, config["hidden_size"] // 64))
     config["dropout"] = text.get("hidden_dropout_prob", settings.get("drop_rate", 0.1))
-    return ManagerTowerConfig(**config, max_text_len=min(settings.get("max_text_len", 50), config["max_positions"] - 2))
+    config["max_text_len"] = min(settings.get("max_text_len", 50), config["max_positions"] - 2)
+    return ManagerTowerConfig(**config)
 
 
-def prepare_weights(source: Path, out: Path, tokenizer: Path | None, answers: Path | None) -> None:
+def prepare_weights(source: Path, out: Path, tokenizer: Path | None = None, answers: Path | None = None) -> None:
     """Official ManagerTower, BridgeTower, METER or HF BridgeTower -> our folder; CLIP, RoBERTa -> model.safetensors."""
     state, settings = read_weights(source)
     if any(re.match(r"(bridgetower\.)?vision_model\.visual\.", key) for key in state):
         state = bridgetower_to_official({key: tensor.float() for key, tensor in state.items()})
-    if "cross_modal_text_transform.weight" in state:
-        config, listed = infer_config(state, settings), read_answers(answers) if answers else None
-        if listed and len(listed) != config.num_answers:
-            raise ValueError(f"{answers} has {len(listed)} answers, but the model has {config.num_answers}")
+    if f"{X}transform.weight" in state:
+        config, vocabulary = infer_config(state, settings), load_answers(answers) if answers else []
+        if answers and len(vocabulary) != config.num_answers:
+            raise ValueError(f"{answers} has {len(vocabulary)} answers, but the model has {config.num_answers}")
         save_folder({k: v.float() for k, v in from_official(state, config).items()}, config, out)
-        if listed:
-            write_text(out / "answers.json", answers.read_text(encoding="utf-8"))
+        if answers:
+            write_json(out / "answers.json", vocabulary)
         print(f"{out}: {config}")
     elif any(re.search(r"(^|\.)(class_embedding|word_embeddings\.weight)$", key) for key in state):
-        state = {k: v for k, v in state.items() if k.startswith("visual.")} or state  # of OpenAI's CLIP only the image encoder
+        state = {k: v for k, v in state.items() if k.startswith("visual.")} or state  # CLIP's text encoder is not used
         out.mkdir(parents=True, exist_ok=True)
         write_atomically(out / "model.safetensors", lambda path: save_file(state, path))
         print(f"{out / 'model.safetensors'}: {len(state)} tensors of an encoder, for --vision or --text")
     else:
-        raise ValueError(f"{source} is neither ManagerTower, BridgeTower, METER nor CLIP or RoBERTa: its keys are {list(state)[:4]} ...")
+        raise ValueError(f"{source} is no ManagerTower, BridgeTower, METER, CLIP or RoBERTa: {list(state)[:4]} ...")
     if tokenizer:
         load_tokenizer(tokenizer).save(out)
 
@@ -653,10 +643,10 @@ def prepare_weights(source: Path, out: Path, tokenizer: Path | None, answers: Pa
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True, metavar="NAME")
-    weights = commands.add_parser("weights", help="official weights -> a checkpoint folder; nothing in them is executed")
+    weights = commands.add_parser("weights", help="official weights -> a checkpoint folder, without executing them")
     weights.add_argument("--source", type=Path, required=True, help=".ckpt, .pt, .bin, .safetensors or a HF folder")
-    weights.add_argument("--tokenizer", type=Path, help="tokenizer.json, vocab.json + merges.txt or *.model, to go along")
-    weights.add_argument("--answers", type=Path, help="answers.json of `prepare.py vqav2`, to go along with a VQA model")
+    weights.add_argument("--tokenizer", type=Path, help="tokenizer.json, *.model or a folder, to go along")
+    weights.add_argument("--answers", type=Path, help="folder with answers.json, to go along with a VQA model")
     for name, spec in DATASETS.items():
         command = commands.add_parser(name, help=spec.images)
         command.add_argument("--root", type=Path, default=spec.root, required=not spec.root, help="the raw files")
@@ -667,7 +657,7 @@ def main(arguments: list[str] | None = None) -> None:
         if args.command == "weights":
             prepare_weights(args.source, args.out, args.tokenizer, args.answers)
         else:
-            prepare_dataset(args.command, Path(args.root), args.out)
+            prepare_dataset(args.command, args.root, args.out)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 

@@ -393,6 +393,8 @@ class Checkpoint:
         if not self.state_file.exists():
             if (self.folder / "config.json").exists() and not self.run.fresh:
                 raise ValueError(f"{self.folder} holds a checkpoint but no training_state.pt; choose another --out_dir, or --fresh")
+            if self.world.rank == 0:
+                self.cut_log()  # of a run that died before its first save
             return 0
         try:
             state = torch.load(self.state_file, map_location="cpu", weights_only=True, mmap=True)
@@ -426,7 +428,7 @@ class Checkpoint:
         """Log an evaluation, and keep the weights in best/ if they score higher than all before."""
         self.log({"step": step, "eval": metrics})
         if self.world.rank == 0:
-            bar.write(f"step {step}: " + ", ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
+            bar.write(f"step {step}: " + ", ".join(f"{k} {v:.4g}" for k, v in metrics.items() if isinstance(v, float)))
         if self.best is None or metrics["score"] > self.best:
             self.best = metrics["score"]
             if self.world.rank == 0:

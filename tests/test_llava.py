@@ -1,0 +1,781 @@
+"""Parity of llava_manager.py with the official LLaVA-OV-Manager code (golden numbers) and with transformers on random
+weights; invariants of batching, generation and training; weights, chats and errors."""
+import dataclasses
+import functools
+import json
+import math
+
+import numpy as np
+import pytest
+import tokenizers
+import torch
+import transformers
+from conftest import GOLDEN
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch.utils.flop_counter import FlopCounterMode
+
+import llava_manager as lm
+from llava_manager import IMAGE_TOKEN, ImageTiles, LlavaManager, LlavaManagerConfig, from_official, to_official
+
+LOV = GOLDEN / "llava_ov_manager"
+TINY = LOV / "tiny"
+VARIANTS = sorted(path.stem[7:] for path in TINY.glob("config_*.json"))
+MANIFEST = LOV / "manifest" / "llava_ov_manager_0p5b_static_all_grid.json"
+
+
+@functools.cache
+def read(name):
+    path = LOV / name
+    return json.loads(path.read_text()) if path.suffix == ".json" else load_file(path)
+
+
+def close(ours, golden, tolerance):
+    torch.testing.assert_close(ours, golden, atol=tolerance, rtol=0)
+
+
+# ---- The official code's numbers
+
+
+def official_config(variant, case=None):
+    official = read(f"tiny/config_{variant}.json")
+    overrides = read("tiny/cases.json")["cases"][case]["config"] if case else {}
+    return LlavaManagerConfig.from_official({**official, **overrides}, official["tiny_vision_config"], im_start_id=318)
+
+
+def official_state(variant):
+    kind = read(f"tiny/config_{variant}.json").get("mm_manager_type")
+    return {**read("tiny/weights_base.safetensors"), **(read(f"tiny/weights_{kind}.safetensors") if kind else {})}
+
+
+def golden_model(variant, case):
+    config = official_config(variant, case)
+    model = LlavaManager(config)
+    model.load_state_dict(from_official(official_state(variant), config))
+    return model.eval()
+
+
+def golden_image(name):
+    return Image.fromarray(read("tiny/images.safetensors")[f"image/{name}"].numpy())
+
+
+def golden_inputs(case, config):
+    """input_ids, attention_mask, images and labels; text-only rows have no image here, a dummy in the official code."""
+    names = [name for name in read("tiny/cases.json")["cases"][case]["images"] if name != "dummy"]
+    images = [lm.preprocess_image(golden_image(name), config, multi_image="multiimg" in case) for name in names]
+    tensors = read("tiny/features.safetensors")
+    return {"input_ids": tensors[f"{case}/input_ids"], "attention_mask": tensors.get(f"{case}/attention_mask"),
+            "images": images, "labels": tensors[f"{case}/labels"]}
+
+
+def check_outputs(variant, case, out):
+    golden, lengths = read(f"tiny/out_{variant}.safetensors"), read("tiny/cases.json")["cases"][case]["valid_len"]
+    for row, length in enumerate(lengths):
+        key = f"{case}/{{}}/{row}".format
+        if key("final_hidden") in golden:
+            at = golden[key("final_hidden_pos")].long()
+            close(out.hidden_states[-1][row, at], golden[key("final_hidden")], 3e-4)
+        if key("logits_last") in golden:
+            close(out.logits[row, length - 2 : length], golden[key("logits_last")], 3e-4)
+        if key("logits") in golden:
+            close(out.logits[row, :length], golden[key("logits")], 3e-4)
+        if key("logits_argmax") in golden:
+            logits = out.logits[row, :length]
+            best = logits.gather(1, golden[key("logits_argmax")].long()[:, None])[:, 0]
+            close(best, logits.amax(1), 3e-4)
+    for i, hidden in enumerate(out.hidden_states):
+        if f"{case}/llm_hidden/{i}" in golden and i < len(out.hidden_states) - 1:
+            close(hidden, golden[f"{case}/llm_hidden/{i}"], 3e-4)
+
+
+def check_gradients(variant, case, model, loss):
+    golden, stats = read(f"tiny/out_{variant}.safetensors"), {}
+    if (TINY / f"gradstats_{variant}.json").exists():
+        stats = {k: v[case] for k, v in read(f"tiny/gradstats_{variant}.json")["stats"].items() if case in v}
+    expected = {k.partition("/grad/")[2]: v for k, v in golden.items() if k.startswith(f"{case}/grad/")}
+    if not expected and not stats:
+        return
+    loss.backward()
+    gradients = {k: p.grad for k, p in model.named_parameters() if p.grad is not None}
+    gradients = to_official(gradients, dataclasses.replace(model.config, merge="spatial_unpad"))
+    for name, gradient in expected.items():
+        close(gradients[name], gradient, 1e-3 * gradient.abs().max().item())
+    for name, values in stats.items():
+        if name == "lm_head.weight":
+            continue
+        assert (values is None) == (name not in gradients), name
+        if values is not None:
+            assert math.isclose(gradients[name].norm(), values[0], rel_tol=1e-3, abs_tol=1e-6), name
+
+
+def check_generation(variant, case, model, images):
+    info, golden = read(f"tiny/info_{variant}.json")["cases"][case], read(f"tiny/out_{variant}.safetensors")
+    if "gen_ids" not in info:
+        return
+    prompt, tokens = torch.tensor([info["gen_ids_in"]]), info["gen_ids"]
+    assert model.generate(prompt, images=images, max_new_tokens=len(tokens))[0].tolist() == tokens
+    if f"{case}/gen_scores" in golden:  # and without a cache
+        logits = model(torch.cat([prompt, torch.tensor([tokens[:-1]])], dim=1), images=images).logits[0, -len(tokens) :]
+        close(logits, golden[f"{case}/gen_scores"], 3e-4)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_golden(variant):
+    """Spliced embeddings, hidden states, logits, loss, gradients and greedy tokens of every case of every variant."""
+    tensors, infos = read("tiny/features.safetensors"), read(f"tiny/info_{variant}.json")["cases"]
+    compared = 0
+    for case, description in read("tiny/cases.json")["cases"].items():
+        model = golden_model(variant, case)
+        inputs = golden_inputs(case, model.config)
+        out = model(**inputs, hidden_states=True)
+        if "raises" in infos[case]:  # grid type "grid" without a grid, or cut: here the lone tile is managed
+            assert variant == "static_grid" and out.loss.isfinite()
+            continue
+        left = case.startswith("c15")  # the official code's left padding moves queries, and its loss sees padding
+        if left and variant in ("adaptive_last_all", "adaptive_average_all", "adaptive_cross_all"):
+            continue
+        compared += 1
+        check_outputs(variant, case, out)
+        if not left:
+            plan = lm.plan_splice(inputs["input_ids"], inputs["attention_mask"], inputs["images"], model.config)
+            assert torch.equal(plan.labels(inputs["labels"]), tensors[f"{case}/spliced_labels"].long())
+            assert plan.lengths.clamp(max=plan.index.shape[1]).tolist() == description["valid_len"]
+            if f"{case}/inputs_embeds" in tensors:
+                embeddings, _ = model.embed(inputs["input_ids"], inputs["images"], plan)
+                close(embeddings, tensors[f"{case}/inputs_embeds"], 3e-4)
+            assert abs(out.loss.item() - infos[case]["loss"]) < 2e-5
+        check_gradients(variant, case, model, out.loss)
+        check_generation(variant, case, model, inputs["images"])
+    assert compared >= 4
+
+
+def recorder(store, key):
+    def hook(_module, _args, out):
+        store[key] = out
+    return hook
+
+
+def test_what_each_manager_adds():
+    compared = 0
+    for variant in VARIANTS:
+        golden = {k: v for k, v in read(f"tiny/out_{variant}.safetensors").items() if "c01_a9_100x60/manager_out" in k}
+        if not golden:
+            continue
+        model, added = golden_model(variant, "c01_a9_100x60"), {}
+        for k, manager in enumerate(model.managers):
+            manager.register_forward_hook(recorder(added, k))
+        inputs = golden_inputs("c01_a9_100x60", model.config)
+        model(**inputs)  # the static managers are not called one by one
+        plan = lm.plan_splice(inputs["input_ids"], None, inputs["images"], model.config)
+        added |= dict(enumerate(model.encode_images(inputs["images"], plan)[1][:, None]))
+        for key, value in golden.items():
+            close(added[int(key.split("/")[2])], value, 3e-4)
+            compared += 1
+    assert compared
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_training_noise(variant):
+    golden = read(f"tiny/out_{variant}.safetensors")
+    case = "c09_square_100x60"
+    if f"train_jitter/{case}/final_hidden" not in golden:
+        pytest.skip("not in this golden set")
+    model = golden_model(variant, case).train()
+    for k, manager in enumerate(model.managers):
+        u = golden[f"train_jitter/{case}/u/{k}"]
+        manager.draw = lambda scores, u=u: u.reshape(scores.shape)
+    out = model(**golden_inputs(case, model.config), hidden_states=True)
+    close(out.hidden_states[-1], golden[f"train_jitter/{case}/final_hidden"], 3e-4)
+    assert abs(out.loss.item() - read(f"tiny/info_{variant}.json")["cases"][f"train_jitter/{case}"]["loss"]) < 2e-5
+
+
+def test_jitter_is_uniform_around_one():
+    manager = lm.StaticVisualManager(8, 3).train()
+    torch.nn.init.ones_(manager.scores)
+    weights = manager.weights(4000)  # another draw for every row of the batch
+    assert 0.99 <= weights.min() < 0.9901 and 1.0099 < weights.max() <= 1.01
+    assert abs(weights.var() - 0.02**2 / 12) < 1e-6
+    assert torch.equal(manager.eval().weights(), torch.ones(1, 3, 1, 8))
+
+
+def test_image_tiles_bit_for_bit():
+    tensors = read("tiny/images.safetensors")
+    for key in (k for k in tensors if k.startswith("pixels_u8/")):
+        _, name, mode = key.split("/")
+        config = official_config("none")
+        if mode == "a5":
+            config = dataclasses.replace(config, aspect="anyres", grid_pinpoints=read("tiny/cases.json")["pins5"])
+        elif mode != "a9":
+            config = dataclasses.replace(config, aspect=mode)
+        tiles = lm.preprocess_image(golden_image(name), config)
+        expected = (tensors[key].float() / 255 - 0.5) / 0.5
+        assert torch.equal(tiles.pixels, expected.reshape(tiles.pixels.shape)), key
+        if mode == "pad":
+            multi = lm.preprocess_image(golden_image(name), official_config("none"), multi_image=True)
+            assert torch.equal(multi.pixels, tiles.pixels)
+    base_tile = lm.preprocess_image(golden_image("100x60"), official_config("none")).pixels[:1]
+    assert torch.equal(base_tile, tensors["pixels_f32_tile0/100x60/a9"])
+
+
+def test_real_size_grids():
+    golden = read("preprocess/real_size_grids.json")
+    base = LlavaManagerConfig.base()
+    configs = {"anyres_max_9": base,
+               "anyres": dataclasses.replace(base, aspect="anyres", grid_pinpoints=golden["pins_anyres"])}
+    for case in golden["cases"]:
+        config, size = configs[case["mode"]], tuple(case["image_wh"])
+        best = lm.select_best_resolution(size, config.grid_pinpoints)
+        grid, keep, final = lm.grid_geometry(size, config)
+        assert [list(best), list(grid), list(final)] == [case["best_resolution_wh"], case["grid_wh"], case["final_hw"]]
+        assert [s.stop - s.start for s in keep] == case["unpadded_hw"]
+        tiles = 1 + grid[0] * grid[1]
+        assert tiles == case["n_tiles_incl_base"]
+        assert lm.count_image_tokens(tiles, size, config) == case["n_visual_tokens"]
+        features = torch.empty(tiles, 729, 2, device="meta")
+        assert lm.merge_grids(features, size, config).shape == (case["n_visual_tokens"], 2)
+        white = lm.resize_and_pad(Image.new("RGB", size, (255, 255, 255)), best)
+        assert list(white.getbbox()) == case["pasted_box_xyxy"]
+
+
+def test_vision_tower():
+    golden, model = read("tiny/vision_100x60.safetensors"), golden_model("static_all", "c01_a9_100x60")
+    pixels = lm.preprocess_image(golden_image("100x60"), model.config).pixels
+    states = model.vision(pixels, range(6))
+    for key, value in golden.items():
+        if key.startswith("hidden_states/"):
+            close(states[int(key.split("/")[1])], value, 3e-4)
+    close(model.projector(states[5]), golden["projected_final"], 3e-4)
+    if "projected_multi_layer_plus_layer_embedding" in golden:
+        ours = model.projector(torch.stack(states[2:5], 1)) + model.layer_embedding[:, None]
+        close(ours, golden["projected_multi_layer_plus_layer_embedding"], 3e-4)
+
+
+# ---- transformers on random weights
+
+
+def randomize(model):
+    torch.manual_seed(0)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, 1.0 if p.dim() == 1 else 0.0, 0.3)
+    return model.eval()
+
+
+SIZES = {"vision_width": 32, "vision_heads": 2, "vision_mlp_width": 64, "vocab_size": 100, "hidden_size": 48,
+         "num_heads": 4, "num_kv_heads": 2, "mlp_width": 80, "num_layers": 3, "inject_layers": (0, 2)}
+
+
+def small(**overrides):
+    return LlavaManagerConfig.tiny(**{**SIZES, "im_start_id": 98, "eos_ids": (), **overrides})
+
+
+def hf_configs():
+    text = transformers.Qwen2Config(vocab_size=100, hidden_size=48, intermediate_size=80, num_hidden_layers=3,
+                                    num_attention_heads=4, num_key_value_heads=2, rope_theta=1e6,
+                                    tie_word_embeddings=True)
+    vision = transformers.SiglipVisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=4, image_size=32,
+                                             num_attention_heads=2, patch_size=8)
+    return text, vision
+
+
+def random_tiles(size, config, seed=0):
+    pixels = np.random.default_rng(seed).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
+    return lm.preprocess_image(Image.fromarray(pixels), config)
+
+
+def test_unimodal_parity_with_transformers(tmp_path):
+    """load_unimodal from HF folders, sharded and not, with the result of both towers."""
+    text, vision = hf_configs()
+    qwen = randomize(transformers.Qwen2ForCausalLM(text))
+    siglip = randomize(transformers.SiglipVisionModel(vision))
+    qwen.save_pretrained(tmp_path / "qwen", max_shard_size="30KB")
+    siglip.save_pretrained(tmp_path / "siglip")
+    assert len(list((tmp_path / "qwen").glob("*.safetensors"))) > 1
+    model = LlavaManager(small()).eval()
+    lm.load_unimodal(model, tmp_path / "siglip", tmp_path / "qwen")
+    ids, pixels = torch.randint(0, 98, (2, 12)), torch.randn(2, 3, 32, 32)
+    close(model(ids).logits, qwen(ids).logits, 1e-4)
+    states = siglip(pixels, output_hidden_states=True).hidden_states
+    for ours, theirs in zip(model.vision(pixels, range(4)), states[:4]):
+        close(ours, theirs, 1e-4)
+    assert not any(p.requires_grad for p in model.vision.ln_post.parameters())
+    both = {f"vision_model.{k}": v for k, v in siglip.state_dict().items()}  # the layout of a whole SiglipModel
+    save_file({**both, "text_model.x": torch.zeros(1), "logit_scale": torch.zeros(1)}, tmp_path / "full.safetensors")
+    save_file({k: v for k, v in both.items() if "fc1.bias" not in k}, tmp_path / "broken.safetensors")
+    with pytest.raises(ValueError, match="broken.safetensors: .*missing: vision_model.encoder.layers.0.mlp.fc1.bias"):
+        lm.load_unimodal(model, tmp_path / "broken.safetensors", tmp_path / "qwen")
+    model.vision.blocks[0].fc.weight.data.zero_()
+    lm.load_unimodal(model, tmp_path / "full.safetensors", tmp_path / "qwen")
+    close(model.vision(pixels, [3])[0], states[3], 1e-4)
+
+
+def test_parity_with_llava_onevision_of_transformers():
+    text, vision = hf_configs()
+    vision.num_hidden_layers = 3  # transformers' conversion drops the unused layer too
+    pinpoints = [[32 * i, 32 * j] for i in range(1, 4) for j in range(1, 4)]
+    theirs = randomize(transformers.LlavaOnevisionForConditionalGeneration(transformers.LlavaOnevisionConfig(
+        vision_config=vision, text_config=text, image_token_index=99, image_grid_pinpoints=pinpoints,
+        vision_feature_layer=-1, vision_aspect_ratio="anyres_max_2", vision_feature_select_strategy="full",
+        tie_word_embeddings=True)))
+    config = small(manager_type=None, aspect="anyres_max_2", grid_pinpoints=pinpoints)
+    names = {"model.vision_tower.": "model.vision_tower.vision_tower.vision_model.", "model.language_model.": "model.",
+             "model.multi_modal_projector.linear_1.": "model.mm_projector.0.",
+             "model.multi_modal_projector.linear_2.": "model.mm_projector.2."}
+    state = {}
+    for key, value in theirs.state_dict().items():
+        old = next((name for name in names if key.startswith(name)), "")
+        if ".head." not in key:
+            state[names.get(old, "") + key.removeprefix(old)] = value
+    model = LlavaManager(config).eval()
+    model.load_state_dict(from_official(state, config))
+    for size in ((70, 40), (90, 85), (30, 96)):  # two of them shrunk to the budget
+        image = random_tiles(size, config)
+        n = lm.count_image_tokens(len(image.pixels), size, config)
+        ours = model(torch.tensor([[1, 2, IMAGE_TOKEN, 4, 5]]), images=[image]).logits
+        ids = torch.tensor([[1, 2, *[99] * n, 4, 5]])
+        expected = theirs(input_ids=ids, pixel_values=image.pixels[None], image_sizes=torch.tensor([size[::-1]])).logits
+        close(ours, expected, 1e-4)
+
+
+# ---- Invariants
+
+
+def busy_model(**overrides):
+    """Random weights, managers included."""
+    return randomize(LlavaManager(small(**overrides)))
+
+
+def conversation_ids(text_before, text_after):
+    """<|im_start|> is 98, user 3, newline 2, <|im_end|> 97."""
+    return [98, 1, 2, 97, 2, 98, 3, 2, *text_before, IMAGE_TOKEN, 2, *text_after, 97, 2, 98, 4, 2]
+
+
+def pad(rows, side="right"):
+    length = max(map(len, rows))
+    order = (lambda row, fill: row + fill) if side == "right" else (lambda row, fill: fill + row)
+    ids = torch.tensor([order(row, [0] * (length - len(row))) for row in rows])
+    return ids, torch.tensor([order([1] * len(row), [0] * (length - len(row))) for row in rows])
+
+
+ROWS = [conversation_ids([], [10, 11, 12]), [98, 1, 2, 97, 2, 98, 3, 2, 20, 97, 2, 98, 4, 2],
+        conversation_ids([5, 6, 2], [30]), conversation_ids([], [])[:-4]]
+ROW_SIZES = [[(64, 40)], [], [(30, 64)], [(50, 50)]]
+
+
+@pytest.mark.parametrize("kind", [None, "static", "adaptive", "adaptive_last", "adaptive_average", "adaptive_cross"])
+def test_a_batch_is_its_rows(kind):
+    """Rows of different length, padded on either side, with and without images, give what each gives alone; generation
+    with a cache gives the tokens of full recomputation."""
+    model = busy_model(manager_type=kind)
+    images = [[random_tiles(size, model.config, i) for size in sizes] for i, sizes in enumerate(ROW_SIZES)]
+    flat = [image for row in images for image in row]
+    alone = [model(torch.tensor([ids]), images=row).logits[0] for ids, row in zip(ROWS, images)]
+    for side in ("right", "left"):
+        logits = model(*pad(ROWS, side), flat).logits
+        for row, expected in enumerate(alone):
+            close(logits[row, : len(expected)], expected, 1e-4)
+        tokens = model.generate(*pad(ROWS, side), flat, max_new_tokens=6)
+        for row, ids in enumerate(ROWS):
+            single = model.generate(torch.tensor([ids]), images=images[row], max_new_tokens=6)[0]
+            assert torch.equal(tokens[row], single)
+    for row, ids in enumerate(ROWS):
+        for step in range(6):
+            extended = torch.tensor([ids + tokens[row, :step].tolist()])
+            assert model(extended, images=images[row]).logits[0, -1].argmax() == tokens[row, step]
+
+
+def test_generation_stops_at_eos():
+    model = busy_model()
+    ids, mask = pad([[1, 2, 3], [4, 5, 6, 7]])
+    free = model.generate(ids, mask, max_new_tokens=12)
+    assert free.shape == (2, 12)
+    stop = int(free[0, 3])
+    model.config.eos_ids = (96, stop)
+    stopped = model.generate(ids, mask, max_new_tokens=12)
+    for row, tokens in enumerate(free.tolist()):
+        end = tokens.index(stop) + 1 if stop in tokens else 12
+        assert stopped[row, :end].tolist() == tokens[:end] and set(stopped[row, end:].tolist()) <= {96}
+    only = model.generate(ids[:1, :3], max_new_tokens=12)
+    assert only[0].tolist() == free[0].tolist()[: free[0].tolist().index(stop) + 1]
+
+
+def test_sampling():
+    probabilities = torch.tensor([[0.5, 0.3, 0.15, 0.05]])
+    generator = torch.Generator().manual_seed(0)
+
+    def frequencies(temperature, top_p):
+        logits = probabilities.log().expand(20000, -1)
+        return lm.sample(logits, temperature, top_p, generator).bincount(minlength=4) / 20000
+
+    close(frequencies(1.0, 1.0), probabilities[0], 0.015)
+    close(frequencies(1.0, 0.75), torch.tensor([0.625, 0.375, 0, 0]), 0.015)
+    close(frequencies(0.5, 1.0), (probabilities**2 / (probabilities**2).sum())[0], 0.015)
+    assert frequencies(1.0, 0.4)[0] == frequencies(0, 1.0)[0] == 1
+    model = busy_model()
+    greedy = model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=5)
+    assert torch.equal(model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=5, temperature=1.0, top_p=1e-6), greedy)
+
+
+@pytest.mark.parametrize("kind", ["static", "adaptive", "adaptive_last", "adaptive_average", "adaptive_cross"])
+def test_untrained_managers_change_nothing(kind):
+    """Zero initialisation: the same logits as without managers, but a gradient reaches every manager."""
+    torch.manual_seed(0)
+    model = LlavaManager(small(manager_type=kind)).eval()
+    plain = LlavaManager(small(manager_type=None)).eval()
+    theirs = {k: v for k, v in model.state_dict().items() if not k.startswith(("managers.", "layer_embedding"))}
+    plain.load_state_dict(theirs)
+    ids, images = torch.tensor(ROWS[:1]), [random_tiles((64, 40), model.config)]
+    assert torch.equal(model(ids, images=images).logits, plain(ids, images=images).logits)
+    model(ids, images=images, labels=ids).loss.backward()
+    for name, p in model.managers.named_parameters():
+        if name.endswith(("scores", "gate")):
+            assert p.grad.abs().max() > 0, name
+
+
+def test_initialisation():
+    torch.manual_seed(0)
+    model = LlavaManager(LlavaManagerConfig.tiny(manager_type="adaptive_cross", hidden_size=256, num_heads=4))
+    manager = model.managers[1]
+    for p, std in ((manager.controller.weight, 0.02), (manager.q_proj.weight, 0.02), (manager.k_proj.weight, 0.02),
+                   (model.layer_embedding, 1 / 16), (model.image_newline, 1 / 16), (model.llm.embed.weight, 0.02),
+                   (model.projector[2].weight, 1 / 16 / 3**0.5)):
+        assert abs(p.std() / std - 1) < 0.15
+    for p in (model.managers[0].scores, manager.gate, manager.q_proj.bias, manager.k_proj.bias):
+        assert torch.count_nonzero(p) == 0
+    assert model.managers[0].scores.shape == (1, 256) and manager.gate.shape == (2, 256)
+
+
+def labelled(rows):
+    ids, mask = pad(rows)
+    labels = torch.where((mask == 1) & (ids != IMAGE_TOKEN) & (torch.arange(ids.shape[1]) > 4), ids, -100)
+    return ids, mask, labels
+
+
+def test_loss_of_parts_adds_up():
+    """The sum over micro-batches is that of the batch; num_tokens is known beforehand; no logits are needed for it."""
+    model = busy_model()
+    ids, mask, labels = labelled(ROWS)
+    images = [random_tiles(size, model.config) for sizes in ROW_SIZES for size in sizes]
+    out = model(ids, mask, images, labels)
+    assert int(out.num_tokens) == model.count_labels(ids, mask, images, labels)
+    plan = lm.plan_splice(ids, mask, images, model.config)
+    expected = torch.nn.functional.cross_entropy(out.logits[:, :-1].flatten(0, 1), plan.labels(labels)[:, 1:].flatten())
+    close(out.loss, expected, 1e-5)
+    parts = [model(ids[:2], mask[:2], images[:1], labels[:2], logits=False),
+             model(ids[2:], mask[2:], images[1:], labels[2:])]
+    assert parts[0].logits is None
+    close(sum(p.loss * p.num_tokens for p in parts) / out.num_tokens, out.loss, 1e-5)
+    plan = lm.plan_splice(ids, mask, images, model.config)
+    hidden = torch.randn(*plan.index.shape, 48)
+    close(model.loss_sum(hidden, plan.labels(labels), chunk=3)[0], model.loss_sum(hidden, plan.labels(labels))[0], 1e-3)
+    empty = model(ids, mask, images, torch.full_like(ids, -100))
+    assert empty.loss == 0 and empty.num_tokens == 0
+    empty.loss.backward()
+
+
+def gradients(model, *inputs):
+    model.zero_grad(set_to_none=True)
+    model(*inputs, logits=False).loss.backward()
+    return {k: p.grad.clone() for k, p in model.named_parameters() if p.grad is not None}
+
+
+def test_checkpointing_gives_the_same_gradients():
+    for kind in ("static", "adaptive_cross"):
+        model = busy_model(manager_type=kind)
+        ids, mask, labels = labelled(ROWS[:1])
+        images = [random_tiles((64, 40), model.config)]
+        plain = gradients(model, ids, mask, images, labels)
+        model.set_checkpointing(True)
+        recomputed = gradients(model, ids, mask, images, labels)
+        assert plain.keys() == recomputed.keys()
+        for name in plain:
+            close(recomputed[name], plain[name], 1e-5 * max(1, plain[name].abs().max().item()))
+
+
+@pytest.mark.parametrize("kind", [None, "static", "adaptive_cross"])
+def test_bf16(kind):
+    """Autocast, and a model in bf16, are near float32."""
+    model = busy_model(manager_type=kind)
+    ids, mask, labels = labelled(ROWS)
+    images = [random_tiles(size, model.config) for sizes in ROW_SIZES for size in sizes]
+    exact = model(ids, mask, images, labels)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = model(ids, mask, images, labels)
+        mixed.loss.backward()
+        assert model.generate(ids, mask, images, max_new_tokens=3).shape == (4, 3)
+    low = model.bfloat16()(ids, mask, images, labels)
+    for out, tolerance in ((mixed, 0.03), (low, 0.06)):
+        assert out.logits.dtype == torch.bfloat16
+        assert (out.logits - exact.logits).norm() < tolerance * exact.logits.norm()
+
+
+def test_every_parameter_takes_part_in_every_training_step():
+    """DDP waits for all of them: also in a batch of text, and where there is no grid. Frozen ones stay so."""
+    model = busy_model(manager_type="adaptive_last").train()
+    ids, mask, labels = labelled(ROWS)
+    trainable = {k for k, p in model.named_parameters() if p.requires_grad}
+    assert not any("ln_post" in name for name in trainable)
+    tiles = ImageTiles(torch.randn(1, 3, 32, 32), (40, 40))
+    assert gradients(model, ids[1:2], mask[1:2], [], labels[1:2]).keys() == trainable
+    assert gradients(model, ids[:1], mask[:1], [tiles], labels[:1]).keys() == trainable
+    model.eval()
+    text = gradients(model, ids[1:2], mask[1:2], [], labels[1:2])
+    assert all(name.startswith("llm.") for name in text)
+
+
+@pytest.mark.parametrize("kind", ["static", "adaptive", "adaptive_cross"])
+@pytest.mark.parametrize("grids", ["all", "base", "grids"])
+def test_truncation(kind, grids):
+    """A cut sequence is the beginning of the whole one, also inside an image, or before one that is wholly lost."""
+    model = busy_model(manager_type=kind, managed_grids=grids)
+    ids = torch.tensor([[98, 1, 2, 97, 2, 98, 3, 2, 5, 6, 2, IMAGE_TOKEN, 7, IMAGE_TOKEN, 97, 2]])
+    images = [random_tiles((64, 40), model.config, seed) for seed in (0, 1)]
+    whole = model(ids, images=images).logits
+    n = lm.count_image_tokens(len(images[0].pixels), (64, 40), model.config)
+    for length in (4, 11, 20, 11 + n, 11 + n + 20):
+        model.config.max_length = length
+        cut = model(ids, images=images, labels=ids.clamp(min=-100)).logits
+        assert cut.shape[1] == length
+        if kind != "adaptive_cross" or length <= 11:  # there the query is what follows the images
+            close(cut, whole[:, :length], 1e-4)
+        assert cut.isfinite().all()
+    with pytest.raises(ValueError, match="more than max_length"):
+        model.generate(ids, images=images)
+
+
+def test_managed_grids():
+    """What the managers touch: base + grids = all, as the increments of static managers do not depend on the LLM."""
+    model = busy_model(inject_layers=(0,), managed_layers=(0, 1, 2))
+    ids, images = torch.tensor(ROWS[:1]), [random_tiles((64, 40), model.config)]
+    start, n = ROWS[0].index(IMAGE_TOKEN), 16
+    total = lm.count_image_tokens(len(images[0].pixels), (64, 40), model.config)
+    plan = lm.plan_splice(ids, None, images, model.config)
+    inputs = model.embed(ids, images, plan)[0]
+    touched = {}
+    for grids in ("all", "base", "grids"):
+        model.config.managed_grids = grids
+        state = model(ids, images=images, hidden_states=True).hidden_states[0]
+        touched[grids] = ((state - inputs).abs().amax(-1) > 0)[0].nonzero()[:, 0].tolist()
+    assert touched["all"] == list(range(start, start + total))
+    assert touched["base"] == touched["all"][:n] and touched["grids"] == touched["all"][n:]
+
+
+def test_merge_grids():
+    """Where each token comes from, on features that carry their own place."""
+    config = LlavaManagerConfig.tiny(aspect="anyres")
+    features = torch.arange(5 * 16.0).reshape(5, 16, 1)
+    merged = lm.merge_grids(features, (64, 64), config, newline=torch.tensor([-1.0]))[:, 0]
+    assert merged[:16].tolist() == list(range(16))
+    rows = merged[16:].reshape(8, 9)
+    assert rows[:, 8].eq(-1).all()
+    assert rows[0, :8].tolist() == [16, 17, 18, 19, 32, 33, 34, 35]  # first rows of the upper two tiles
+    assert rows[4, :8].tolist() == [48, 49, 50, 51, 64, 65, 66, 67]
+    flat = lm.merge_grids(features, (64, 64), dataclasses.replace(config, merge="flat"))[:, 0]
+    assert flat.tolist() == list(range(80))
+    stacked = lm.merge_grids(torch.stack([features, 2 * features], 1), (64, 64), config)
+    assert torch.equal(stacked[1], 2 * stacked[0]) and stacked[0, 16 + 8] == 0
+    assert lm.merge_grids(features[:1], (64, 64), config).shape == (16, 1)
+    thin = config.image_size, 4096 * config.image_size  # a picture of one pixel's breadth keeps one column
+    assert lm.grid_geometry((1, 3000), config)[2][1] >= 1 and lm.grid_geometry(thin, config)[2][1] >= 1
+
+
+# ---- Weights and configs
+
+
+def test_manifest():
+    """The published checkpoint's keys load strictly on the meta device, and come back; the paper's parameter counts."""
+    tensors = read(MANIFEST.relative_to(LOV))["tensors"]
+    state = {k: torch.empty(shape, device="meta") for k, (shape, _) in tensors.items()}
+    config = LlavaManagerConfig.base()
+    ours = from_official(state, config)
+    with torch.device("meta"):
+        model = LlavaManager(config)
+    model.load_state_dict(ours, strict=True, assign=True)
+    assert sum(p.numel() for p in model.parameters()) == 893_698_848
+    managers = [p for k, p in model.named_parameters() if k.startswith(("managers.", "layer_embedding"))]
+    assert sum(p.numel() for p in managers) == 80_640
+    assert {k: list(v.shape) for k, v in to_official(ours, config).items()} == {k: v[0] for k, v in tensors.items()}
+    nogrid = dataclasses.replace(config, merge="flat", aspect="square")
+    no_newline = {k: v for k, v in state.items() if k != "model.image_newline"}
+    flat = from_official(no_newline, nogrid)
+    assert flat["image_newline"].shape == (896,) and to_official(flat, nogrid).keys() == no_newline.keys()
+    baseline = {k: v for k, v in state.items() if "manager" not in k}
+    from_official(baseline, dataclasses.replace(config, manager_type=None))
+
+
+def test_summary_of_other_checkpoints():
+    summary = read("manifest/summary.json")
+    for name, entry in summary.items():
+        if not isinstance(entry, dict) or "manager_tensors" not in entry:
+            continue
+        config = LlavaManagerConfig.base(manager_type=name.partition("0p5b_")[2].removesuffix("_zerouni"))
+        with torch.device("meta"):
+            model = LlavaManager(config)
+        state = to_official(model.state_dict(), config)
+        assert sum(v.numel() for v in state.values()) == entry["n_params"]
+        assert {k: list(v.shape) for k, v in state.items() if "manager" in k} == entry["manager_tensors"]
+
+
+def test_strict_import():
+    config = official_config("adaptive_cross_all")
+    state = official_state("adaptive_cross_all")
+    back = to_official(from_official(state, config), config)
+    assert back.keys() == state.keys() and all(torch.equal(back[k], state[k]) for k in state)
+    for key in ("model.manager.1.zero_gate", "model.layers.2.self_attn.k_proj.bias", "model.image_newline"):
+        with pytest.raises(ValueError, match=f"missing: {key}"):
+            from_official({k: v for k, v in state.items() if k != key}, config)
+    with pytest.raises(ValueError, match="unknown: model.layers.6.x"):
+        from_official({**state, "model.layers.6.x": torch.zeros(1)}, config)
+    with pytest.raises(ValueError, match=r"model.norm.weight is \(47,\), should be \(48,\)"):
+        from_official({**state, "model.norm.weight": torch.zeros(47)}, config)
+    head = state["model.embed_tokens.weight"].clone()
+    assert from_official({**state, "lm_head.weight": head}, config).keys() == from_official(state, config).keys()
+    with pytest.raises(ValueError, match="lm_head.weight differs"):
+        from_official({**state, "lm_head.weight": head + 1}, config)
+    untied = dataclasses.replace(config, tie_embeddings=False)
+    assert torch.equal(from_official({**state, "lm_head.weight": head + 1}, untied)["llm.head.weight"], head + 1)
+
+
+def test_checkpoint_folders(tmp_path):
+    config = official_config("static_all")
+    official = {**read("tiny/config_static_all.json"), "eos_token_id": 319}
+    state = official_state("static_all")
+    names = sorted(state)
+    folder = tmp_path / "official"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(official))
+    shards = {"model-1.safetensors": names[:50], "model-2.safetensors": names[50:]}
+    for name, keys in shards.items():
+        save_file({k: state[k].to(torch.bfloat16) for k in keys}, folder / name)
+    index = {"weight_map": {k: name for name, keys in shards.items() for k in keys}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    model = lm.load_model(folder, vision=official["tiny_vision_config"], im_start_id=318)
+    assert model.config == dataclasses.replace(config, eos_ids=(319,))
+    expected = from_official({k: v.bfloat16().float() for k, v in state.items()}, config)
+    assert all(torch.equal(v, expected[k]) for k, v in model.state_dict().items())
+    assert not model.vision.ln_post.weight.requires_grad and model.llm.norm.weight.requires_grad
+    lm.save_model(model, tmp_path / "ours")
+    again = lm.load_model(tmp_path / "ours")
+    assert again.config == model.config
+    assert all(torch.equal(v, expected[k]) for k, v in again.state_dict().items())
+    (folder / "model-2.safetensors").unlink()
+    with pytest.raises(ValueError, match="model-2.safetensors does not exist"):
+        lm.load_model(folder, vision=official["tiny_vision_config"])
+    values = json.loads((tmp_path / "ours" / "config.json").read_text())
+    (tmp_path / "ours" / "config.json").write_text(json.dumps({**values, "num_layers": 7}))
+    with pytest.raises(ValueError, match="missing: llm.layers.6"):
+        lm.load_model(tmp_path / "ours")
+    with pytest.raises(ValueError, match="no config.json"):
+        lm.load_model(tmp_path)
+
+
+def test_config_from_official():
+    published = {
+        "hidden_size": 896, "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2,
+        "intermediate_size": 4864, "vocab_size": 151936, "rms_norm_eps": 1e-6, "rope_theta": 1e6,
+        "eos_token_id": 151645, "tie_word_embeddings": True, "image_aspect_ratio": "anyres_max_9",
+        "image_grid_pinpoints": "(1x1),...,(6x6)", "mm_patch_merge_type": "spatial_unpad",
+        "tokenizer_model_max_length": 16384, "mm_vision_select_layer": -2,
+        "mm_manager_type": "static_zerouni", "mm_manager_grid_type": "all", "mm_manager_vision_select_layers_start": 13,
+        "mm_manager_vision_select_layers_end": 26, "mm_manager_vision_select_layers_interval": 1, "something_else": 1,
+        "mm_manager_injection_start": 0, "mm_manager_injection_end": 24, "mm_manager_injection_interval": 4}
+    assert LlavaManagerConfig.from_official(published) == LlavaManagerConfig.base()
+    plain = {k: v for k, v in published.items() if "manager" not in k and k != "eos_token_id"}
+    assert LlavaManagerConfig.from_official(plain) == LlavaManagerConfig.base(manager_type=None, eos_ids=())
+    assert LlavaManagerConfig.base().grid_pinpoints[:7] == (*((384, 384 * i) for i in range(1, 7)), (768, 384))
+    for change, message in (
+            ({"rope_scaling": {"type": "yarn"}}, "rope_scaling"), ({"mm_manager_type": "other"}, "manager_type is"),
+            ({"mm_projector_type": "linear"}, "mlp2x_gelu"), ({"image_aspect_ratio": "highres"}, "aspect is"),
+            ({"mm_manager_injection_end": 30}, "inject_layers is"), ({"image_grid_pinpoints": "3x3"}, "like"),
+            ({"image_grid_pinpoints": [[384, 400]]}, "multiples"), ({"num_attention_heads": 13}, "multiple of")):
+        with pytest.raises(ValueError, match=message):
+            LlavaManagerConfig.from_official({**published, **change})
+    with pytest.raises(ValueError, match="lacks rope_theta, vision patch_size"):
+        broken = {k: v for k, v in published.items() if k != "rope_theta"}
+        vision = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size")
+        LlavaManagerConfig.from_official(broken, vision=dict.fromkeys(vision, 8))
+    with pytest.raises(ValueError, match="at least two"):
+        LlavaManagerConfig.base(managed_layers=(25,))
+
+
+def test_managers_cost_at_most_four_percent():
+    """The paper's figure, in FLOPs of the full model on one picture of 1024 x 768, counted on the meta device."""
+    flops = {}
+    for kind in (None, "static", "adaptive_cross"):
+        config = LlavaManagerConfig.base(manager_type=kind)
+        with torch.device("meta"):
+            model = LlavaManager(config).eval()
+        image = ImageTiles(torch.empty(7, 3, 384, 384, device="meta"), (1024, 768))
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(torch.tensor([[1, 2, IMAGE_TOKEN, *[5] * 60]]), images=[image], logits=False)
+        flops[kind] = counter.get_total_flops()
+    assert flops[None] > 5e12
+    for kind in ("static", "adaptive_cross"):
+        assert 1 < flops[kind] / flops[None] < 1.04
+
+
+def test_bad_inputs():
+    model = busy_model()
+    image = random_tiles((64, 40), model.config)
+    ids = torch.tensor(ROWS[:1])
+    two_tiles = image._replace(pixels=image.pixels[:3])
+    narrow = image._replace(pixels=torch.zeros(1, 3, 30, 32))
+    for arguments, message in (
+            ((ids, None, []), "1 placeholders .* but 0 images"), ((ids, None, [image] * 2), "but 2 images"),
+            ((torch.tensor([[100]]),), "token id 100"), ((torch.tensor([[-7]]),), "token id -7"),
+            ((ids[0],), r"not \(B, L\)"), ((ids, torch.zeros_like(ids)), "empty row"),
+            ((ids, None, [two_tiles]), "2 tiles, but an image of 64 x 40 has a grid of 2 x 2"),
+            ((ids, None, [narrow]), r"\(1, 3, 30, 32\); should be \(T, 3, 32, 32\)")):
+        with pytest.raises(ValueError, match=message):
+            model(*arguments)
+    for bad in ({"max_new_tokens": 0}, {"temperature": -1.0}, {"top_p": 0.0}):
+        with pytest.raises(ValueError, match=next(iter(bad))):
+            model.generate(torch.tensor([[1]]), **bad)
+
+
+# ---- Conversations
+
+
+def golden_tokenizer():
+    return tokenizers.Tokenizer.from_file(str(LOV / "chat" / "tokenizer.json"))
+
+
+def test_chats():
+    golden, tokenizer = read("chat/chat_goldens.json"), golden_tokenizer()
+    encoded = {}
+    for case in golden["training"]:
+        ids, labels = lm.encode_chat(case["conversations"], tokenizer, case["template"], has_image=case["has_image"])
+        assert (ids, labels) == (case["input_ids"], case["labels"]), case["name"]
+        encoded[case["name"]] = ids, labels
+    batch = lm.collate_chat([encoded[name] for name in golden["collator"]["rows"]], pad_id=452)
+    assert {k: v.tolist() for k, v in batch.items()} == {k: golden["collator"][k] for k in batch}
+    assert lm.collate_chat([encoded["image_single"]], max_length=9)["input_ids"].shape == (1, 9)
+    for case in golden["eval_prompts"]:
+        assert lm.encode_prompt(case["turns"], tokenizer) == case["input_ids"], case["name"]
+    two = next(case for case in golden["eval_prompts"] if "two_images" in case["name"])
+    assert lm.encode_prompt([two["turns"][0].partition("\n")[2]], tokenizer, num_images=2) == two["input_ids"]
+
+
+def test_strict_labels_are_the_assistant_turns():
+    tokenizer = golden_tokenizer()
+    conversation = [{"from": "human", "value": "<image>\nWhat\nis shown?"}, {"from": "gpt", "value": "Two dogs."},
+                    {"from": "human", "value": "Where?"}, {"from": "gpt", "value": "On\nthe field."}]
+    ids, labels = lm.encode_chat(conversation, tokenizer, strict_labels=True)
+    shown = tokenizer.decode([x for x in labels if x != -100], skip_special_tokens=False)
+    assert shown == "".join(f"<|im_start|>assistant\n{text}<|im_end|>\n" for text in ("Two dogs.", "On\nthe field."))
+    assert all(label in (-100, token) for token, label in zip(ids, labels))
+
+
+def test_chat_errors():
+    tokenizer = golden_tokenizer()
+    human, gpt = {"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "Dogs."}
+    for conversation, style, message in (
+            ([gpt], "qwen_1_5", "0 turns"), ([human, gpt], "llama", "style 'llama'"),
+            ([{"from": "bot", "value": "x"}], "qwen_1_5", "turn 0: .*bot"), ([human], "plain", "style plain"),
+            ([human, {"from": "gpt"}], "qwen_1_5", "turn 1"),
+            ([{"from": "human", "value": "no tag"}, gpt], "plain", "style plain")):
+        with pytest.raises(ValueError, match=message):
+            lm.encode_chat(conversation, tokenizer, style)
+    with pytest.raises(ValueError, match="odd, not 2"):
+        lm.encode_prompt(["a", "b"], tokenizer)
+    with pytest.raises(ValueError, match="lacks <|im_start|>"):
+        lm.encode_prompt(["a"], tokenizers.Tokenizer(tokenizers.models.BPE()))
