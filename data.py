@@ -26,8 +26,6 @@ import torch
 from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-log = logging.getLogger("data")
-
 
 class BadSample(ValueError):
     """A sample that cannot be used. The message names the file and the line."""
@@ -40,6 +38,7 @@ ROLES = ("<pad>", "[PAD]", "<|endoftext|>"), ("<s>", "[CLS]"), ("</s>", "[SEP]")
 
 class Tokenizer:
     """Text <-> ids. `pad_id, cls_id, sep_id, mask_id` are None where a vocabulary has no such token (Qwen2)."""
+    options = {"add_special_tokens": False}
 
     def __init__(self, backend: tokenizers.Tokenizer):
         self.backend, self.vocab_size = backend, backend.get_vocab_size()
@@ -50,13 +49,11 @@ class Tokenizer:
         self.pad_id, self.cls_id, self.sep_id, self.mask_id = roles
         self.special_ids = {*special.values(), *roles} - {None}
 
-    def _ids(self, text):
-        return self.backend.encode(text, add_special_tokens=False).ids
-
     def encode(self, text: str, max_len: int | None = None) -> list[int]:
         """<s> text </s>, cut to max_len with </s> kept; the text's ids alone where a vocabulary has no <s> and </s>."""
         start, end = ([] if i is None else [i] for i in (self.cls_id, self.sep_id))
-        ids = self._ids(text)
+        pieces = self.backend.encode(text, **self.options)
+        ids = getattr(pieces, "ids", pieces)  # SentencePiece gives a list
         return start + (ids if max_len is None else ids[:max_len - len(start) - len(end)]) + end
 
     def decode(self, ids) -> str:
@@ -76,20 +73,18 @@ class Tokenizer:
 
 class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece .model. Those of <pad>, <s>, </s> and <mask> that it lacks get the ids after its last piece."""
+    options = {}
 
     def __init__(self, path):
         backend, roles = sentencepiece.SentencePieceProcessor(model_file=str(path)), []
         self.path, self.backend, self.vocab_size = Path(path), backend, backend.get_piece_size()
-        special = [i for i in range(self.vocab_size) if backend.is_control(i) or backend.is_unknown(i)]
+        special = {i for i in range(self.vocab_size) if backend.is_control(i) or backend.is_unknown(i)}
         for names in ROLES:
             ids = [i for i in map(backend.piece_to_id, names) if backend.id_to_piece(i) in names]
             roles += ids[:1] or [self.vocab_size]
             self.vocab_size += not ids
         self.pad_id, self.cls_id, self.sep_id, self.mask_id = roles
-        self.special_ids = {*special, *roles}
-
-    def _ids(self, text):
-        return self.backend.encode(text)
+        self.special_ids = special | {*roles}
 
     def save(self, folder):
         target = Path(folder) / "tokenizer.model"
@@ -161,10 +156,8 @@ def read_bytes(path: str, offset=0, size=-1) -> bytes:
 
 
 def load_image(where) -> Image.Image:
-    """RGB picture from a path, `archive.tar::member`, bytes or a picture; BadSample names what cannot be read.
-
-    Transparency goes over white, of an animation the first frame is taken, 16-bit gray is scaled; EXIF is ignored.
-    """
+    """RGB from a path, `archive.tar::member`, bytes or a picture: transparency over white, an animation's first frame,
+    16-bit gray scaled, EXIF ignored. BadSample names what cannot be read."""
     try:
         image = where
         if not isinstance(where, Image.Image):
@@ -213,9 +206,8 @@ RANDAUGMENT = {  # ALBEF's operations; m = +-0.7 is magnitude 7 of 10 with a ran
 def image_transform(name: str, image_size: int, train: bool):
     """A function (picture, rng) -> float32 (3, S, S), normalised with CLIP's mean and standard deviation.
 
-    "clip": short side and centre crop, in training too (papers: pre-training); "albef": squash to S x S; in training
-    "albef_randaug_wc" crops at random, flips and applies two operations of RANDAUGMENT, each with probability 1/2;
-    "albef_randaug_wohf" (VQA: left and right matter) does not flip.
+    "clip": short side and centre crop, in training too (as the papers pre-train); "albef": squash to S x S; in training
+    "albef_randaug_wc": random crop, flip, two operations of RANDAUGMENT with probability 1/2 each; "..._wohf": no flip.
     """
     if name not in ("clip", "albef", "albef_randaug_wc", "albef_randaug_wohf"):
         raise ValueError(f"unknown image transform {name!r}: one of clip, albef, albef_randaug_wc, albef_randaug_wohf")
@@ -258,11 +250,6 @@ def describe(scene: Scene, swap=False) -> str:
     return f"a {' '.join(first)} is {relation} a {' '.join(second)}"
 
 
-def is_heldout(scene: Scene) -> bool:
-    """A fifth of all scene contents, chosen by a hash of the description: no training picture ever shows one."""
-    return zlib.crc32(describe(scene).encode()) % 5 == 0
-
-
 def random_thing(draw) -> Thing:
     return Thing(draw.choice(list(SIZES)), draw.choice(list(COLORS)), draw.choice(SHAPES))
 
@@ -296,10 +283,7 @@ def ask(draw, scene) -> tuple[str, str]:
 # ---------------------------------------------------------------- sources
 class Part:
     """Records in the manifests' format, the i-th at places[i]: `raw` fetches one, `scan` all texts, `parse` decodes."""
-    folder, unit, rows_each = "", "row", None
-
-    def __len__(self):
-        return len(self.places)
+    folder, unit, rows_each = "", "row", None  # rows_each: known without a scan
 
     def name(self, index):
         return f"{self.path}, {self.unit} {self.places[index]}"
@@ -308,16 +292,14 @@ class Part:
         return self.places[index]
 
     def scan(self):
-        return map(self.raw, range(len(self)))
+        return self.places
 
 
 class Demo(Part):
     """The built-in data, drawn at need from (seed, task, split, index). The splits train and heldout share no scene."""
 
     def __init__(self, task, split, size, seed=0, image_size=64):
-        tasks = ("captions", "vqa", "nlvr2", "snli_ve", "chat_captions", "chat")
-        if split not in ("train", "heldout") or task not in tasks:
-            raise ValueError(f"no demo data {task!r} {split!r}: the tasks are {tasks}, the splits train and heldout")
+        assert split in ("train", "heldout"), split
         self.path, self.places, self.rows_each = f"demo {task} {split}", range(size), 3 if task == "vqa" else 1
         self.task, self.heldout, self.seed, self.image_size = task, split == "heldout", seed, image_size
 
@@ -325,27 +307,28 @@ class Demo(Part):
         return getattr(self, self.task)(raw, random.Random(f"{self.seed} {self.name(raw)}"))
 
     def scene(self, draw, covered=False) -> Scene:
+        """Held out is a fifth of all scenes, by a hash of the description: no training picture ever shows one."""
         while True:
             things = [random_thing(draw), COVER if covered else random_thing(draw)]
             draw.shuffle(things)
             scene = Scene(*things, draw.choice(list(PLACES)))
-            if things[0] != things[1] and is_heldout(scene) == self.heldout:
+            if things[0] != things[1] and (zlib.crc32(describe(scene).encode()) % 5 == 0) == self.heldout:
                 return scene
 
     def paint(self, draw, scene) -> Image.Image:
         """`draw` jitters tone and places, never so far that relation, size or colour are in doubt."""
-        size, tone, across = self.image_size, draw.randint(235, 255), draw.uniform(0.3, 0.7)
-        image = Image.new("RGB", (size, size), (tone, tone, tone))
+        size, across = self.image_size, draw.uniform(0.3, 0.7)
+        image = Image.new("RGB", (size, size), (draw.randint(235, 255),) * 3)
         for thing, middle in ((scene.first, 0.25), (scene.second, 0.75)):
             place = middle + draw.uniform(-0.03, 0.03), across + draw.uniform(-0.06, 0.06)
             x, y = (size * side for side in (place if scene.relation == "left of" else place[::-1]))
-            r, fill = SIZES[thing.size] * size, COLORS.get(thing.color, GRAY)
+            canvas, fill, r = ImageDraw.Draw(image), COLORS.get(thing.color, GRAY), SIZES[thing.size] * size
             if thing.shape == "circle":
-                ImageDraw.Draw(image).ellipse((x - r, y - r, x + r, y + r), fill)
+                canvas.ellipse((x - r, y - r, x + r, y + r), fill)
             elif thing.shape == "square":
-                ImageDraw.Draw(image).rectangle((x - 0.9 * r, y - 0.9 * r, x + 0.9 * r, y + 0.9 * r), fill)
+                canvas.rectangle((x - 0.9 * r, y - 0.9 * r, x + 0.9 * r, y + 0.9 * r), fill)
             else:
-                ImageDraw.Draw(image).polygon(((x, y - r), (x - r, y + 0.9 * r), (x + r, y + 0.9 * r)), fill)
+                canvas.polygon(((x, y - r), (x - r, y + 0.9 * r), (x + r, y + 0.9 * r)), fill)
         return image
 
     def captions(self, number, draw):
@@ -392,8 +375,9 @@ class Demo(Part):
 
 
 def read_json(path, *kinds: type):
+    content = read_bytes(str(path))
     try:
-        content = json.loads(Path(path).read_bytes())
+        content = json.loads(content)
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(content, kinds):
@@ -410,20 +394,15 @@ class Manifest(Part):
             self.items, self.unit = read_json(path, list), "item"
             self.places = np.arange(len(self.items))
             return
-        with open(path, "rb") as file:
-            lengths = [(len(line), bool(line.strip())) for line in file]
+        lengths = [(len(line), bool(line.strip())) for line in io.BytesIO(read_bytes(self.path))]
         self.starts, self.unit = np.cumsum([0, *(length for length, _ in lengths)]), "line"
         self.places = np.array([number for number, (_, full) in enumerate(lengths, 1) if full], dtype=np.int64)
 
-    def raw(self, index):
-        place = self.places[index]
-        if self.items is not None:
-            return self.items[place]
-        return read_bytes(self.path, self.starts[place - 1], self.starts[place] - self.starts[place - 1])
-
     def parse(self, raw):
+        if self.items is not None:
+            return self.items[raw]
         try:
-            return json.loads(raw) if isinstance(raw, bytes) else raw
+            return json.loads(read_bytes(self.path, self.starts[raw - 1], self.starts[raw] - self.starts[raw - 1]))
         except ValueError as error:  # broken JSON or UTF-8
             raise BadSample(f"not JSON: {error}") from None
 
@@ -432,11 +411,10 @@ class Manifest(Part):
 def _arrow_table(path):
     try:
         import pyarrow
-    except ImportError:
-        raise ImportError(f"reading {path} needs pyarrow: pip install pyarrow") from None
-    try:
         return pyarrow.ipc.open_file(pyarrow.memory_map(path)).read_all()
-    except (pyarrow.ArrowInvalid, OSError) as error:
+    except ImportError:
+        raise ValueError(f"reading {path} needs pyarrow: pip install pyarrow") from None
+    except (ValueError, OSError) as error:  # pyarrow.ArrowInvalid is a ValueError
         raise ValueError(f"{path} is not an Arrow file: {error}") from None
 
 
@@ -465,7 +443,7 @@ class ArrowFile(Part):
         if self.task == "captions":
             rows = [{"caption": text} for text in raw["caption"]]
         elif self.task == "vqa":  # test files have no answers, or nulls
-            scores = [words and dict(zip(words, values)) for words, values in zip(raw["answers"], raw["answer_scores"])]
+            scores = [dict(zip(*pair)) if pair[0] else None for pair in zip(raw["answers"], raw["answer_scores"])]
             rows = zip(raw["question_id"], raw["questions"], scores or [None] * len(raw["questions"]))
             rows = [dict(zip(("id", "question", "answers"), row)) for row in rows]
         elif self.task == "nlvr2":
@@ -486,9 +464,11 @@ def _need(record, key, kind):
 
 def _chat_row(record):
     """With the published inconsistency: images whose tags are missing get them before the first turn."""
-    turns, images = [dict(turn) for turn in _need(record, "conversations", list)], record.get("image") or []
-    images = images if isinstance(images, list) else [images]
-    tags = sum(_need(turn, "value", str).count("<image>") for turn in turns if _need(turn, "from", str))
+    turns, images = _need(record, "conversations", list), record.get("image") or []
+    if not all(isinstance(turn, dict) and isinstance(turn.get("value"), str) and "from" in turn for turn in turns):
+        raise BadSample(f"every turn needs 'from' and a text 'value', found {turns!r:.80}")
+    turns, images = [dict(turn) for turn in turns], images if isinstance(images, list) else [images]
+    tags = sum(turn["value"].count("<image>") for turn in turns)
     if "video" in record or (images and tags not in (0, len(images))):
         raise BadSample(f"{len(images)} images but {tags} <image> tags; videos are not read")
     if images and not tags:
@@ -516,26 +496,28 @@ def record_rows(task: str, record: dict) -> tuple[list, list[dict]]:
         items = _need(record, "rows" if "rows" in record else "questions", list)
     elif task == "captions":
         items = [{"caption": text} for text in _need(record, "captions", list)]
-    rows = [{"text": _need(item, FIELDS[task]["text"], str), "image_id": record.get("image_id")} for item in items]
+    rows = []
+    for item in items:
+        _need(item, FIELDS[task]["text"], str)
+        rows.append({name: item.get(key) for name, key in FIELDS[task].items()} | {"image_id": record.get("image_id")})
+        if task in LABELS and rows[-1]["label"] not in LABELS[task]:
+            raise BadSample(f"'label' must be one of {LABELS[task]}, found {rows[-1]['label']!r}")
+        if task in LABELS:
+            rows[-1]["label"] = LABELS[task].index(rows[-1]["label"])
+        if not isinstance(rows[-1].get("answers") or {}, dict):
+            raise BadSample(f"'answers' must be a dict of scores, found {rows[-1]['answers']!r:.80}")
     if task == "captions":  # de-duplicated in order: the order of a set differs from process to process
         rows = list({row["text"]: row for row in rows}.values())
-    for row, item in zip(rows, items):
-        row |= {name: item.get(key) for name, key in FIELDS[task].items() if name != "text"}
-        if task in LABELS and row["label"] not in LABELS[task]:
-            raise BadSample(f"'label' must be one of {LABELS[task]}, found {row['label']!r}")
-        row |= {"label": LABELS[task].index(row["label"])} if task in LABELS else {}
     return images, rows
 
 
 def tolerate(error, policy: str, seen: int, bad: set):
-    """Raises a bad sample, or with the policy "skip" logs and counts it, and raises when more than 1 in 1,000 are bad.
-
-    `bad` holds the different ones that this process has met: every DataLoader worker has its own count.
-    """
+    """Raises a bad sample, or with the policy "skip" logs it, and raises when more than 1 in 1,000 are bad. `bad` holds
+    the different ones that this process has met: every DataLoader worker has its own count."""
     if policy != "skip":
         raise error
     if str(error) not in bad:
-        log.warning("skipped bad sample: %s", error)
+        logging.warning("skipped bad sample: %s", error)
     bad.add(str(error))
     if len(bad) > max(1, seen / 1000 + 3 * math.sqrt(seen / 1000)):  # and three standard deviations of chance
         raise ValueError(f"{len(bad)} of {seen} samples are bad, more than 1 in 1,000; repair the data. Last: {error}")
@@ -547,13 +529,14 @@ class Source:
     `source[row]`: "text", "images" (RGB), "image_index" (the record's number), "image_id"; vqa "question_id", "answers"
     ({answer: score}; None in test sets), "question_type"; nlvr2 "label", "id"; snli_ve "label" (number in SNLI_LABELS);
     chat "conversation", "id", "length" and no text. Opening reads every text and no picture; what is broken raises
-    BadSample with file and line, or is left out and counted with on_bad_sample="skip".
+    BadSample with file and line, or is left out with on_bad_sample="skip".
     """
 
     def __init__(self, task: str, parts: list, on_bad_sample="error"):
         self.task, self.parts, self.on_bad_sample, self.seen, self.bad = task, parts, on_bad_sample, 0, set()
-        counts = [[part.rows_each] * len(part) if part.rows_each else [*map(len, self._scan(part))] for part in parts]
-        self.part_ends, counts = np.cumsum([*map(len, parts)]), np.concatenate(counts).astype(int)
+        counts = [[part.rows_each] * len(part.places) if part.rows_each else [len(rows) for rows in self._scan(part)]
+                  for part in parts]
+        self.part_ends, counts = np.cumsum([len(part.places) for part in parts]), np.concatenate(counts).astype(int)
         self.num_images, self.image_of = len(counts), np.repeat(np.arange(len(counts), dtype=np.int32), counts)
         if not len(self):
             raise ValueError(f"no rows in {', '.join(part.path for part in parts)}")
@@ -573,7 +556,7 @@ class Source:
     def _record(self, index):
         number = int(np.searchsorted(self.part_ends, index, side="right"))
         part = self.parts[number]
-        local = index - int(self.part_ends[number]) + len(part)
+        local = index - int(self.part_ends[number]) + len(part.places)
         try:
             images, rows = record_rows(self.task, part.parse(part.raw(local)))
             paths = [os.path.join(part.folder, image) if isinstance(image, str) else image for image in images]
@@ -664,10 +647,13 @@ def sample_rows(strategy: str, count: int, seed: int) -> np.ndarray:
     return rows[count - size:] if kind == "end" else rows[:size]
 
 
-def read_mixture(path) -> list[dict]:
-    """The `datasets` list, json_path and sampling_strategy, of a YAML file of just this shape."""
+def read_mixture(path: str) -> list[dict]:
+    """The `datasets` list of json_path and sampling_strategy: JSON, or YAML of just this shape. Else: all of the file."""
+    if not path.endswith((".yaml", ".yml")):
+        content = {} if path.endswith(".jsonl") else read_json(path, list, dict)
+        return content["datasets"] if "datasets" in content else [{"json_path": path}]
     entries = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(read_bytes(path).decode().splitlines(), 1):
         match = re.fullmatch(r"""\s*(-\s+)?(json_path|sampling_strategy):\s*(["']?)(.+?)\3\s*(\s#.*)?""", line)
         if match and (match[1] or entries):
             entries += [{}] if match[1] else []
@@ -679,23 +665,18 @@ def read_mixture(path) -> list[dict]:
 
 def open_chat(where, image_folder=None, seed=0, on_bad_sample="error") -> Source:
     """LLaVA's .json or .jsonl, `/p/{a,b}.json`, or a mixture of them (.yaml, .json); images lie in image_folder."""
-    where, parts = str(where), []
-    brace = re.fullmatch(r"(.*)\{(.*)\}(.*)", where)
-    entries = [{"json_path": brace[1] + name + brace[3] if brace else name}
-               for name in (brace[2].split(",") if brace else [where])]
-    if where.endswith((".yaml", ".yml")):
-        entries = read_mixture(where)
-    elif where.endswith(".json") and not brace and isinstance(mixture := read_json(where, list, dict), dict):
-        entries = mixture.get("datasets", [])
-    for entry in entries:
-        parts.append(Manifest(entry["json_path"], image_folder))
-        parts[-1].places = parts[-1].places[sample_rows(entry.get("sampling_strategy", "all"), len(parts[-1]), seed)]
+    head, *braced = re.split(r"[{}]", str(where))
+    names = [head + name + braced[1] for name in braced[0].split(",")] if len(braced) == 2 else [str(where)]
+    entries = [entry for name in names for entry in read_mixture(name)]
+    parts = [Manifest(entry["json_path"], image_folder) for entry in entries]
+    for part, entry in zip(parts, entries):
+        part.places = part.places[sample_rows(entry.get("sampling_strategy", "all"), len(part.places), seed)]
     return Source("chat", parts, on_bad_sample)
 
 
 # ---------------------------------------------------------------- datasets
 def mask_tokens(ids: torch.Tensor, tokenizer: Tokenizer, rng, probability=0.15) -> tuple[torch.Tensor, torch.Tensor]:
-    """Masked ids and labels (-100: not chosen), (L,): of 15% of ordinary tokens 80% <mask>, 10% random, 10% kept."""
+    """Masked ids and labels (-100: not chosen), (L,): of 15% of the ordinary tokens 80% <mask>, 10% any, 10% kept."""
     chosen, kind, ids = rng.random(len(ids)) < probability, rng.random(len(ids)), ids.numpy()
     chosen &= [i not in tokenizer.special_ids for i in ids.tolist()]
     masked = np.where(chosen & (kind < 0.8), tokenizer.mask_id, ids)
@@ -703,20 +684,18 @@ def mask_tokens(ids: torch.Tensor, tokenizer: Tokenizer, rng, probability=0.15) 
     return torch.from_numpy(masked), torch.from_numpy(np.where(chosen, ids, -100))
 
 
-class RowDataset(torch.utils.data.Dataset):
-    """The source's rows as they are (LLaVA's conversations). A key is (epoch, position, row), or just the row.
+class PairDataset(torch.utils.data.Dataset):
+    """Rows as tensors: pixels (3, S, S), input_ids, attention_mask (T), image_index, and the row's other fields; nlvr2
+    pixels_1, label; vqa targets (A), soft scores without those of unknown answers, none in test sets. No tokenizer:
+    rows as they are (LLaVA). A key is (epoch, position, row) or the row; after a skipped row comes the next one."""
 
-    In place of a skipped row comes the next one.
-    """
-
-    def __init__(self, source: Source, seed=0, on_bad_sample="error"):
-        self.source, self.seed, self.on_bad_sample, self.seen, self.bad = source, seed, on_bad_sample, 0, set()
+    def __init__(self, source: Source, tokenizer: Tokenizer | None = None, transform=None, max_text_len=50, seed=0,
+                 on_bad_sample="error", answers=()):
+        self.source, self.tokenizer, self.transform, self.max_text_len = source, tokenizer, transform, max_text_len
+        self.seed, self.on_bad_sample, self.seen, self.bad, self.answers = seed, on_bad_sample, 0, set(), answers
 
     def __len__(self):
         return len(self.source)
-
-    def item(self, position, row, rng) -> dict:
-        return self.source[row]
 
     def __getitem__(self, key) -> dict:
         epoch, position, row = key if isinstance(key, tuple) else (0, key, key)
@@ -728,37 +707,22 @@ class RowDataset(torch.utils.data.Dataset):
                 tolerate(error, self.on_bad_sample, self.seen, self.bad)
         raise ValueError("no sample of the data can be read")
 
-
-class PairDataset(RowDataset):
-    """Rows as tensors: pixels (3, S, S), input_ids, attention_mask (T), image_index, and the other fields of the row.
-
-    vqa: targets (A), the soft scores without those of unknown answers; none in test sets. nlvr2: pixels_1, label.
-    """
-
-    def __init__(self, source, tokenizer, transform, max_text_len: int, seed=0, on_bad_sample="error", answers=None):
-        super().__init__(source, seed, on_bad_sample)
-        self.tokenizer, self.transform, self.max_text_len = tokenizer, transform, max_text_len
-        self.answers = {answer: number for number, answer in enumerate(answers or ())}
-
-    def item(self, position, row, rng):
+    def item(self, position, row, rng) -> dict:
         item = self.source[row]
+        if self.tokenizer is None:
+            return item
         ids, mask = self.tokenizer([item.pop("text")], self.max_text_len)
         item |= {"input_ids": ids[0], "attention_mask": mask[0]}
         item |= zip(("pixels", "pixels_1"), (self.transform(image, rng) for image in item.pop("images")))
-        scores = item.pop("answers", None)
-        if scores is not None:
-            item["targets"] = torch.zeros(len(self.answers))
-            for answer in scores.keys() & self.answers.keys():
-                item["targets"][self.answers[answer]] = scores[answer]
+        if (scores := item.pop("answers", None)) is not None:
+            item["targets"] = torch.tensor([float(scores.get(answer, 0)) for answer in self.answers or ()])
         return item | {name: torch.tensor(int(item[name])) for name in ("label", "image_index") if name in item}
 
 
 class PretrainDataset(PairDataset):
-    """Adds mlm_ids, mlm_labels (T), itm_labels () 1 = match, itm_pixels: the picture, or any other of the set.
-
-    Exactly half of each global batch is false. With share_images there is no itm_pixels: of the positions 2k and 2k + 1
-    exactly one is false, and takes its partner's picture.
-    """
+    """Adds mlm_ids, mlm_labels (T), itm_labels () 1 = match, itm_pixels: the picture, or any other one. Exactly half of
+    each global batch is false. With share_images there is no itm_pixels: of the positions 2k and 2k + 1 exactly one is
+    false, and takes its partner's picture."""
 
     def __init__(self, *args, batch_size, objectives=("mlm", "itm"), share_images=False, **kwargs):
         super().__init__(*args, **kwargs)
@@ -792,20 +756,22 @@ def length_grouped(lengths, batch_size: int, world_size: int, generator: torch.G
     """One epoch's order of LLaVA's sampler: batches of one modality (negative length: no image) and of similar lengths.
 
     Megabatches of world_size batches (all micro-batches of a step) of shuffled rows are dealt out, longest row first,
-    each to the smallest total. The last megabatches of both modalities come sorted at the end.
+    to the smallest total; the last ones of both modalities come sorted at the end.
     """
     def deal(rows):
-        chunks, room = [rows[i::world_size] for i in range(world_size)], len(rows) // world_size
+        chunks, totals = [rows[i::world_size] for i in range(world_size)], [0] * world_size
         if len(rows) % world_size == 0:
             chunks = [[] for _ in range(world_size)]
             for row in rows:
-                free = (chunk for chunk in chunks if len(chunk) < room)
-                min(free, key=lambda chunk: sum(abs(lengths[i]) for i in chunk)).append(row)
+                i = totals.index(min(totals))
+                chunks[i].append(row)
+                full = len(chunks[i]) * world_size == len(rows)
+                totals[i] = math.inf if full else totals[i] + abs(lengths[row])
         return [row for chunk in chunks for row in chunk]
 
     modalities, size = [], batch_size * world_size
     for rows in ([i for i, n in enumerate(lengths) if n > 0], [i for i, n in enumerate(lengths) if n <= 0]):
-        rows = [rows[i] for i in torch.randperm(len(rows), generator=generator)] if rows else rows
+        rows = [rows[i] for i in torch.randperm(len(rows), generator=generator).tolist()] if rows else rows
         megas = [sorted(rows[i:i + size], key=lambda row: -abs(lengths[row])) for i in range(0, len(rows), size)]
         modalities += [[deal(mega) for mega in megas]] if rows else []
     if len(modalities) == 1:
@@ -818,16 +784,15 @@ def length_grouped(lengths, batch_size: int, world_size: int, generator: torch.G
 class GlobalBatchSampler(torch.utils.data.Sampler):
     """This process's micro-batches for DataLoader's batch_sampler: lists of keys (epoch, position, row).
 
-    The global stream is the concatenation of the epochs' permutations (`lengths`: length_grouped), nothing is dropped.
-    Step s takes its positions s * batch_size ...; in each micro-step rank r takes the r-th slice of micro_batch_size.
+    The global stream is the concatenation of the epochs' permutations (`lengths`: length_grouped), nothing is dropped;
+    step s has the positions s * batch_size ..., and of each micro-step rank r takes the r-th slice of micro_batch_size.
     """
 
     def __init__(self, num_rows: int, batch_size: int, micro_batch_size: int, rank=0, world_size=1, seed=0,
                  start_step=0, stop_step=1, lengths=None):
         stride = micro_batch_size * world_size
         if batch_size % stride:
-            raise ValueError(f"batch_size {batch_size} must be a multiple of micro_batch_size {micro_batch_size} "
-                             f"x {world_size} processes = {stride}")
+            raise ValueError(f"batch_size {batch_size} must be a multiple of micro_batch_size x processes = {stride}")
         self.num_rows, self.batch_size, self.size = num_rows, batch_size, micro_batch_size
         self.seed, self.lengths, self.epoch, self.order = seed, lengths, None, None
         self.starts = range(start_step * batch_size + rank * self.size, stop_step * batch_size, stride)

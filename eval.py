@@ -152,10 +152,9 @@ def evaluate(model: ManagerTower, dataset: data.PairDataset, task: str, batch_si
 def official_vqa_accuracy(results: list[dict], annotations: list[dict]) -> dict:
     """VQA's official evaluation (visualqa.org/evaluation.html) from the raw annotations.
 
-    results: [{"question_id", "answer"}]; annotations: [{"question_id", "answers": [{"answer"}] of ten people,
-    "question_type", "answer_type"}]. All answers are normalised; each person is left out in turn, and the score is the
-    mean of min(matches among the others / 3, 1). Means are over the "answered" of all "questions". A question that is
-    answered twice or unknown: ValueError.
+    results: [{"question_id", "answer"}]; annotations: [{"question_id", "answers": [{"answer"}], "question_type",
+    "answer_type"}]. All answers are normalised; each person is left out in turn; the score is the mean of min(matches
+    among the others / 3, 1). Means over the "answered" of all "questions". Answered twice or unknown: ValueError.
     """
     known, times, scores = {a["question_id"]: a for a in annotations}, Counter(r["question_id"] for r in results), []
     wrong = [q for q, n in times.items() if n > 1 or q not in known]
@@ -381,8 +380,7 @@ def manager_panels(stats: dict) -> list[tuple]:
 # ---------------------------------------------------------------- Loading and writing
 def is_mllm(checkpoint: str) -> bool:
     """Whether a checkpoint folder holds LLaVA-OV-Manager (ours or an official one) and not a two-tower model."""
-    file = Path(checkpoint) / "config.json"
-    text = file.read_text() if file.is_file() else ""
+    text = file.read_text() if (file := Path(checkpoint) / "config.json").is_file() else ""
     if '"model"' not in text and '"mm_projector_type"' not in text:
         what = "is no checkpoint folder of ours" if Path(checkpoint).exists() else "does not exist"
         raise ValueError(f"--checkpoint {checkpoint} {what}; official ManagerTower weights become one by: "
@@ -481,6 +479,7 @@ def run_task(task: str, checkpoint: str, data: str = "", data_root: str = "", sp
     --annotations FILE (v2_mscoco_val2014_annotations.json) gives the official VQA accuracy."""
     if task not in KIND or (task != "vqav2" and (submit or annotations)):
         raise ValueError(f"--task is one of {', '.join(KIND)}; --submit and --annotations are for vqav2")
+    given = read_annotations(annotations) if annotations else None
     loaded = load_two_tower(checkpoint, "itm" if KIND[task] == "captions" else KIND[task], device)
     report, first = {"checkpoint": checkpoint, "task": task, "splits": {}}, ranks()[0] == 0
     for name in ["demo"] if data else (split or SPLITS[task]).split(","):
@@ -489,8 +488,8 @@ def run_task(task: str, checkpoint: str, data: str = "", data_root: str = "", sp
             predictions = predict(loaded[0], dataset, task, batch_size, num_workers)
             metrics, answers = accuracy(predictions), list(dataset.answers)
             results = [{"question_id": p.question_id, "answer": answers[p.choice]} for p in predictions]
-            if annotations:
-                metrics["official"] = official_vqa_accuracy(results, read_annotations(annotations))
+            if given:
+                metrics["official"] = official_vqa_accuracy(results, given)
             if submit and first:
                 write(submit, results)
         else:

@@ -26,18 +26,18 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from manager import AdaptiveVisualManager, StaticVisualManager, weighted_sum
 from model import (
     ViT,
+    expand,
     export_state,
     hf_vision_table,
     import_state,
     load_encoder,
-    pair,
     read_config,
     read_safetensors,
+    run,
     save_folder,
 )
 
@@ -188,7 +188,7 @@ def select_best_resolution(size: tuple[int, int], pinpoints) -> tuple[int, int]:
 
 
 def paste_centred(image: Image.Image, size: tuple[int, int], grey: int) -> Image.Image:
-    canvas = Image.new("RGB", size, (grey, grey, grey))
+    canvas = Image.new("RGB", size, (grey,) * 3)
     canvas.paste(image, ((size[0] - image.width) // 2, (size[1] - image.height) // 2))
     return canvas
 
@@ -360,7 +360,7 @@ class KVCache:
         self.slots, self.end = slots, slots.shape[1]  # slots (B, S) of the tokens that are being computed
 
     def advance(self, slots: Tensor):
-        """Go on with one token a row, at slots (B, 1)."""
+        """Go on with one token a row, at slots (B, 1), which sees the slots up to its own."""
         self.slots, self.end = slots, self.end + 1
         self.mask = (torch.arange(self.end, device=slots.device) <= slots)[:, None, None]  # (B, 1, 1, end)
 
@@ -425,10 +425,7 @@ class Qwen2(nn.Module):
             x = x if inject is None else inject(i, x)
             if states is not None:
                 states.append(x)
-            if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, cos, sin, use_reentrant=False)
-            else:
-                x = layer(x, cos, sin, cache)
+            x = run(layer, self.checkpointing, x, cos, sin, cache)
         return self.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -537,8 +534,7 @@ class LlavaManager(nn.Module):
             return torch.cat([merge_grids(tiles, image.size, c, line) for tiles, image, line in each], dim=1)
 
         def insight(state, embedding):  # (T, n*n, D_vision), (D) -> (T, 1, n*n, D)
-            recompute = self.vision.checkpointing and torch.is_grad_enabled()
-            x = checkpoint(self.projector, state, use_reentrant=False) if recompute else self.projector(state)
+            x = run(self.projector, self.vision.checkpointing, state)
             return (x + embedding.to(x.dtype))[:, None]
 
         increments = experts = None
@@ -581,7 +577,7 @@ class LlavaManager(nn.Module):
         keep = labels[:, 1:] != IGNORE
         total = 0 * hidden.flatten()[0].float()
         for rows, targets in zip(hidden[:, :-1][keep].split(chunk), labels[:, 1:][keep].split(chunk)):
-            total = total + checkpoint(part, rows, targets, use_reentrant=False)
+            total = total + run(part, True, rows, targets)
         return total, keep.sum()
 
     def count_labels(self, input_ids: Tensor, attention_mask: Tensor | None, images, labels: Tensor) -> int:
@@ -679,36 +675,39 @@ def collate_chat(rows: list[tuple[list[int], list[int]]], pad_id: int = 0, max_l
 
 
 # ---- Weights: tables for model.import_state and model.export_state
+QWEN = {  # HF's Qwen2ForCausalLM, also inside the official states
+    "embed.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight",
+    "layers.{}.norm_1.weight": "model.layers.{}.input_layernorm.weight",
+    "layers.{}.q.*": "model.layers.{}.self_attn.q_proj.*",
+    "layers.{}.kv.*": "model.layers.{}.self_attn.k_proj.* model.layers.{}.self_attn.v_proj.*",
+    "layers.{}.proj.weight": "model.layers.{}.self_attn.o_proj.weight",
+    "layers.{}.norm_2.weight": "model.layers.{}.post_attention_layernorm.weight",
+    "layers.{}.gate_up.weight": "model.layers.{}.mlp.gate_proj.weight model.layers.{}.mlp.up_proj.weight",
+    "layers.{}.down.weight": "model.layers.{}.mlp.down_proj.weight"}
+CROSS = {"q_proj.*": "fusion_attention.q_proj.*", "k_proj.*": "fusion_attention.k_proj.*"}
+
+
 def qwen_table(config: LlavaManagerConfig, ours: str) -> list:
-    """HF's Qwen2ForCausalLM layout, also inside the official states."""
-    names = [("embed", "model.embed_tokens"), ("norm", "model.norm"), ("head", "lm_head")][: 3 - config.tie_embeddings]
-    rows = [(f"{ours}{a}.weight", [f"{b}.weight"], "cat") for a, b in names]
-    for i in range(config.num_layers):
-        a, b = f"{ours}layers.{i}", f"model.layers.{i}"
-        rows += pair(f"{a}.q", f"{b}.self_attn.q_proj")
-        rows += pair(f"{a}.kv", f"{b}.self_attn.k_proj", f"{b}.self_attn.v_proj")
-        for x, *parts in (("norm_1", "input_layernorm"), ("proj", "self_attn.o_proj"), ("down", "mlp.down_proj"),
-                          ("norm_2", "post_attention_layernorm"), ("gate_up", "mlp.gate_proj", "mlp.up_proj")):
-            rows.append((f"{a}.{x}.weight", [f"{b}.{part}.weight" for part in parts], "cat"))
-    return rows
+    head = {} if config.tie_embeddings else {"head.weight": "lm_head.weight"}
+    return expand(QWEN | head, ours, layers=config.num_layers)
 
 
 def official_table(config: LlavaManagerConfig, newline: bool) -> list:
     """The layout of LLaVA-OV-Manager and LLaVA-OneVision states."""
+    names = {"projector.0.*": "mm_projector.0.*", "projector.2.*": "mm_projector.2.*"}
+    names |= {"image_newline": "image_newline"} if newline else {}
+    names |= {"layer_embedding": "manager_layer_embedding"} if config.manager_type else {}
+    rows = qwen_table(config, "llm.") + expand(names, theirs="model.")
     tower = "model.vision_tower.vision_tower.vision_model."
-    rows = qwen_table(config, "llm.") + hf_vision_table(config.vision_layers - 1, "vision.", tower, siglip=True)
-    rows += [r for i in (0, 2) for r in pair(f"projector.{i}", f"model.mm_projector.{i}")]
-    rows += [("image_newline", ["model.image_newline"], "cat")] if newline else []
-    rows += [("layer_embedding", ["model.manager_layer_embedding"], "cat")] if config.manager_type else []
+    rows += hf_vision_table(config.vision_layers - 1, "vision.", tower, siglip=True)
     for k, layer in enumerate(config.inject_layers if config.manager_type else ()):
-        a, b = f"managers.{k}", f"model.manager.{k}"
+        prefixes = f"managers.{k}.", f"model.manager.{k}."
         if config.is_static(layer):
-            rows.append((f"{a}.scores", [f"{b}.layer_scores"], "scores"))
-            continue
-        rows.append((f"{a}.gate", [f"{b}.zero_gate"], "scores"))
-        rows.append((f"{a}.controller.weight", [f"{b}.linear_controller.weight"], "cat"))
-        for x in ("q_proj", "k_proj") if config.manager_type == "adaptive_cross" else ():
-            rows += pair(f"{a}.{x}", f"{b}.fusion_attention.{x}")
+            rows += expand({"scores": "layer_scores"}, *prefixes, how="scores")
+        else:
+            cross = CROSS if config.manager_type == "adaptive_cross" else {}
+            rows += expand({"gate": "zero_gate"}, *prefixes, how="scores")
+            rows += expand({"controller.weight": "linear_controller.weight", **cross}, *prefixes)
     return rows
 
 

@@ -72,8 +72,6 @@ def answer_score(count: int) -> float:
 
 # ---------------- Raw files
 
-
-# usual sub-folders of RAW, beside RAW/<name>
 FOLDERS = ("annotations", "images", "data", "utils", "karpathy", "coco_splits", "coco", "flickr30k", "nlvr2/data")
 
 
@@ -112,7 +110,7 @@ class Raw:
 
     def __init__(self, name: str, root: Path, out: Path):
         self.name, self.spec, self.root, self.out = name, DATASETS[name], root, Path(os.path.realpath(out))
-        self.bases = [base for folder in ("", name, *FOLDERS) if (base := root / folder).is_dir()]
+        self.bases = [base for folder in ("", name, *FOLDERS) if (base := root / folder).is_dir()]  # usual sub-folders
         self.folders: dict[str, dict[str, str]] = {}  # listings of image folders
         self.missing: dict[str, None] = {}  # images, in the order of their first use
         self.found, self.left_out = 0, Counter()
@@ -170,10 +168,8 @@ def prepare_dataset(name: str, root: Path, out: Path) -> None:
     for split, rows in splits.items():
         images = len({image for row in rows for image in row.get("images", [row.get("image")])})
         texts = sum(len(row.get("captions", row.get("questions", [""]))) for row in rows)
-        published = raw.spec.published.get(split)
-        print(f"{name}_{split}: {images:,} images, {texts:,} texts{f'   (published: {published})' if published else ''}"
-              f"{'' if rows else ' - not written'}")
-        if rows:
+        print(f"{name}_{split}: {images:,} images, {texts:,} texts (published: {raw.spec.published.get(split, '-')})")
+        if rows:  # an empty manifest is not written
             write_json(out / f"{name}_{split}.jsonl", rows, lines=True)
     for what, number in (+raw.left_out).items():
         print(f"left out: {number:,} {what}")
@@ -195,7 +191,7 @@ def build_vqav2(raw: Raw) -> dict:
             annotations[question_id] = given, *types
     vocabulary = [answer for answer, count in counts.items() if count >= 9]
     if not vocabulary:
-        raise ValueError("no answer stands 9 times: use the whole annotation files (the images may be a subset)")
+        raise ValueError("no answer stands 9 times: use whole annotation files (the images may be a subset)")
     splits = {split: vqa_rows(raw, f"{split}2014", annotations, set(vocabulary)) for split in ("train", "val")}
     # to choose a checkpoint when training on nearly everything; a subset keeps the share of the published 1,000 images
     rest = len(splits["val"]) - min(1000, math.ceil(len(splits["val"]) / 40))
@@ -316,18 +312,16 @@ def build_sbu(raw: Raw) -> dict:
 
 
 def build_cc3m(raw: Raw) -> dict:
-    """The image of row i (from 0) is <split>/i or <split>/i.jpg; <split>_image_exist.txt lists the rows, if there."""
+    """The image of row i (from 0) is <split>/i or <split>/i.jpg."""
     splits = {"train": [], "val": []}
     for (split, rows), file in zip(splits.items(), raw.spec.files):
-        path, exist = raw.find(file), raw.find(f"{split}_image_exist.txt")
-        wanted = exist and {Path(line).stem for line in exist.read_text().split()}
+        path = raw.find(file)
         lines = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
         for i, line in enumerate(tqdm(lines, desc=file, unit_scale=True, leave=False)):
             caption, tab, _ = line.partition("\t")
             if not tab:
                 raise ValueError(f"{path}, line {i + 1}: expected a caption, a tab and a URL, found {line[:80]!r}")
-            if wanted is None or str(i) in wanted:
-                rows += raw.captions(str(i), [caption], f"{split}/{i}.jpg", f"{split}/{i}", f"images_{split}/{i}.jpg")
+            rows += raw.captions(str(i), [caption], f"{split}/{i}.jpg", f"{split}/{i}", f"images_{split}/{i}.jpg")
     return splits
 
 
@@ -359,9 +353,9 @@ def tidy(text: str, title: bool = False) -> str:
 def build_openclipart(raw: Raw) -> dict:
     """Images with [title, description, title with keywords], from the Dublin Core in the SVG of the same name."""
     found, pictures = [], []
-    for path in sorted((raw.root / "png").rglob("*.png")):
+    for path in sorted(p for p in (raw.root / "png").rglob("*.png") if not p.is_symlink()):
         svg = (raw.root / "svg" / path.relative_to(raw.root / "png")).with_suffix(".svg")
-        drawing = svg.read_text(encoding="utf-8", errors="replace") if svg.is_file() and not path.is_symlink() else ""
+        drawing = svg.read_text(encoding="utf-8", errors="replace") if svg.is_file() else ""
         core = re.search(r"<metadata.*?</metadata>|$", drawing, re.S)[0]
         core = re.sub(r"<(\w+:)?Agent\b.*?</(\w+:)?Agent>", "", core, flags=re.S)  # people have titles as well
         texts = [re.findall(rf"<(?:\w+:)?{tag}\b[^/>]*>([^<]*)<", core) for tag in ("title", "description", "li")]
@@ -467,6 +461,10 @@ class Inert(dict):
     append = extend = add = __call__
 
 
+def as_dict(value) -> dict:
+    return value if isinstance(value, dict) else {}
+
+
 class InertUnpickler(pickle.Unpickler):
     def find_class(self, module, name):
         return type("Inert", (Inert,), {"name": f"{module}.{name}"})
@@ -477,9 +475,8 @@ class InertUnpickler(pickle.Unpickler):
 
 STORAGES = {"Float": torch.float32, "Half": torch.float16, "BFloat16": torch.bfloat16, "Double": torch.float64,
             "Long": torch.int64, "Int": torch.int32, "Byte": torch.uint8, "Bool": torch.bool}
-# what a damaged or hostile file raises
 BROKEN = (pickle.UnpicklingError, zipfile.BadZipFile, EOFError, LookupError, ValueError, TypeError, AttributeError,
-          RuntimeError)
+          RuntimeError, MemoryError, OverflowError)  # what a damaged or hostile file raises
 
 
 class TorchFile:
@@ -505,9 +502,11 @@ class TorchFile:
             return None
         (_, kind, key, *_), offset, size, stride = node.args[:4]
         if key not in self.storages:
-            dtype = STORAGES[kind.name.removeprefix("torch.").removesuffix("Storage")]
             content = bytearray(self.zip.read(f"{self.folder}data/{key}"))
-            self.storages[key] = torch.frombuffer(content, dtype=dtype) if content else torch.empty(0, dtype=dtype)
+            content = torch.frombuffer(content, dtype=torch.uint8) if content else torch.empty(0, dtype=torch.uint8)
+            self.storages[key] = content.view(STORAGES[kind.name.removeprefix("torch.").removesuffix("Storage")])
+        if math.prod(size) > self.storages[key].numel():
+            raise ValueError(f"shape {size} is larger than its storage")
         return self.storages[key].as_strided(size, stride, offset).clone(memory_format=torch.contiguous_format)
 
     def tensors(self, tree) -> dict[str, torch.Tensor]:
@@ -527,10 +526,6 @@ class TorchFile:
         return found
 
 
-def as_dict(value) -> dict:
-    return value if isinstance(value, dict) else {}
-
-
 def read_weights(source: Path) -> tuple[dict, dict]:
     """(state, settings) of a file or a HF folder; settings: Lightning's hyper-parameters, HF's config.json or empty."""
     if source.is_dir():
@@ -548,8 +543,7 @@ def read_weights(source: Path) -> tuple[dict, dict]:
     return file.tensors(as_dict(tree.get("state_dict", tree))), plain
 
 
-V, T, X = "vit_model.visual.", "text_transformer.", "cross_modal_text_"
-M = "cross_modal_{}_manager_tower.0.manager_layer."
+V, T, X, M = "vit_model.visual.", "text_transformer.", "cross_modal_text_", "manager_tower.0.manager_layer."
 HF_NAMES = {r"bridgetower\.": "", r"vision_model\.visual\.embeddings\.class_embedding": f"{V}class_embedding",
             r"vision_model\.visual\.embeddings\.patch_embedding\.": f"{V}conv1.", r"vision_model\.": "vit_model.",
             r"vit_model\.visual\.embeddings\.position_embedding\.weight": f"{V}positional_embedding",
@@ -566,8 +560,8 @@ SIZES = [("vision_width", f"{V}conv1.weight", 0), ("patch_size", f"{V}conv1.weig
          ("contrastive_size", HEAD_KEYS["itc"], 0),
          *(("head_hidden_scale", HEAD_KEYS[head], 1) for head in ("vqa", "nlvr2", "snli_ve"))]
 COUNTS = {"vision_layers": V + r"transformer\.resblocks\.\d+", "text_layers": T + r"encoder\.layer\.\d+",
-          "num_layers": X + r"layers\.\d+", "managed_layers_text": M.format("text") + r"LayerNorm\.\d+",
-          "managed_layers_image": M.format("image") + r"LayerNorm\.\d+"}
+          "num_layers": X + r"layers\.\d+", "managed_layers_text": X + M + r"LayerNorm\.\d+",
+          "managed_layers_image": "cross_modal_image_" + M + r"LayerNorm\.\d+"}
 
 
 def bridgetower_to_official(state: dict) -> dict:
@@ -600,7 +594,7 @@ def infer_config(state: dict, settings: dict) -> ManagerTowerConfig:
     config["mlp_ratio"] //= config["hidden_size"]
     config["heads"] = tuple(head for head, key in HEAD_KEYS.items() if key in state)
     config["head_hidden_scale"] = max(1, config["head_hidden_scale"] // (2 * config["hidden_size"]))
-    scores = state.get(M.format("text") + "layer_scores")
+    scores = state.get(X + M + "layer_scores")
     if scores is None:
         config["fusion"] = "bridge" if f"{X}layernorm.weight" in state else "last"
     else:

@@ -174,19 +174,21 @@ def test_what_each_manager_adds():
     assert compared
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_training_noise(variant):
-    golden = read(f"tiny/out_{variant}.safetensors")
-    case = "c09_square_100x60"
-    if f"train_jitter/{case}/final_hidden" not in golden:
-        pytest.skip("not in this golden set")
-    model = golden_model(variant, case).train()
-    for k, manager in enumerate(model.managers):
-        u = golden[f"train_jitter/{case}/u/{k}"]
-        manager.draw = lambda scores, u=u: u.reshape(scores.shape)
-    out = model(**golden_inputs(case, model.config), hidden_states=True)
-    close(out.hidden_states[-1], golden[f"train_jitter/{case}/final_hidden"], 3e-4)
-    assert abs(out.loss.item() - read(f"tiny/info_{variant}.json")["cases"][f"train_jitter/{case}"]["loss"]) < 2e-5
+def test_training_noise():
+    compared, case = 0, "c09_square_100x60"
+    for variant in VARIANTS:
+        golden = read(f"tiny/out_{variant}.safetensors")
+        if f"train_jitter/{case}/final_hidden" not in golden:
+            continue
+        model = golden_model(variant, case).train()
+        for k, manager in enumerate(model.managers):
+            u = golden[f"train_jitter/{case}/u/{k}"]
+            manager.draw = lambda scores, u=u: u.reshape(scores.shape)
+        out = model(**golden_inputs(case, model.config), hidden_states=True)
+        close(out.hidden_states[-1], golden[f"train_jitter/{case}/final_hidden"], 3e-4)
+        assert abs(out.loss.item() - read(f"tiny/info_{variant}.json")["cases"][f"train_jitter/{case}"]["loss"]) < 2e-5
+        compared += 1
+    assert compared >= 2
 
 
 def test_jitter_is_uniform_around_one():
