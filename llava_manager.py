@@ -722,10 +722,10 @@ def drop_tied_head(state: dict, config: LlavaManagerConfig) -> dict:
 
 
 def from_official(state_dict: dict, config: LlavaManagerConfig) -> dict:
-    """An official state -> ours, strictly (errors as in model.import_state); meta tensors work too. A state for flat
-    merging may lack image_newline: zeros. Load it with `model.load_state_dict(state, strict=True, assign=True)`."""
+    """An official state -> ours, strictly (errors as in model.import_state); meta tensors work too. A state without
+    image_newline, as stage 1 writes it, gets zeros. Load it with `load_state_dict(state, strict=True, assign=True)`."""
     state = drop_tied_head(state_dict, config)
-    newline = config.merge != "flat" or "model.image_newline" in state
+    newline = "model.image_newline" in state
     with torch.device("meta"):
         shapes = {k: v.shape for k, v in LlavaManager(config).state_dict().items()}
     dead = (r".*\.position_ids", r".*rotary_emb\.inv_freq")  # buffers that old versions of transformers wrote

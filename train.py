@@ -52,7 +52,7 @@ class TrainConfig:
     transform: str = "clip"
     on_bad_sample: str = "error"  # or skip: counted, logged, at most 1 in 1,000
     # optimisation
-    max_steps: int = 1400  # optimizer updates
+    max_steps: int = 550  # optimizer updates
     batch_size: int = 64  # global, whatever the number of processes
     micro_batch_size: int = 64  # per process and backward pass
     learning_rate: float = 1e-3
@@ -67,7 +67,7 @@ class TrainConfig:
     # running
     log_every: int = 50
     save_every: int = 200
-    eval_every: int = 350  # 0 = only at the end
+    eval_every: int = 275  # 0 = only at the end
     eval_size: int = 512  # held-out samples
     num_workers: int = 0
     precision: str = "auto"  # fp32 | bf16 | fp16; auto = bf16 on CUDA, fp32 elsewhere

@@ -622,7 +622,7 @@ def test_strict_import():
     state = official_state("adaptive_cross_all")
     back = to_official(from_official(state, config), config)
     assert back.keys() == state.keys() and all(torch.equal(back[k], state[k]) for k in state)
-    for key in ("model.manager.1.zero_gate", "model.layers.2.self_attn.k_proj.bias", "model.image_newline"):
+    for key in ("model.manager.1.zero_gate", "model.layers.2.self_attn.k_proj.bias"):
         with pytest.raises(ValueError, match=f"missing: {key}"):
             from_official({k: v for k, v in state.items() if k != key}, config)
     with pytest.raises(ValueError, match="unknown: model.layers.6.x"):
