@@ -3,8 +3,7 @@
 Papers: ManagerTower section 5.1 and appendix; LLaVA-OV-Manager section IV. A *record* is one image (or pair) with all
 its texts, a *row* is one (image, text), a *source* is the list of the rows of one task, read from JSON Lines manifests
 or ViLT-family .arrow files, or drawn by the built-in demo. Everything random is a function of (seed, epoch, position in
-the global order), never of the process or the worker. Tests: python -m pytest tests/test_data.py
-"""
+the global order), never of the process or the worker. Tests: python -m pytest tests/test_data.py"""
 import functools
 import io
 import itertools
@@ -132,11 +131,15 @@ def train_tokenizer(texts, vocab_size: int, specials=ROBERTA_SPECIALS) -> Tokeni
 CLIP_MEAN = torch.tensor((0.48145466, 0.4578275, 0.40821073)).view(3, 1, 1)
 CLIP_STD = torch.tensor((0.26862954, 0.26130258, 0.27577711)).view(3, 1, 1)
 GRAY = (128, 128, 128)
+_open = functools.lru_cache(maxsize=256)(functools.partial(open, mode="rb"))
+
+
+def read_at(path: str, offset: int, size: int) -> bytes:
+    return os.pread(_open(path).fileno(), size, offset)  # moves no file position: forked workers may share the handle
 
 
 @functools.cache
-def tar_index(path: str) -> dict[str, tuple[int, int]]:
-    """Member name -> (offset, size) of an uncompressed tar archive."""
+def tar_index(path: str) -> dict[str, tuple[int, int]]:  # member name -> (offset, size)
     try:
         with tarfile.open(path, "r:") as archive:
             return {member.name: (member.offset_data, member.size) for member in archive if member.isfile()}
@@ -144,24 +147,19 @@ def tar_index(path: str) -> dict[str, tuple[int, int]]:
         raise BadSample(f"{path} is not an uncompressed tar archive: {error}") from None
 
 
-def read_bytes(path: str, offset=0, size=-1) -> bytes:
-    """Of a file or `archive.tar::member`. Opened anew each time: forked or spawned workers share no handle."""
-    path, _, member = path.partition("::")
-    if not os.path.isfile(path) or (member and member not in tar_index(path)):
-        raise BadSample(f"{path}{member and '::'}{member}: no such file or archive member")
-    offset, size = tar_index(path)[member] if member else (offset, size)
-    with open(path, "rb") as file:
-        file.seek(offset)
-        return file.read(size)
+def read_bytes(path) -> bytes:
+    archive, _, member = str(path).partition("::")
+    if not os.path.isfile(archive) or (member and member not in tar_index(archive)):
+        raise BadSample(f"{path}: no such file or archive member")
+    return read_at(archive, *tar_index(archive)[member]) if member else Path(path).read_bytes()
 
 
 def load_image(where) -> Image.Image:
     """RGB from a path, `archive.tar::member`, bytes or a picture: transparency over white, an animation's first frame,
     16-bit gray scaled, EXIF ignored. BadSample names what cannot be read."""
     try:
-        image = where
-        if not isinstance(where, Image.Image):
-            image = Image.open(io.BytesIO(where if isinstance(where, bytes) else read_bytes(str(where))))
+        content = where if isinstance(where, (bytes, Image.Image)) else read_bytes(where)
+        image = content if isinstance(content, Image.Image) else Image.open(io.BytesIO(content))
         image.load()
         if image.mode.startswith("I"):
             image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
@@ -169,9 +167,8 @@ def load_image(where) -> Image.Image:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
-    except (OSError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        name = f"{len(where)} bytes" if isinstance(where, bytes) else where
-        raise BadSample(f"{name}: not a readable image ({error})") from None
+    except (OSError, SyntaxError, EOFError, ValueError, Image.DecompressionBombError) as error:
+        raise BadSample(f"{'bytes' if isinstance(where, bytes) else where}: not a readable image ({error})") from None
 
 
 def random_resized_crop(image, size, rng, scale=(0.5, 1.0), ratio=(3 / 4, 4 / 3)):
@@ -205,37 +202,34 @@ RANDAUGMENT = {  # ALBEF's operations; m = +-0.7 is magnitude 7 of 10 with a ran
 
 def image_transform(name: str, image_size: int, train: bool):
     """A function (picture, rng) -> float32 (3, S, S), normalised with CLIP's mean and standard deviation.
-
     "clip": short side and centre crop, in training too (as the papers pre-train); "albef": squash to S x S; in training
-    "albef_randaug_wc": random crop, flip, two operations of RANDAUGMENT with probability 1/2 each; "..._wohf": no flip.
-    """
+    "albef_randaug_wc": random crop, flip, two operations of RANDAUGMENT, each with chance 1/2; "..._wohf": no flip."""
     if name not in ("clip", "albef", "albef_randaug_wc", "albef_randaug_wohf"):
         raise ValueError(f"unknown image transform {name!r}: one of clip, albef, albef_randaug_wc, albef_randaug_wohf")
+    return functools.partial(_transform, name, image_size, train)
 
-    def transform(image, rng=None):
-        if name == "clip":
-            image = image.resize([int(image_size * side / min(image.size)) for side in image.size], Image.BICUBIC)
-            left, top = (round((side - image_size) / 2) for side in image.size)
-            image = image.crop((left, top, left + image_size, top + image_size))
-        elif name == "albef" or not train:
-            image = image.resize((image_size, image_size), Image.BICUBIC)
-        else:
-            image = random_resized_crop(image, image_size, rng)
-            if name == "albef_randaug_wc" and rng.random() < 0.5:
-                image = ImageOps.mirror(image)
-            for operation in rng.choice(list(RANDAUGMENT), 2):
-                sign, applied = rng.choice((-1, 1)), rng.random() < 0.5
-                image = RANDAUGMENT[operation](image, 0.7 * sign) if applied else image
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float()
-        return pixels.div_(255).sub_(CLIP_MEAN).div_(CLIP_STD).contiguous()
-    return transform
+
+def _transform(name, size, train, image, rng=None):
+    if name == "clip":
+        image = image.resize([int(size * side / min(image.size)) for side in image.size], Image.BICUBIC)
+        left, top = (round((side - size) / 2) for side in image.size)
+        image = image.crop((left, top, left + size, top + size))
+    elif name == "albef" or not train:
+        image = image.resize((size, size), Image.BICUBIC)
+    else:
+        image = random_resized_crop(image, size, rng)
+        if name == "albef_randaug_wc" and rng.random() < 0.5:
+            image = ImageOps.mirror(image)
+        for operation in rng.choice(list(RANDAUGMENT), 2):
+            sign, applied = rng.choice((-1, 1)), rng.random() < 0.5
+            image = RANDAUGMENT[operation](image, 0.7 * sign) if applied else image
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float()
+    return pixels.div_(255).sub_(CLIP_MEAN).div_(CLIP_STD).contiguous()
 
 
 # ---------------------------------------------------------------- demo data
-COLORS = {"red": (220, 30, 30), "green": (30, 160, 60), "blue": (40, 80, 230), "yellow": (245, 200, 30),
-          "black": (20, 20, 20)}
-SHAPES = ("circle", "square", "triangle")
-SIZES = {"small": 0.12, "large": 0.20}  # radius as a part of the picture's side
+COLORS = {"red": (220, 0, 0), "green": (0, 160, 60), "blue": (40, 80, 230), "yellow": (250, 200, 0), "black": (9, 9, 9)}
+SHAPES, SIZES = ("circle", "square", "triangle"), {"small": 0.12, "large": 0.20}  # radius as a part of the side
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 PLACES = {"left of": ("left", "right"), "above": ("top", "bottom")}
 DEMO_ANSWERS = ["yes", "no", *SIZES, *COLORS, *SHAPES]
@@ -281,15 +275,22 @@ def ask(draw, scene) -> tuple[str, str]:
 
 
 # ---------------------------------------------------------------- sources
+FIELDS = {"captions": {"text": "caption"}, "snli_ve": {"text": "hypothesis", "label": "label"},  # ours: the manifests'
+          "nlvr2": {"text": "sentence", "label": "label", "id": "id"},
+          "vqa": {"text": "question", "question_id": "id", "answers": "answers", "question_type": "question_type"}}
+LABELS = {"nlvr2": (False, True), "snli_ve": SNLI_LABELS}
+ARROW_STEMS = {"coco": "coco_caption_karpathy", "flickr30k": "f30k_caption_karpathy", "cc3m": "conceptual_caption",
+               "snli_ve": "snli"}
+ARROW_PARTS = {"coco_train": ["train", "restval"], "flickr30k_train": ["train", "val"], "vg_train": [""],
+               "sbu_train": range(9), "cc3m_train": [f"train_{i}" for i in range(31)], "cc3m_val": ["val_0"]}
+
+
 class Part:
-    """Records in the manifests' format, the i-th at places[i]: `raw` fetches one, `scan` all texts, `parse` decodes."""
+    """Records in the manifests' format, the i-th at places[i]; `parse` makes one of its place or of what scan gave."""
     folder, unit, rows_each = "", "row", None  # rows_each: known without a scan
 
     def name(self, index):
         return f"{self.path}, {self.unit} {self.places[index]}"
-
-    def raw(self, index):
-        return self.places[index]
 
     def scan(self):
         return self.places
@@ -375,7 +376,7 @@ class Demo(Part):
 
 
 def read_json(path, *kinds: type):
-    content = read_bytes(str(path))
+    content = read_bytes(path)
     try:
         content = json.loads(content)
     except ValueError as error:
@@ -388,21 +389,22 @@ def read_json(path, *kinds: type):
 class Manifest(Part):
     """JSON Lines, of which only the lines' places stay in memory; or LLaVA's .json with one list, kept in memory."""
 
-    def __init__(self, path, folder=None):
+    def __init__(self, path, folder=None, strategy="all", seed=0):
         self.path, self.folder, self.items = str(path), str(folder or Path(path).parent), None
         if self.path.endswith(".json"):
             self.items, self.unit = read_json(path, list), "item"
             self.places = np.arange(len(self.items))
-            return
-        lengths = [(len(line), bool(line.strip())) for line in io.BytesIO(read_bytes(self.path))]
-        self.starts, self.unit = np.cumsum([0, *(length for length, _ in lengths)]), "line"
-        self.places = np.array([number for number, (_, full) in enumerate(lengths, 1) if full], dtype=np.int64)
+        else:
+            lengths = [(len(line), bool(line.strip())) for line in io.BytesIO(read_bytes(self.path))]
+            self.starts, self.unit = np.cumsum([0, *(length for length, _ in lengths)]), "line"
+            self.places = np.array([number for number, (_, full) in enumerate(lengths, 1) if full], dtype=np.int64)
+        self.places = self.places[sample_rows(strategy, len(self.places), seed)]
 
     def parse(self, raw):
         if self.items is not None:
             return self.items[raw]
         try:
-            return json.loads(read_bytes(self.path, self.starts[raw - 1], self.starts[raw] - self.starts[raw - 1]))
+            return json.loads(read_at(self.path, self.starts[raw - 1], self.starts[raw] - self.starts[raw - 1]))
         except ValueError as error:  # broken JSON or UTF-8
             raise BadSample(f"not JSON: {error}") from None
 
@@ -431,17 +433,16 @@ class ArrowFile(Part):
         self.texts = self.columns[task] + ["image_id"] * ("image_id" in table.column_names)
         self.places = range(table.num_rows)
 
-    def raw(self, index):
-        return _arrow_table(self.path).select(self.pictures + self.texts).slice(index, 1).to_pylist()[0]
-
     def scan(self):
         for batch in _arrow_table(self.path).select(self.texts).to_batches(max_chunksize=1024):
             yield from batch.to_pylist()
 
     def parse(self, raw):
+        if not isinstance(raw, dict):
+            raw = _arrow_table(self.path).select(self.pictures + self.texts).slice(raw, 1).to_pylist()[0]
         pictures = [raw.get(name, b"") for name in self.pictures]
         if self.task == "captions":
-            rows = [{"caption": text} for text in raw["caption"]]
+            rows = [{"caption": text} for text in raw["caption"] or ()]
         elif self.task == "vqa":  # test files have no answers, or nulls
             scores = [dict(zip(*pair)) if pair[0] else None for pair in zip(raw["answers"], raw["answer_scores"])]
             rows = zip(raw["question_id"], raw["questions"], scores or [None] * len(raw["questions"]))
@@ -450,7 +451,7 @@ class ArrowFile(Part):
             rows = [{"sentence": text, "label": answer == "True", "id": raw["identifier"]}
                     for text, answer in zip(raw["questions"], raw["answers"])]
         else:
-            rows = [{"hypothesis": texts[1], "label": SNLI_LABELS[label]}
+            rows = [{"hypothesis": texts[1], "label": dict(enumerate(SNLI_LABELS)).get(label)}
                     for texts, label in zip(raw["sentences"], raw["labels"])]
         return {"images": pictures, "image": pictures[0], "image_id": raw.get("image_id"), "rows": rows}
 
@@ -475,12 +476,6 @@ def _chat_row(record):
         turns[0]["value"] = " ".join(["<image>"] * len(images)) + "\n" + turns[0]["value"]
     words = sum(len(turn["value"].split()) for turn in turns)
     return images, [{"conversation": turns, "id": record.get("id"), "length": words if images else -words}]
-
-
-FIELDS = {"captions": {"text": "caption"}, "snli_ve": {"text": "hypothesis", "label": "label"},  # ours: the manifests'
-          "nlvr2": {"text": "sentence", "label": "label", "id": "id"},
-          "vqa": {"text": "question", "question_id": "id", "answers": "answers", "question_type": "question_type"}}
-LABELS = {"nlvr2": (False, True), "snli_ve": SNLI_LABELS}
 
 
 def record_rows(task: str, record: dict) -> tuple[list, list[dict]]:
@@ -525,12 +520,10 @@ def tolerate(error, policy: str, seen: int, bad: set):
 
 class Source:
     """The rows of one task over any number of parts (manifests, .arrow files, demo data), one after the other.
-
     `source[row]`: "text", "images" (RGB), "image_index" (the record's number), "image_id"; vqa "question_id", "answers"
     ({answer: score}; None in test sets), "question_type"; nlvr2 "label", "id"; snli_ve "label" (number in SNLI_LABELS);
     chat "conversation", "id", "length" and no text. Opening reads every text and no picture; what is broken raises
-    BadSample with file and line, or is left out with on_bad_sample="skip".
-    """
+    BadSample with file and line, or is left out with on_bad_sample="skip"."""
 
     def __init__(self, task: str, parts: list, on_bad_sample="error"):
         self.task, self.parts, self.on_bad_sample, self.seen, self.bad = task, parts, on_bad_sample, 0, set()
@@ -553,25 +546,32 @@ class Source:
     def __len__(self):
         return len(self.image_of)
 
-    def _record(self, index):
+    def _find(self, index):
         number = int(np.searchsorted(self.part_ends, index, side="right"))
-        part = self.parts[number]
-        local = index - int(self.part_ends[number]) + len(part.places)
+        return self.parts[number], index - int(self.part_ends[number]) + len(self.parts[number].places)
+
+    def name(self, index: int) -> str:
+        """File and line of a record."""
+        part, local = self._find(index)
+        return part.name(local)
+
+    def _record(self, index):
+        part, local = self._find(index)
         try:
-            images, rows = record_rows(self.task, part.parse(part.raw(local)))
+            images, rows = record_rows(self.task, part.parse(part.places[local]))
             paths = [os.path.join(part.folder, image) if isinstance(image, str) else image for image in images]
             return [load_image(path) for path in paths], rows
         except BadSample as error:
             raise BadSample(f"{part.name(local)}: {error}") from None
 
     def images(self, index: int) -> list[Image.Image]:
-        """The picture (NLVR2: both) of a record."""
         return self._record(index)[0]
 
     def __getitem__(self, row: int) -> dict:
         index = int(self.image_of[row])
         images, rows = self._record(index)
-        return rows[row - int(np.searchsorted(self.image_of, index))] | {"images": images, "image_index": index}
+        first = int(np.searchsorted(self.image_of, self.image_of[row]))
+        return rows[row - first] | {"images": images, "image_index": index}
 
     def texts(self, limit: int | None = None) -> list[dict]:
         """All rows, or the first ones, without their pictures."""
@@ -586,15 +586,8 @@ def demo_source(task: str, split: str, size: int, seed: int = 0, image_size: int
 
 def demo_tokenizer(vocab_size=512) -> Tokenizer:
     """A byte-level BPE in which every word of the demo data is one token."""
-    sources = [demo_source(task, "train", 300) for task in ("captions", "vqa", "nlvr2", "snli_ve")]
-    return train_tokenizer([row["text"] for source in sources for row in source.texts()], vocab_size)
-
-
-ARROW_STEMS = {"coco": "coco_caption_karpathy", "flickr30k": "f30k_caption_karpathy", "cc3m": "conceptual_caption",
-               "snli_ve": "snli"}
-ARROW_PARTS = {"coco_train": ["_train", "_restval"], "flickr30k_train": ["_train", "_val"], "vg_train": [""],
-               "sbu_train": [f"_{i}" for i in range(9)], "cc3m_train": [f"_train_{i}" for i in range(31)],
-               "cc3m_val": ["_val_0"]}
+    texts = [row["text"] for task in FIELDS for row in demo_source(task, "train", 300).texts()]
+    return train_tokenizer(texts, vocab_size)
 
 
 def source_files(root, name: str, split: str) -> list[Path]:
@@ -602,7 +595,8 @@ def source_files(root, name: str, split: str) -> list[Path]:
     manifest, stem = Path(root) / f"{name}_{split}.jsonl", ARROW_STEMS.get(name, name)
     if manifest.is_file():
         return [manifest]
-    files = [Path(root) / f"{stem}{part}.arrow" for part in ARROW_PARTS.get(f"{name}_{split}", [f"_{split}"])]
+    stems = [f"{stem}_{part}".rstrip("_") for part in ARROW_PARTS.get(f"{name}_{split}", [split])]
+    files = [Path(root) / f"{stem}.arrow" for stem in stems]
     fixed = [file.with_name(f"{file.stem}_fix.arrow") for file in files]  # VQAv2 with normalised human answers
     if missing := [file.name for file, fix in zip(files, fixed) if not file.is_file() and not fix.is_file()]:
         raise ValueError(f"{root} has no {manifest.name}, and of its .arrow files it lacks {', '.join(missing)}")
@@ -611,10 +605,8 @@ def source_files(root, name: str, split: str) -> list[Path]:
 
 def open_source(task: str, where, split="train", names=(), on_bad_sample="error") -> Source:
     """A .jsonl or .arrow file, or the sets `names` of a folder, one after the other; split "train+val" takes both.
-
     Names: coco, flickr30k, vg, sbu, cc3m, vqav2, vgqa_coco, nlvr2, snli_ve, or the <name> of any <name>_<split>.jsonl.
-    As in the papers, the .arrow training split of COCO includes restval and that of Flickr30K val.
-    """
+    As in the papers, the .arrow training split of COCO includes restval and that of Flickr30K val."""
     files = [Path(where)] if Path(where).is_file() else [
         file for name in names for part in split.split("+") for file in source_files(where, name, part)]
     if not files:
@@ -648,7 +640,7 @@ def sample_rows(strategy: str, count: int, seed: int) -> np.ndarray:
 
 
 def read_mixture(path: str) -> list[dict]:
-    """The `datasets` list of json_path and sampling_strategy: JSON, or YAML of just this shape. Else: all of the file."""
+    """The `datasets` list of json_path and sampling_strategy: JSON or YAML of just this shape. Else: the file."""
     if not path.endswith((".yaml", ".yml")):
         content = {} if path.endswith(".jsonl") else read_json(path, list, dict)
         return content["datasets"] if "datasets" in content else [{"json_path": path}]
@@ -668,9 +660,7 @@ def open_chat(where, image_folder=None, seed=0, on_bad_sample="error") -> Source
     head, *braced = re.split(r"[{}]", str(where))
     names = [head + name + braced[1] for name in braced[0].split(",")] if len(braced) == 2 else [str(where)]
     entries = [entry for name in names for entry in read_mixture(name)]
-    parts = [Manifest(entry["json_path"], image_folder) for entry in entries]
-    for part, entry in zip(parts, entries):
-        part.places = part.places[sample_rows(entry.get("sampling_strategy", "all"), len(part.places), seed)]
+    parts = [Manifest(one["json_path"], image_folder, one.get("sampling_strategy", "all"), seed) for one in entries]
     return Source("chat", parts, on_bad_sample)
 
 
@@ -734,9 +724,9 @@ class PretrainDataset(PairDataset):
         item = super().item(position, row, rng)
         item["mlm_ids"], item["mlm_labels"] = mask_tokens(item["input_ids"], self.tokenizer, rng)
         batch, place = divmod(position, self.batch_size)
-        order = np.random.default_rng((self.seed, batch, self.batch_size, 1)).permutation(self.batch_size)
-        match = bool(order[place] >= self.batch_size // 2)
-        item["itm_labels"] = torch.tensor(int(match))
+        order = np.random.default_rng((self.seed, batch, 0, 1)).permutation(self.batch_size)
+        match = int(order[place] >= self.batch_size // 2)
+        item["itm_labels"] = torch.tensor(match)
         if self.false_images:
             index = own = int(self.source.image_of[row])
             while index == own and not match:
@@ -754,10 +744,8 @@ def collate(items: list[dict]) -> dict:
 # ---------------------------------------------------------------- samplers
 def length_grouped(lengths, batch_size: int, world_size: int, generator: torch.Generator) -> list[int]:
     """One epoch's order of LLaVA's sampler: batches of one modality (negative length: no image) and of similar lengths.
-
     Megabatches of world_size batches (all micro-batches of a step) of shuffled rows are dealt out, longest row first,
-    to the smallest total; the last ones of both modalities come sorted at the end.
-    """
+    to the smallest total; the last ones of both modalities come sorted at the end."""
     def deal(rows):
         chunks, totals = [rows[i::world_size] for i in range(world_size)], [0] * world_size
         if len(rows) % world_size == 0:
@@ -782,11 +770,9 @@ def length_grouped(lengths, batch_size: int, world_size: int, generator: torch.G
 
 
 class GlobalBatchSampler(torch.utils.data.Sampler):
-    """This process's micro-batches for DataLoader's batch_sampler: lists of keys (epoch, position, row).
-
-    The global stream is the concatenation of the epochs' permutations (`lengths`: length_grouped), nothing is dropped;
-    step s has the positions s * batch_size ..., and of each micro-step rank r takes the r-th slice of micro_batch_size.
-    """
+    """This process's micro-batches, lists of keys (epoch, position, row), for DataLoader's batch_sampler. The positions
+    run over the epochs' permutations (`lengths`: length_grouped), none is dropped; step s has s * batch_size onwards,
+    and of each of its micro-steps rank r takes the r-th micro_batch_size, whatever the number of processes."""
 
     def __init__(self, num_rows: int, batch_size: int, micro_batch_size: int, rank=0, world_size=1, seed=0,
                  start_step=0, stop_step=1, lengths=None):
@@ -807,7 +793,7 @@ class GlobalBatchSampler(torch.utils.data.Sampler):
     def key(self, position: int) -> tuple[int, int, int]:
         epoch, place = divmod(position, self.num_rows)
         if epoch != self.epoch and self.lengths is None:
-            self.order = np.random.default_rng((self.seed, epoch, 2)).permutation(self.num_rows)
+            self.order = np.random.default_rng((self.seed, epoch, 0, 2)).permutation(self.num_rows)
         elif epoch != self.epoch:
             generator = torch.Generator().manual_seed(self.seed + epoch)
             self.order = length_grouped(self.lengths, self.size, self.batch_size // self.size, generator)

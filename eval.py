@@ -356,6 +356,7 @@ def draw_curves(panels: list[tuple]) -> Image.Image:
         for name, (x, y) in curves.items():
             axes.plot(x, y, marker="o", markersize=4, label=name)
         axes.set(title=title, xlabel=xlabel, ylabel=ylabel, xticks=sorted({v for x, _ in curves.values() for v in x}))
+        axes.set_ylim(min(0, axes.get_ylim()[0]), 1.05 if ylabel == "cosine similarity" else None)
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
     figure.savefig(file := io.BytesIO(), format="png")
@@ -425,8 +426,7 @@ def encode_texts(tokenizer, texts: list[str], max_text_len: int) -> tuple[Tensor
     for text in texts:
         if not text.strip():
             raise ValueError("the text is empty; write a question or a sentence")
-        length = len(tokenizer.encode(text))
-        if length > max_text_len:
+        if (length := len(tokenizer.encode(text))) > max_text_len:
             print(f"note: {text[:40]!r}... has {length} tokens and was cut to the model's text length {max_text_len}")
     return tokenizer(texts, max_text_len)
 

@@ -21,10 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-EPS = 1e-5
 
-
-def standardize(experts: Tensor, eps: float = EPS) -> Tensor:
+def standardize(experts: Tensor, eps: float = 1e-5) -> Tensor:
     """Zero mean and unit variance over D for each token of each expert, (B, N, L, D): what all LN_i have in common."""
     out = F.layer_norm(experts, experts.shape[-1:], eps=eps)
     # autocast normalises in float32; kept in its own dtype afterwards, the stack costs half the memory traffic
@@ -41,8 +39,7 @@ class Manager(nn.Module):
     """What both kinds share; a kind has its `score`, and `weigh_previous`, which gives W_C for each of the K.
 
     width: D; num_experts: N; num_previous: K; weight: "vector" for a weight per channel, "scalar" for one per expert;
-    noise: add `draw_noise` to the experts' scores in training mode.
-    """
+    noise: add `draw_noise` to the experts' scores in training mode."""
 
     def __init__(self, width: int, num_experts: int, num_previous: int = 0, weight: str = "vector", noise: bool = True):
         super().__init__()
@@ -58,7 +55,7 @@ class Manager(nn.Module):
         """LN_C of the outputs of the previous cross-modal layers, K tensors (B, L, D)."""
         previous = () if previous is None else previous.unbind(1) if previous.dim() == 4 else (previous,)
         affine = self.scale[self.num_experts :], self.shift[self.num_experts :]
-        return [F.layer_norm(c, c.shape[-1:], scale, shift, EPS) for c, scale, shift in zip(previous, *affine)]
+        return [F.layer_norm(c, c.shape[-1:], scale, shift, 1e-5) for c, scale, shift in zip(previous, *affine)]
 
     def normalize(self, scores: Tensor, experts: Tensor) -> Tensor:
         """softmax((scores + noise) / temperature) over the experts; scores (1 or B, N, 1 or L, 1 or D)."""
@@ -94,8 +91,7 @@ class Manager(nn.Module):
 class StaticManager(Manager):
     """SAUE (SAUM): learnt weights, softmax over the experts; W_C is a raw multiplier (ACL eq. 5, TCSVT section III-A).
 
-    With sae=True, or K > 1: SAE (SAM), where the K previous outputs have a softmax and a temperature of their own.
-    """
+    With sae=True, or K > 1: SAE (SAM), where the K previous outputs have a softmax and a temperature of their own."""
 
     def __init__(self, width: int, num_experts: int, num_previous: int = 0, weight: str = "vector", noise: bool = True,
                  sae: bool = False):
@@ -121,13 +117,12 @@ class AdaptiveManager(Manager):
         Cn = LN_C(C);  On = LN_Q(C_other);  A = softmax(q(Cn) k(On)^T / sqrt(D)) On;  W = softmax(Linear([A, Cn]) / tau)
 
     query_mask (B, Lq; 1 = real token) masks padding in that attention. The official code does not mask it, and the
-    released weights were trained so: ManagerTower passes a mask only with mask_fused_query=True.
-    """
+    released weights were trained so: ManagerTower passes a mask only with mask_fused_query=True."""
 
     def __init__(self, width: int, num_experts: int, weight: str = "vector", noise: bool = True):
         super().__init__(width, num_experts, 1, weight, noise)
         self.score_previous = nn.Parameter(torch.ones(1, self.weight_width))  # W_C: all that "vector" shapes here
-        self.norm_query = nn.LayerNorm(width, eps=EPS)
+        self.norm_query = nn.LayerNorm(width, eps=1e-5)
         self.q_proj, self.k_proj = nn.Linear(width, width), nn.Linear(width, width)
         self.controller = nn.Linear(2 * width, num_experts)
 
@@ -143,10 +138,7 @@ class AdaptiveManager(Manager):
         return self.score_previous
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# LLaVA-OV-Manager (TCSVT 2025, section IV)
-
-
+# ---------------------------------------------------------------- LLaVA-OV-Manager (TCSVT 2025, section IV)
 def weighted_sum(weights, experts) -> Tensor:
     """sum_n weights_n * experts_n over two iterables of N broadcastable tensors, one expert after the other."""
     return sum(weight.to(expert.dtype) * expert for weight, expert in zip(weights, experts, strict=True))

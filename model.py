@@ -122,9 +122,7 @@ class ManagerTowerConfig:
         return {"manager": managed, "bridge": self.num_layers, "last": 1}[self.fusion]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Encoders, cross-modal layers, heads
-
+# ---------------------------------------------------------------- encoders, cross-modal layers, heads
 def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None, dropout: float = 0.0) -> Tensor:
     """Multi-head attention (B, Lq, D), (B, Lk, D), (B, Lk, D) -> (B, Lq, D). mask: boolean, broadcastable to
     (B, H, Lq, Lk), True = attend. dropout applies in every mode, so the caller passes it in training only."""
@@ -157,9 +155,8 @@ class ViTBlock(nn.Module):
         super().__init__()
         eps = 1e-6 if siglip else 1e-5
         self.heads, self.siglip = heads, siglip
-        self.ln_1 = nn.LayerNorm(width, eps=eps)
+        self.ln_1, self.ln_2 = nn.LayerNorm(width, eps=eps), nn.LayerNorm(width, eps=eps)
         self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.ln_2 = nn.LayerNorm(width, eps=eps)
         self.fc, self.fc_out = nn.Linear(width, mlp_width), nn.Linear(mlp_width, width)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -187,9 +184,8 @@ class ViT(nn.Module):
 
     def forward(self, pixels: Tensor, keep) -> list[Tensor]:
         """(B, 3, S, S) -> hidden states `keep` (0 = after ln_pre, k = block k), each (B, L, D), before ln_post."""
-        size = self.image_size
-        if pixels.shape[1:] != (3, size, size):
-            raise ValueError(f"pixels are {tuple(pixels.shape)}, this encoder reads (B, 3, {size}, {size})")
+        if pixels.shape[-2:] != (self.image_size, self.image_size):
+            raise ValueError(f"pixels {tuple(pixels.shape)} do not have the encoder's image_size {self.image_size}")
         x = self.patch(pixels).flatten(2).transpose(1, 2)  # (B, L, D)
         if self.class_embedding is not None:
             x = torch.cat([self.class_embedding.to(x.dtype).expand(len(x), 1, -1), x], dim=1)
@@ -247,8 +243,7 @@ class TextEncoder(nn.Module):
         positions = torch.cumsum(real, dim=1) * real + self.pad
         x = self.word_embedding(input_ids) + self.position_embedding(positions) + self.type_embedding
         x = F.dropout(self.ln(x), self.dropout, self.training)
-        mask = attention_mask[:, None, None, :].bool()  # (B, 1, 1, L)
-        return run_layers(self.layers, x, (mask,), keep, self.checkpointing)
+        return run_layers(self.layers, x, (attention_mask[:, None, None, :].bool(),), keep, self.checkpointing)
 
 
 class MLMHead(nn.Module):
@@ -286,15 +281,13 @@ def make_head(name: str, config: ManagerTowerConfig) -> nn.Module:
     classes = {"itm": 2, "retrieval": 1, "vqa": config.num_answers, "nlvr2": 2, "snli_ve": 3}[name]
     if name in ("itm", "retrieval"):
         return nn.Linear(width, classes)
-    hidden = width * config.head_hidden_scale
+    hidden, width = width * config.head_hidden_scale, 2 * width if name == "nlvr2" else width
     # without dropout, as in the released recipes: NLVR2's sets its nlvr2_drop_rate to 0
-    return nn.Sequential(OrderedDict(fc=nn.Linear(2 * width if name == "nlvr2" else width, hidden),
-                                     ln=nn.LayerNorm(hidden), gelu=nn.GELU(), fc_out=nn.Linear(hidden, classes)))
+    return nn.Sequential(OrderedDict(fc=nn.Linear(width, hidden), ln=nn.LayerNorm(hidden), gelu=nn.GELU(),
+                                     fc_out=nn.Linear(hidden, classes)))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The model
-
+# ---------------------------------------------------------------- the model
 @dataclass
 class Features:
     text: Tensor  # (B, Lt, D)
@@ -315,8 +308,8 @@ class ManagerTower(nn.Module):
         types = 0.02 * torch.randn(2, width)  # text, image; NLVR2's second image starts as a copy of image
         self.type_embedding = nn.Parameter(torch.cat([types, types[1:]]) if "nlvr2" in c.heads else types)
         if c.fusion == "manager":
-            self.text_layer_embedding = nn.Parameter(0.02 * torch.randn(c.text_layers, width))
-            self.image_layer_embedding = nn.Parameter(0.02 * torch.randn(c.vision_layers, width))
+            self.text_layer_embedding, self.image_layer_embedding = (
+                nn.Parameter(0.02 * torch.randn(layers, width)) for layers in (c.text_layers, c.vision_layers))
             self.text_managers, self.image_managers = (
                 nn.ModuleList(make_manager(i, m, c) for i in range(c.num_layers)) for m in ("text", "image"))
         elif c.fusion == "bridge":
@@ -334,9 +327,9 @@ class ManagerTower(nn.Module):
         """BERT's initialisation: N(0, 0.02^2) for matrices, zero biases, and a zero row for padding."""
         if isinstance(module, nn.Linear | nn.Embedding | nn.Conv2d):
             nn.init.normal_(module.weight, std=0.02)
-            if isinstance(module, nn.Embedding):
+            if getattr(module, "padding_idx", None) is not None:
                 module.weight.data[module.padding_idx] = 0
-            elif module.bias is not None:
+            elif getattr(module, "bias", None) is not None:
                 nn.init.zeros_(module.bias)
 
     def set_checkpointing(self, on: bool):
@@ -407,10 +400,9 @@ def make_manager(i: int, modality: str, config: ManagerTowerConfig) -> nn.Module
     return StaticManager(width, n, i if sae else min(i, 1), config.manager_weight, config.manager_noise, sae)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Weights. One table of rows (our key, their keys, how) for every foreign layout; `how` is the way from theirs to ours:
+# ---------------------------------------------------------------- weights
+# One table of rows (our key, their keys, how) for every foreign layout; `how` is the way from theirs to ours:
 # "cat" along the rows, "stack", or "scores" for a (1, n, 1, width) that is (n, width) here.
-
 SPLIT = {"cat": lambda tensor, count: tensor.chunk(count) if count > 1 else (tensor,),
          "stack": lambda tensor, count: tensor.unbind(0), "scores": lambda tensor, count: (tensor[None, :, None],)}
 JOIN = {"cat": lambda parts: torch.cat(parts) if len(parts) > 1 else parts[0],
@@ -421,8 +413,7 @@ def import_state(state: dict, table: list, shapes: dict, dropped: tuple[str, ...
     """Foreign state -> ours, by renaming, concatenating and reshaping; no value is read, so meta tensors work too.
 
     shapes: our key -> shape; dropped: patterns of keys that are known to be dead. Raises ValueError with the missing,
-    unknown and misshapen keys, the first ones where they are many.
-    """
+    unknown and misshapen keys, the first ones where they are many."""
     wanted = {key for _, keys, _ in table for key in keys}
     unknown = [k for k in state if k not in wanted and not any(re.fullmatch(p, k) for p in dropped)]
     on_meta = {ours: torch.empty(shape, device="meta") for ours, shape in shapes.items()}
@@ -548,12 +539,10 @@ def read_safetensors(path) -> dict:
     """A .safetensors file, or the model.safetensors of a folder, as a dict of CPU tensors; ValueError if unreadable."""
     path = Path(path)
     file = path / "model.safetensors" if path.is_dir() else path
-    if not file.is_file():
-        raise ValueError(f"{file} does not exist; expected a .safetensors file or a folder with model.safetensors "
-                         "(`python prepare.py weights` makes one from .bin, .pt and .ckpt files)")
-    if file.suffix != ".safetensors":
-        raise ValueError(f"{file} is not a .safetensors file; `python prepare.py weights --source {file} --out FOLDER` "
-                         "makes one")
+    if not file.is_file() or file.suffix != ".safetensors":
+        what = "is not a .safetensors file" if file.is_file() else "does not exist"
+        raise ValueError(f"{file} {what}; `python prepare.py weights` makes a folder with model.safetensors from "
+                         "PyTorch's .bin, .pt and .ckpt files")
     try:
         return load_file(file)
     except SafetensorError as error:
@@ -564,8 +553,7 @@ def load_unimodal(model: ManagerTower, vision, text) -> None:
     """Fill both encoders from pre-trained ones: .safetensors files, or folders with model.safetensors.
 
     vision: CLIP in HF's layout or OpenAI's, its position table resized to the model's image size; text: RoBERTa as HF's
-    RobertaModel or RobertaForMaskedLM. Raises ValueError for a missing, left-over or misshapen key.
-    """
+    RobertaModel or RobertaForMaskedLM. Raises ValueError for a missing, left-over or misshapen key."""
     encoder, state = model.image_encoder, read_safetensors(vision)
     if any(k.startswith("visual.") for k in state):
         positions, table = "visual.positional_embedding", expand(CLIP, "", "visual.", len(encoder.blocks))
@@ -606,13 +594,10 @@ def resize_position_embedding(table: Tensor, grid: int) -> Tensor:
     return torch.cat([table[:1], patches.flatten(2)[0].T.to(table.dtype)])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Checkpoint folders: model.safetensors + config.json
-
+# ---------------------------------------------------------------- checkpoint folders: model.safetensors + config.json
 def write_atomically(path, write) -> None:
     """write(temporary path), flush to disk, rename: the file is either the old one or the whole new one."""
-    path = Path(path)
-    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
+    path, temporary = Path(path), Path(f"{path}.tmp{os.getpid()}")
     try:
         write(temporary)
         with open(temporary, "rb") as f:
@@ -643,10 +628,10 @@ def read_config(folder, kind=ManagerTowerConfig):
     if not file.is_file():
         raise ValueError(f"{folder} is not a checkpoint folder: it has no config.json")
     try:
-        values = json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from error
-    name = values.pop("model", None) if isinstance(values, dict) else None
+        values = dict(json.loads(file.read_text()))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{file} is not a JSON object: {error}") from error
+    name = values.pop("model", None)
     unknown = sorted(set(values) - {f.name for f in dataclasses.fields(kind)})
     if f"{name}Config" != kind.__name__ or unknown:
         raise ValueError(f"{file} is not the config of a {kind.__name__.removesuffix('Config')}: "
@@ -659,8 +644,7 @@ def load_model(folder, **overrides) -> ManagerTower:
 
     What fits is kept; other tasks' heads are dropped and new ones initialised (both printed); the position table is
     resized; NLVR2's third token type copies the second; a new rank head starts as the match row of the ITM head. Any
-    other difference raises ValueError.
-    """
+    other difference raises ValueError."""
     model = ManagerTower(dataclasses.replace(read_config(folder), **overrides))
     state, own = read_safetensors(folder), model.state_dict()
     positions, types = "image_encoder.position_embedding", "type_embedding"
@@ -669,10 +653,9 @@ def load_model(folder, **overrides) -> ManagerTower:
         state[positions] = resize_position_embedding(state[positions], grid)
     if types in state:
         state[types] = torch.cat([state[types], state[types][1:2]])[: len(own[types])]
-    stored = {k.split(".")[1] for k in state if k.startswith("heads.")}
-    if "retrieval" in model.heads and "itm" in stored and "retrieval" not in stored:
+    if "retrieval" in model.heads and "heads.retrieval.weight" not in state:
         state |= {k.replace("itm", "retrieval"): v[1:2] for k, v in state.items() if k.startswith("heads.itm.")}
-        stored.add("retrieval")
+    stored = {k.split(".")[1] for k in state if k.startswith("heads.")}
     dropped, new = sorted(stored - set(model.heads)), sorted(set(model.heads) - stored)
     state = {k: v for k, v in state.items() if not k.startswith(tuple(f"heads.{name}." for name in dropped))}
     state |= {k: v for k, v in own.items() if k.startswith(tuple(f"heads.{name}." for name in new))}

@@ -514,9 +514,9 @@ def train_step(task: nn.Module, module: nn.Module, batches: list[dict], step: in
     return dict(zip(names, means, strict=True))
 
 
-def check_finite(losses: dict, step: int, batches: list[dict], checkpoint: Checkpoint):
+def check_finite(losses: dict, step: int, batches: list[dict], dataset, checkpoint: Checkpoint):
     if not all(math.isfinite(x) for x in losses.values()):
-        rows = [name for batch in batches for name in batch["name"]]
+        rows = [dataset.source.name(int(index)) for batch in batches for index in batch["image_index"]]
         raise ValueError(f"the loss is not finite at step {step + 1}: {losses}. Samples: {', '.join(rows[:16])}"
                          f"{f' and {len(rows) - 16} more' if len(rows) > 16 else ''}. The checkpoint of step {checkpoint.step} is kept")
 
@@ -548,7 +548,7 @@ def fit(run: TrainConfig, task: nn.Module, dataset, evaluate: typing.Callable, c
         lr = run.learning_rate * set_learning_rate(optimizer, run, step)
         losses = train_step(task.train(), module, group, step, run, world, scaler)
         norm = apply_gradients(task, optimizer, scaler, run)
-        check_finite(losses | ({} if scaler.is_enabled() else {"gradient norm": norm}), done, group, checkpoint)
+        check_finite(losses | ({} if scaler.is_enabled() else {"gradient norm": norm}), done, group, dataset, checkpoint)
         loss, speed = sum(losses.values()), (done - start) * run.batch_size / (time.time() - began)
         bar.update()
         bar.set_postfix_str(f"loss {loss:.3f}, lr {lr:.1e}, {speed:.0f} samples/s", refresh=False)

@@ -272,7 +272,7 @@ def test_killed_run_resumes_to_the_same_bits(tmp_path):
 def test_sigterm_saves_and_the_run_goes_on(tmp_path, capsys):
     class Terminate:
         def __init__(self, dataset):
-            self.dataset, self.left = dataset, 20
+            self.dataset, self.source, self.left = dataset, dataset.source, 20
 
         def __len__(self):
             return len(self.dataset)
