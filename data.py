@@ -551,7 +551,7 @@ class Source:
         return self.parts[number], index - int(self.part_ends[number]) + len(self.parts[number].places)
 
     def name(self, index: int) -> str:
-        """File and line of a record."""
+        """Its file and line."""
         part, local = self._find(index)
         return part.name(local)
 
@@ -799,8 +799,3 @@ class GlobalBatchSampler(torch.utils.data.Sampler):
             self.order = length_grouped(self.lengths, self.size, self.batch_size // self.size, generator)
         self.epoch = epoch
         return epoch, position, int(self.order[place])
-
-
-def shard(num_rows: int, rank: int, world_size: int) -> range:
-    """The rows that one process evaluates: over all of them every row exactly once, without padding."""
-    return range(rank, num_rows, world_size)

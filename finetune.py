@@ -214,7 +214,7 @@ def finetune(name: str, run: FinetuneConfig, fields: dict, world: World):
 def main(argv: list[str]):
     demo = any(a == "--data" and b == "demo" for a, b in zip(argv, argv[1:])) or "--data=demo" in argv
     recipes = {name: (dataclasses.replace(run, **DEMO), {}) if demo else (run, fields) for name, (run, fields) in TASKS.items()}
-    name, run, fields = parse_args(argv, recipes, "task", skip={"heads", "num_answers"})
+    name, run, fields = parse_args(argv, recipes, "task")
     if run.data not in ("", "demo") or (run.data == "") == (run.data_root == ""):
         raise ValueError("say where the data are: --data_root FOLDER, or --data demo for the built-in ones")
     if not run.init:

@@ -1,11 +1,13 @@
-"""Pre-training, and the one training loop of the project: DDP, mixed precision, exact resume. finetune.py runs on it too.
+"""Pre-training, and the one training loop of the project: DDP, mixed precision, exact resume. finetune.py uses it too.
 
-    python train.py                                                              # built-in demo data, a CPU is enough
+    python train.py                                                     # built-in demo data, a CPU is enough
     torchrun --standalone --nproc_per_node 8 train.py --recipe pretrain --data_root D --vision CLIP --text ROBERTA
+    torchrun ... train.py --recipe llava_stage1 ...                     # the MLLM's recipes are in train_llava.py
 
-ManagerTower: MLM + ITM (ACL 2023, section 4), on request ITC with hard negatives. Read `fit` first. Three rules make runs exact:
-all randomness is a function of (seed, step) and the position in the global batch; losses are means over the global batch, not
-means of means; `training_state.pt` is replaced atomically and is the only truth. So the same command goes on after any death.
+ManagerTower: MLM + ITM (ACL 2023, section 4), on request ITC with hard negatives. Read `fit` first. Three rules make
+runs exact. All randomness is a function of (seed, step) and of the position in the global batch. Losses are means over
+the global batch, not means of means. `training_state.pt` is replaced atomically and is the only truth: after any death
+the same command goes on.
 """
 import argparse
 import contextlib
@@ -21,6 +23,7 @@ import sys
 import time
 import typing
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,16 +32,20 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 import data
-from model import ManagerTower, ManagerTowerConfig, load_unimodal, save_folder, write_atomically
+from llava_manager import DecoderLayer
+from manager import Manager
+from model import BertLayer, ManagerTower, ManagerTowerConfig, ViTBlock, load_unimodal, save_folder, write_atomically
 
 
 @dataclass
 class TrainConfig:
     """One run. Every field is a flag, and so is every field of the model's config."""
+    architecture: typing.ClassVar[type] = ManagerTowerConfig
+    hidden: typing.ClassVar[set[str]] = {"heads", "num_answers"}  # fields that are no flags: they follow from others
     min_steps: typing.ClassVar[int] = 1
     out_dir: str = "out/demo"
     data_root: str = ""  # manifests or .arrow files; empty = built-in demo data
@@ -83,82 +90,92 @@ class TrainConfig:
                 raise ValueError(f"--{name} {getattr(self, name)!r} must be one of {', '.join(allowed)}")
         unknown = set(self.objectives) - {"mlm", "itm", "itc"}
         if unknown or not self.objectives or ("itc" in self.objectives and "itm" not in self.objectives):
-            raise ValueError(f"--objectives {','.join(self.objectives)} must be some of mlm,itm,itc, and itc needs itm")
-        if self.max_steps < self.min_steps or self.batch_size % self.micro_batch_size:
-            raise ValueError(f"--batch_size {self.batch_size} is not a multiple of --micro_batch_size {self.micro_batch_size}, "
-                             f"or --max_steps {self.max_steps} is below {self.min_steps}")
+            raise ValueError(f"--objectives {','.join(self.objectives)} must be some of mlm,itm,itc; itc needs itm")
+        if self.max_steps < self.min_steps:
+            raise ValueError(f"--max_steps {self.max_steps} is below {self.min_steps}")
+        if self.micro_batch_size < 1 or self.batch_size % self.micro_batch_size:
+            raise ValueError(f"--batch_size {self.batch_size} is not a multiple of --micro_batch_size "
+                             f"{self.micro_batch_size}")
+        if self.share_images and self.micro_batch_size % 2:
+            raise ValueError(f"--share_images pairs rows: --micro_batch_size {self.micro_batch_size} must be even")
 
 
-# The papers' pre-training (ACL appendix A): 100k steps of 4,096 pairs, linear decay after 10k steps, heads and cross-modal
-# layers at five times the encoders' learning rate.
+# (run, fields of the model). The papers' pre-training (ACL appendix A): 100k steps of 4,096 pairs, linear decay after
+# 10k steps, heads and cross-modal layers at five times the encoders' learning rate.
 RECIPES = {
     "demo": (TrainConfig(share_images=True), {}),
-    "pretrain": (TrainConfig(out_dir="out/pretrain", model="base", max_steps=100_000, batch_size=4096, micro_batch_size=32,
-                             learning_rate=1e-5, lr_mult_head=5.0, lr_mult_cross_modal=5.0, log_every=50, save_every=1000,
-                             eval_every=5000, eval_size=4096, num_workers=8), {}),
+    "pretrain": (TrainConfig(
+        out_dir="out/pretrain", model="base", max_steps=100_000, batch_size=4096, micro_batch_size=32,
+        learning_rate=1e-5, lr_mult_head=5.0, lr_mult_cross_modal=5.0, save_every=1000, eval_every=5000,
+        eval_size=4096, num_workers=8), {}),
+    # the pictures of `prepare.py openclipart` and `prepare.py tuxpaint`, on a CPU
+    "clipart": (TrainConfig(
+        out_dir="out/clipart", data_root="out/clipart_data", datasets=("openclipart", "tuxpaint"),
+        objectives=("mlm", "itm", "itc"), max_steps=600, eval_every=300), {}),
 }
 # what may differ between a run and its resumption
-FREE_FIELDS = {"out_dir", "micro_batch_size", "log_every", "save_every", "eval_every", "num_workers", "device", "compile", "checkpointing",
-               "fresh"}
+FREE_FIELDS = {"out_dir", "micro_batch_size", "log_every", "save_every", "eval_every", "num_workers", "device",
+               "compile", "checkpointing", "fresh"}
+COMPILED = (ViTBlock, BertLayer, Manager, DecoderLayer)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Command line, from the dataclasses' fields
-
-
+# ---------------------------------------------------------------- command line, from the dataclasses' fields
 def parse_bool(text: str) -> bool:
     if text.lower() not in ("true", "false", "1", "0"):
         raise argparse.ArgumentTypeError(f"{text!r} is not true or false")
     return text.lower() in ("true", "1")
 
 
-def add_flags(parser: argparse.ArgumentParser, kind: type, skip: set = frozenset()):
+def parse_optional(text: str) -> str | None:
+    return None if text.lower() == "none" else text
+
+
+def add_flags(parser: argparse.ArgumentParser, kind: type, hidden: set[str]):
+    """A flag for each field of the dataclass `kind`; tuples are given as a,b,c."""
+    how = {bool: {"type": parse_bool, "nargs": "?", "const": True}, str | None: {"type": parse_optional},
+           tuple[str, ...]: {"type": lambda text: tuple(text.split(","))}}
     hints = typing.get_type_hints(kind)
     for field in dataclasses.fields(kind):
-        if field.name not in skip:
-            hint = hints[field.name]
-            how = {bool: {"type": parse_bool, "nargs": "?", "const": True}, tuple[str, ...]: {"type": lambda s: tuple(s.split(","))}}
-            parser.add_argument(f"--{field.name}", default=argparse.SUPPRESS, **how.get(hint, {"type": hint}))
+        if field.name not in hidden and (hints[field.name] in how or isinstance(hints[field.name], type)):
+            parser.add_argument(f"--{field.name}", default=argparse.SUPPRESS,
+                                **how.get(hints[field.name], {"type": hints[field.name]}))
 
 
-def parse_args(argv: list[str], recipes: dict, key: str, skip: set) -> tuple[str, TrainConfig, dict]:
+def parse_args(argv: list[str], recipes: dict, key: str) -> tuple[str, TrainConfig, dict]:
     """--{key} names the recipe, (run, fields of the model); every other flag overrides one of these fields.
 
     Returns the recipe's name, the run, and the fields of the model that differ from its preset.
     """
-    parser = argparse.ArgumentParser(allow_abbrev=False, usage=f"{sys.argv[0]} [--{key} {'|'.join(recipes)}] [--FIELD VALUE ...]")
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, usage=f"{Path(sys.argv[0]).name} [--{key} {'|'.join(recipes)}] [--FIELD VALUE ...]")
     parser.add_argument(f"--{key}", choices=list(recipes), default=next(iter(recipes)))
     name = getattr(parser.parse_known_args(argv)[0], key)
     run, fields = recipes[name]
-    add_flags(parser, type(run), skip={key})
-    add_flags(parser, ManagerTowerConfig, skip)
+    add_flags(parser, type(run), {key, *run.hidden})
+    add_flags(parser, run.architecture, run.hidden)
     given = vars(parser.parse_args(argv))
-    given.pop(key)
     of_run = {f.name for f in dataclasses.fields(run)}
-    run = dataclasses.replace(run, **{k: v for k, v in given.items() if k in of_run})
-    of_model = {k: v for k, v in given.items() if k not in of_run}
+    of_model = {k: v for k, v in given.items() if k not in {key, *of_run}}
     dead = [k for k in of_model if k.startswith(("manager_", "managed_", "mask_fused"))]
     if dead and of_model.get("fusion", "manager") != "manager":
         raise ValueError(f"--{dead[0]} means nothing with --fusion {of_model['fusion']}, which has no managers")
-    return name, run, fields | of_model
+    return name, dataclasses.replace(run, **{k: v for k, v in given.items() if k in of_run}), fields | of_model
 
 
-def one_sentence(main: typing.Callable):
+def one_sentence(main: Callable):
     """Run main(argv); what is wrong with the user's input ends in one sentence instead of a traceback."""
     try:
         main(sys.argv[1:])
     except ValueError as error:
-        lines = [line for line in str(error).splitlines() if line.strip()]
-        sys.exit(f"error: {lines[-1] if 'DataLoader worker' in lines[0] else str(error)}")  # else the worker's traceback
+        lines = str(error).strip().splitlines()
+        # an error of a DataLoader worker comes with the worker's traceback, the sentence last
+        sys.exit(f"error: {lines[-1] if 'DataLoader worker' in lines[0] else str(error)}")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Processes
-
-
+# ---------------------------------------------------------------- processes
 class World:
     """This process among all: rank, size, device. Single-process without torchrun."""
 
@@ -172,12 +189,11 @@ class World:
         self.device = torch.device(f"cuda:{local}" if device == "cuda" else device)
         if device == "cuda":
             torch.cuda.set_device(self.device)
-            torch.backends.cuda.matmul.allow_tf32 = False  # fp32 means fp32
         if "RANK" in os.environ and not dist.is_initialized():
             dist.init_process_group("nccl" if device == "cuda" else "gloo")
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """Sum over all processes, in place; float64 on the CPU keeps counts exact."""
+        """Sum over all processes, in place."""
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
@@ -211,20 +227,16 @@ def gather(x: Tensor) -> Tensor:
     return GatherWithGradient.apply(x) if dist.is_initialized() and dist.get_world_size() > 1 else x
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Objectives. A task is a module: forward(batch) -> {name: (sum of the loss, ...)}; counts(batch) -> {name: number of terms}
+# ---------------------------------------------------------------- objectives
+def contrastive_logits(model: ManagerTower, texts: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
+    """ITC logits, text -> image and image -> text, (W*B, W*B) over the micro-batches of all W processes.
 
-
-def contrastive_logits(model: ManagerTower, text_experts: Tensor, image_experts: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits of this process' texts against all images (B, W*B) and of all texts against ... as (text->image, image->text).
-
-    Both are for the whole micro-batch of all processes, (W*B, W*B). The temperature is a divisor, clamped in place as in
-    the official code.
+    The temperature is a divisor, clamped in place as in the official code.
     """
     head = model.heads["itc"]
     with torch.no_grad():
         head.temperature.clamp_(0.001, 0.5)
-    text, image = (gather(x) for x in model.contrast(text_experts, image_experts))
+    text, image = (gather(x) for x in model.contrast(texts, images))
     logits = text @ image.T / head.temperature
     return logits, logits.T
 
@@ -236,24 +248,24 @@ def itc_loss(logits: Tensor, logits_t: Tensor, same: Tensor, rows: slice) -> Ten
 
 
 def negative_weights(logits: Tensor, same: Tensor) -> Tensor:
-    """softmax(logits) with the matching pairs at zero; a row without any weight draws uniformly, its own pair too (official)."""
+    """softmax(logits) without the matching pairs; a row with no weight left draws uniformly, its own pair too."""
     weights = torch.softmax(logits.detach(), dim=1).masked_fill(same.bool(), 0)
-    return weights + 1e-5 * (weights.sum(1, keepdim=True) == 0)
+    return weights + 1e-5 * (weights.sum(1, keepdim=True) == 0)  # official: + 1e-5 when multinomial raises
 
 
 def draw_negatives(weights: Tensor, generator: torch.Generator | None) -> Tensor:
-    """One column for each row (2 * W*B draws: texts, then images); the same on every process, so each can take its own rows."""
+    """A column for each row, texts then images (2 * W*B). All processes draw the same, and take their own rows."""
     return torch.multinomial(weights, 1, generator=generator).squeeze(1)
 
 
-def hard_negative_itm(model: ManagerTower, text_experts: Tensor, image_experts: Tensor, mask: Tensor, logits: Tensor, logits_t: Tensor,
+def hard_negative_itm(model: ManagerTower, texts: Tensor, images: Tensor, mask: Tensor, logits: tuple[Tensor, Tensor],
                       same: Tensor, rows: slice, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-    """ITM on (t, i), (t, hard i), (hard t, i) -> logits (3B, 2) and labels (3B), with negatives of all processes' micro-batches."""
-    chosen = draw_negatives(torch.cat([negative_weights(logits, same), negative_weights(logits_t, same)]), generator)
+    """ITM on (t, i), (t, hard i), (hard t, i), with negatives from all processes: logits (3B, 2), labels (3B)."""
+    chosen = draw_negatives(torch.cat([negative_weights(x, same) for x in logits]), generator)
     image_of_text, text_of_image = (c[rows] for c in chosen.chunk(2))
-    all_texts, all_images, all_masks = gather(text_experts), gather(image_experts), gather(mask)
-    features = model.fuse(torch.cat([text_experts, text_experts, all_texts[text_of_image]]),
-                          torch.cat([image_experts, all_images[image_of_text], image_experts]),
+    all_texts, all_images, all_masks = gather(texts), gather(images), gather(mask)
+    features = model.fuse(torch.cat([texts, texts, all_texts[text_of_image]]),
+                          torch.cat([images, all_images[image_of_text], images]),
                           torch.cat([mask, mask, all_masks[text_of_image]]))
     labels = torch.zeros(3 * len(mask), dtype=torch.long, device=mask.device)
     labels[: len(mask)] = 1
@@ -266,27 +278,27 @@ def contrastive_losses(model: ManagerTower, texts: Tensor, images: Tensor, mask:
 
     texts, images: experts (B, N, L, D_modality); captions with equal image_index (B,) match each other's picture.
     """
-    logits, logits_t = contrastive_logits(model, texts, images)
-    index = torch.arange(len(logits), device=logits.device) if image_index is None else gather(image_index)
-    same = (index[:, None] == index).to(logits.dtype)
+    logits = contrastive_logits(model, texts, images)
+    index = torch.arange(len(logits[0]), device=mask.device) if image_index is None else gather(image_index)
+    same = (index[:, None] == index).to(logits[0].dtype)
     start = len(mask) * (dist.get_rank() if dist.is_initialized() else 0)
     rows = slice(start, start + len(mask))
-    itm, labels = hard_negative_itm(model, texts, images, mask, logits, logits_t, same, rows, generator)
-    return {"itc": itc_loss(logits, logits_t, same, rows), "itm": F.cross_entropy(itm, labels, reduction="sum")}
+    itm, labels = hard_negative_itm(model, texts, images, mask, logits, same, rows, generator)
+    return {"itc": itc_loss(*logits, same, rows), "itm": F.cross_entropy(itm, labels, reduction="sum")}
 
 
 class Task(nn.Module):
-    """What `fit` trains: forward(batch) -> {name: sum of the loss over the batch}, counts(batch) -> {name: number of terms}."""
+    """What `fit` trains: forward(batch) -> {name: sum of a loss}, counts(batch) -> {name: its number of terms}."""
     leaves_parameters_unused = False
 
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
-        self.negatives = torch.Generator(next(model.parameters()).device)  # seeded alike on all ranks, before each micro-batch
+        self.negatives = torch.Generator(next(model.parameters()).device)  # see train_step
 
 
 class Pretraining(Task):
-    """MLM + ITM, each with its own pass as in the official code, or with one shared pass of the image encoder; and ITC."""
+    """MLM + ITM, each with its own pass as in the official code, or with one shared image pass; and ITC."""
 
     def __init__(self, model: ManagerTower, objectives: tuple[str, ...], share_images: bool = False):
         super().__init__(model)
@@ -295,12 +307,14 @@ class Pretraining(Task):
 
     def counts(self, batch: dict) -> dict[str, int]:
         pairs = len(batch["input_ids"])
-        counts = {"mlm": int((batch["mlm_labels"] != -100).sum()), "itm": 3 * pairs if "itc" in self.objectives else pairs, "itc": pairs}
+        counts = {"mlm": int((batch["mlm_labels"] != -100).sum()), "itc": pairs,
+                  "itm": 3 * pairs if "itc" in self.objectives else pairs}
         return {name: counts[name] for name in self.objectives}
 
     def forward(self, batch: dict) -> dict[str, Tensor]:
         model, mask, out = self.model, batch["attention_mask"], {}
-        images = model.encode_image(batch["pixels"]) if self.share_images or set(self.objectives) & {"mlm", "itc"} else None
+        needed = self.share_images or {"mlm", "itc"} & set(self.objectives)
+        images = model.encode_image(batch["pixels"]) if needed else None
         if "mlm" in self.objectives:
             masked = batch["mlm_labels"] != -100
             text = model.fuse(model.encode_text(batch["mlm_ids"], mask), images, mask).text
@@ -309,108 +323,118 @@ class Pretraining(Task):
         if "itm" in self.objectives:
             texts = model.encode_text(batch["input_ids"], mask)
             if "itc" in self.objectives:
-                out |= contrastive_losses(model, texts, images, mask, self.negatives)
-            else:
-                pooled = model.fuse(texts, self.itm_images(batch, images), mask).pooled
-                out["itm"] = F.cross_entropy(model.heads["itm"](pooled), batch["itm_labels"], reduction="sum")
+                return out | contrastive_losses(model, texts, images, mask, self.negatives)
+            pooled = model.fuse(texts, self.itm_images(batch, images), mask).pooled
+            out["itm"] = F.cross_entropy(model.heads["itm"](pooled), batch["itm_labels"], reduction="sum")
         return out
 
     def itm_images(self, batch: dict, images: Tensor) -> Tensor:
-        """Experts of the pictures that ITM sees: a second pass; or, shared, false pairs take their partner's picture."""
+        """Experts of the pictures that ITM sees: a second pass; or, shared, false pairs take their partner's."""
         if not self.share_images:
             return self.model.encode_image(batch["itm_pixels"])
         own = torch.arange(len(images), device=images.device)
         return images[torch.where(batch["itm_labels"] == 1, own, own ^ 1)]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Optimizer and schedule: pure functions
-
+# ---------------------------------------------------------------- optimizer and schedule
 # Names of norm weights that the official code's substring rule leaves without weight decay. It misses CLIP's norms, the
-# managers' norms of experts and the classifiers' norms, whose names do not hold "LayerNorm.weight"; so they are decayed.
+# managers' norms of experts and the classifiers' norms, whose names do not hold "LayerNorm.weight": these are decayed.
 UNDECAYED = re.compile(r".*\.bias|.*\.shift|(text_encoder|text_layers|image_layers|heads\.mlm)\.(.*\.)?ln(_\d)?\.weight"
                        r"|.*\.norm_query\.weight|(text|image)_bridges\.\d+\.weight")
 HEAD_LR = re.compile(r"heads\.(vqa|nlvr2|snli_ve|mlm|itm)\.")
 CROSS_LR = re.compile(r"(text|image)_(transform|pooler|layers|managers|bridges)\.|heads\.itc\.(text|image)\.")
 
 
-def param_groups(model: nn.Module, run: TrainConfig) -> list[dict]:
-    """AdamW's groups: three learning rates (encoders, heads, cross-modal), each with and without weight decay."""
+def make_groups(model: nn.Module, rule: Callable[[str], tuple[float, float]]) -> list[dict]:
+    """AdamW's groups of the trainable parameters; rule(name) -> (learning rate, weight decay)."""
     groups = defaultdict(list)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            scale = run.lr_mult_head if HEAD_LR.match(name) else run.lr_mult_cross_modal if CROSS_LR.match(name) else 1.0
-            groups[scale * run.learning_rate, 0.0 if UNDECAYED.fullmatch(name) else run.weight_decay].append(parameter)
-    return [{"params": params, "lr": lr, "peak_lr": lr, "weight_decay": decay} for (lr, decay), params in groups.items()]
+            groups[rule(name)].append(parameter)
+    return [{"params": params, "lr": lr, "peak_lr": lr, "weight_decay": decay}
+            for (lr, decay), params in groups.items()]
+
+
+def param_groups(model: ManagerTower, run: TrainConfig) -> list[dict]:
+    """Three learning rates (encoders, heads, cross-modal), each with and without weight decay."""
+    def rule(name):
+        scale = run.lr_mult_head if HEAD_LR.match(name) else run.lr_mult_cross_modal if CROSS_LR.match(name) else 1.0
+        return scale * run.learning_rate, 0.0 if UNDECAYED.fullmatch(name) else run.weight_decay
+    return make_groups(model, rule)
 
 
 def lr_multiplier(step: int, max_steps: int, warmup: int, schedule: str) -> float:
-    """Linear from 0 over `warmup` updates, then linear or cosine to 0; the first update has multiplier 0, as in the official code."""
+    """Linear from 0 over `warmup` updates, then linear or cosine to 0. Update 0 has 0, as in the official code."""
     if step < warmup:
         return step / warmup
-    rest = (max_steps - step) / max(1, max_steps - warmup)
-    return max(0.0, rest) if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * (1 - max(0.0, rest))))
+    rest = max(0.0, (max_steps - step) / max(1, max_steps - warmup))
+    return rest if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * (1 - rest)))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, run: TrainConfig, step: int) -> float:
+    multiplier = lr_multiplier(step, run.max_steps, math.ceil(run.max_steps * run.warmup), run.schedule)
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * multiplier
+    return multiplier
 
 
 def make_optimizer(groups: list[dict], run: TrainConfig, device: torch.device) -> torch.optim.AdamW:
-    # The official HF AdamW adds eps before the bias correction and decays after the update; with eps 1e-8 the updates agree
-    # to 1e-3 relative.
+    # HF's AdamW, which the official code uses, adds eps before the bias correction and decays after the update: with
+    # eps 1e-8 the updates agree to 1e-3 relative
     return torch.optim.AdamW(groups, betas=(0.9, run.beta2), eps=1e-8, fused=device.type == "cuda")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Checkpoints
-
-
+# ---------------------------------------------------------------- checkpoints
 class Checkpoint:
-    """What lies in out_dir: training_state.pt (the truth), the files for users (its latest weights), best/, log.jsonl."""
+    """out_dir: training_state.pt (the truth), the files for users (its weights), best/, log.jsonl."""
 
-    def __init__(self, run: TrainConfig, model: nn.Module, save_extras: typing.Callable, identity: dict, world: World):
-        self.folder, self.run, self.model, self.save_extras, self.world = Path(run.out_dir), run, model, save_extras, world
-        # JSON turns tuples into lists, so both sides of the comparison in `resume` are what JSON makes of them
-        self.identity = json.loads(json.dumps({**{k: v for k, v in dataclasses.asdict(run).items() if k not in FREE_FIELDS}, **identity}))
+    def __init__(self, run: TrainConfig, model: nn.Module, save_extras: Callable, identity: dict, world: World):
+        self.folder, self.run, self.model, self.world = Path(run.out_dir), run, model, world
+        self.save_extras, self.best, self.step = save_extras, None, 0
         self.state_file, self.log_file = self.folder / "training_state.pt", self.folder / "log.jsonl"
-        self.best, self.step = None, 0
+        fixed = {k: v for k, v in dataclasses.asdict(run).items() if k not in FREE_FIELDS}
+        self.identity = json.loads(json.dumps({**fixed, **identity}))  # as it comes back: lists for tuples
 
-    def guard(self, action: typing.Callable, what: str):
-        """Disk errors in one sentence; a failed write leaves the file that was there."""
-        try:
-            action()
-        except (OSError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and "write" not in str(error).lower():
-                raise
-            reason = getattr(error, "strerror", None) or str(error)
-            raise ValueError(f"cannot write {what}: {reason}. The last good checkpoint, of step {self.step}, is untouched") from error
-
-    def resume(self, optimizer, scaler) -> int:
-        """Load training_state.pt if it is there; returns the step to go on from, or raises ValueError for another run's folder."""
+    def guard(self, action: Callable, what: Path):
+        """Run it on rank 0; a disk error is one sentence, and a failed write leaves the file that was there."""
         if self.world.rank == 0:
-            self.guard(lambda: self.folder.mkdir(parents=True, exist_ok=True), self.folder)
-            if self.run.fresh:
-                for file in (self.state_file, self.log_file):
-                    file.unlink(missing_ok=True)
+            try:
+                action()
+            except (OSError, RuntimeError) as error:
+                if isinstance(error, RuntimeError) and "write" not in str(error).lower():  # torch.save's disk errors
+                    raise
+                raise ValueError(f"cannot write {what}: {getattr(error, 'strerror', None) or error}. The last good "
+                                 f"checkpoint, of step {self.step}, is untouched") from error
+
+    def resume(self, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> int:
+        """Load training_state.pt if it is there. Returns the step to go on from. ValueError: another run's."""
+        self.guard(lambda: self.folder.mkdir(parents=True, exist_ok=True), self.folder)
+        if self.run.fresh:
+            self.guard(lambda: [f.unlink(missing_ok=True) for f in (self.state_file, self.log_file)], self.folder)
         self.world.barrier()
-        if not self.state_file.exists():
-            if (self.folder / "config.json").exists() and not self.run.fresh:
-                raise ValueError(f"{self.folder} holds a checkpoint but no training_state.pt; choose another --out_dir, or --fresh")
-            if self.world.rank == 0:
-                self.cut_log()  # of a run that died before its first save
-            return 0
+        if self.state_file.exists():
+            self.load(optimizer, scaler)
+        elif (self.folder / "config.json").exists() and not self.run.fresh:
+            raise ValueError(f"{self.folder} has a checkpoint but no training_state.pt; choose another --out_dir, or "
+                             "--fresh")
+        self.guard(self.cut_log, self.log_file)
+        return self.step
+
+    def load(self, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler):
         try:
             state = torch.load(self.state_file, map_location="cpu", weights_only=True, mmap=True)
         except (RuntimeError, EOFError, OSError) as error:
-            raise ValueError(f"{self.state_file} is not a readable training state ({error}); --fresh starts anew") from error
+            raise ValueError(f"{self.state_file} is not a readable training state ({error}); --fresh starts "
+                             "anew") from error
         theirs = json.loads(state["identity"])
         other = [f"{k} was {theirs.get(k)!r}, is {v!r}" for k, v in self.identity.items() if theirs.get(k) != v]
         if other:
-            raise ValueError(f"{self.folder} holds another run ({'; '.join(other[:4])}); choose another --out_dir, or --fresh starts anew")
+            raise ValueError(f"{self.folder} holds another run ({'; '.join(other[:4])}); choose another --out_dir, or "
+                             "--fresh starts anew")
         self.model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
         self.best, self.step = state["best"], state["step"]
-        if self.world.rank == 0:
-            self.cut_log()
-        return self.step
 
     def cut_log(self):
         """Drop what was logged after the state was saved: it will be logged again."""
@@ -419,40 +443,33 @@ class Checkpoint:
             kept = [line for line in lines if json.loads(line).get("step", 0) <= self.step]
             write_atomically(self.log_file, lambda path: path.write_text("".join(kept)))
 
-    def export_again(self):
-        """A finished run: write the users' files once more, should the last save have died between the state and them."""
-        if self.world.rank == 0:
-            self.guard(lambda: self.export(self.folder), self.folder)
+    def log(self, row: dict):
+        def append():
+            with open(self.log_file, "a") as file:
+                file.write(json.dumps(row) + "\n")
+        self.guard(append, self.log_file)
 
     def record(self, step: int, metrics: dict, bar: tqdm):
         """Log an evaluation, and keep the weights in best/ if they score higher than all before."""
         self.log({"step": step, "eval": metrics})
         if self.world.rank == 0:
-            bar.write(f"step {step}: " + ", ".join(f"{k} {v:.4g}" for k, v in metrics.items() if isinstance(v, float)))
+            numbers = [f"{k} {v:.4g}" for k, v in metrics.items() if isinstance(v, float)]
+            bar.write(f"step {step}: {', '.join(numbers)}")
         if self.best is None or metrics["score"] > self.best:
             self.best = metrics["score"]
-            if self.world.rank == 0:
-                self.guard(lambda: self.export(self.folder / "best"), self.folder / "best")
+            self.guard(lambda: self.export(self.folder / "best"), self.folder / "best")
 
-    def log(self, row: dict):
-        if self.world.rank == 0:
-            def append():
-                with open(self.log_file, "a") as file:
-                    file.write(json.dumps(row) + "\n")
-            self.guard(append, self.log_file)
-
-    def save(self, step: int, optimizer, scaler):
-        """training_state.pt first, then the users' files; a death in between is mended by the next save or the next start."""
-        if self.world.rank == 0:
-            # every random number is drawn from (seed, step), so the step is all the random state there is
-            state = {"step": step, "model": self.model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
-                     "best": self.best, "identity": json.dumps(self.identity)}
-
-            def write():
-                write_atomically(self.state_file, lambda path: torch.save(state, path))
-                self.step = step
-                self.export(self.folder)
-            self.guard(write, self.state_file)
+    def save(self, step: int, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler):
+        """training_state.pt, then the users' files; a death in between is mended by the next save or start."""
+        def write():
+            # every random number is drawn from (seed, step): the step is all the random state there is
+            state = {"step": step, "best": self.best, "identity": json.dumps(self.identity),
+                     "model": self.model.state_dict(), "optimizer": optimizer.state_dict(),
+                     "scaler": scaler.state_dict()}
+            write_atomically(self.state_file, lambda path: torch.save(state, path))
+            self.step = step
+            self.export(self.folder)
+        self.guard(write, self.state_file)
         self.step = step
 
     def export(self, folder: Path):
@@ -460,17 +477,14 @@ class Checkpoint:
         self.save_extras(folder)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The loop
-
-
-def seed_all(*numbers: int):
-    """Seed torch for dropout, manager noise and negatives: a function of (seed, step, ...) alone, so a resumed run draws the same."""
-    torch.manual_seed(seed_of(*numbers))
-
-
+# ---------------------------------------------------------------- the loop
 def seed_of(*numbers) -> int:
+    """A seed that is a function of these numbers alone, so that a resumed run draws what it would have drawn."""
     return random.Random(repr(numbers)).getrandbits(62)
+
+
+def seed_all(*numbers):
+    torch.manual_seed(seed_of(*numbers))
 
 
 def autocast(run: TrainConfig, device: torch.device):
@@ -484,14 +498,27 @@ def to_device(batch: dict, device: torch.device) -> dict:
 
 
 def make_loader(dataset, run: TrainConfig, world: World, start_step: int, collate=data.collate) -> DataLoader:
-    sampler = data.GlobalBatchSampler(len(dataset), run.batch_size, run.micro_batch_size, world.rank, world.size, run.seed,
-                                      start_step, run.max_steps)
+    """This process' micro-batches from start_step on; dataset.lengths, where it has them, group the rows (LLaVA)."""
+    sampler = data.GlobalBatchSampler(len(dataset), run.batch_size, run.micro_batch_size, world.rank, world.size,
+                                      run.seed, start_step, run.max_steps, getattr(dataset, "lengths", None))
     return DataLoader(dataset, batch_sampler=sampler, collate_fn=collate, num_workers=run.num_workers,
                       pin_memory=world.device.type == "cuda", persistent_workers=run.num_workers > 0)
 
 
-def train_step(task: nn.Module, module: nn.Module, batches: list[dict], step: int, run: TrainConfig, world: World, scaler) -> dict:
-    """Forward and backward of one global batch; returns the mean losses over it. `module` is the task, wrapped in DDP or not.
+def wrap(task: Task, run: TrainConfig, world: World) -> nn.Module:
+    """The task compiled, and in DDP, if so wished."""
+    for module in task.model.modules() if run.compile else ():
+        if isinstance(module, COMPILED):  # block by block, in place: quick, and no key of the state is renamed
+            module.compile()
+    if world.size == 1:
+        return task
+    ids = [world.device.index] if world.device.type == "cuda" else None
+    return DistributedDataParallel(task, device_ids=ids, find_unused_parameters=task.leaves_parameters_unused)
+
+
+def train_step(task: Task, module: nn.Module, batches: list[dict], step: int, run: TrainConfig, world: World,
+               scaler: torch.amp.GradScaler) -> dict[str, float]:
+    """Forward and backward of one global batch; the mean losses over it. `module` is the task as `wrap` gives it.
 
     The denominators are known before the first forward pass, so that each loss is a mean over the whole global batch.
     """
@@ -500,97 +527,27 @@ def train_step(task: nn.Module, module: nn.Module, batches: list[dict], step: in
     counts = world.sum(counts.to(world.device)).clamp(min=1)
     totals = torch.zeros_like(counts)
     for i, batch in enumerate(batches):
-        seed_all(run.seed, step, i, world.rank)
-        task.negatives.manual_seed(seed_of(run.seed, step, i))  # the same on all ranks
-        last = i == len(batches) - 1
-        with contextlib.nullcontext() if last or module is task else module.no_sync():
+        seed_all(run.seed, step, i, world.rank)  # dropout, manager noise
+        task.negatives.manual_seed(seed_of(run.seed, step, i))
+        # no synchronisation of the gradients before the last micro-batch
+        with module.no_sync() if i < len(batches) - 1 and module is not task else contextlib.nullcontext():
             with autocast(run, world.device):
                 sums = module(to_device(batch, world.device))
-            # DDP averages the gradients over the processes
+            # DDP averages the gradients over the processes: hence world.size
             loss = sum(sums[n] * (world.size / counts[k]) for k, n in enumerate(names))
             scaler.scale(loss).backward()
         totals += torch.stack([sums[n].detach() for n in names]).double()
-    means = (world.sum(totals) / counts).tolist()
-    return dict(zip(names, means, strict=True))
+    return dict(zip(names, (world.sum(totals) / counts).tolist(), strict=True))
 
 
-def check_finite(losses: dict, step: int, batches: list[dict], dataset, checkpoint: Checkpoint):
-    if not all(math.isfinite(x) for x in losses.values()):
-        rows = [dataset.source.name(int(index)) for batch in batches for index in batch["image_index"]]
-        raise ValueError(f"the loss is not finite at step {step + 1}: {losses}. Samples: {', '.join(rows[:16])}"
-                         f"{f' and {len(rows) - 16} more' if len(rows) > 16 else ''}. The checkpoint of step {checkpoint.step} is kept")
-
-
-def fit(run: TrainConfig, task: nn.Module, dataset, evaluate: typing.Callable, checkpoint: Checkpoint, world: World,
-        groups: list[dict], collate=data.collate) -> bool:
-    """Train task.model to run.max_steps, going on from what lies in run.out_dir. False if it left early, at SIGTERM.
-
-    task: a module whose forward(batch) gives the sums of its losses and counts(batch) their numbers of terms (see Pretraining).
-    evaluate(): metrics on held-out data, computed by all ranks; "score" (higher is better) decides which weights are best/.
-    """
-    optimizer = make_optimizer(groups, run, world.device)
-    scaler = torch.amp.GradScaler(world.device.type, enabled=run.precision == "fp16")
-    start = checkpoint.resume(optimizer, scaler)
-    if start >= run.max_steps:
-        checkpoint.export_again()
-        world.print(f"{run.out_dir} is finished: {start} of {run.max_steps} steps. --fresh starts anew.")
-        return True
-    per_step = run.batch_size // (run.micro_batch_size * world.size)
-    world.print(f"{run.out_dir}: resuming after step {start}" if start else f"{run.out_dir}: batch {run.batch_size} = "
-                f"{run.micro_batch_size} x {world.size} processes x {per_step} micro-batches on {world.device}, torch {torch.__version__}")
-    batches, module = iter(make_loader(dataset, run, world, start, collate)), wrap(task, run, world)
-    terminated = torch.zeros(1)
-    signal.signal(signal.SIGTERM, lambda *_: terminated.fill_(1))
-    bar = tqdm(total=run.max_steps, initial=start, unit="step", disable=world.rank != 0, dynamic_ncols=True, mininterval=0.5)
-    began = time.time()
-    for step in range(start, run.max_steps):
-        group, done = [next(batches) for _ in range(per_step)], step + 1
-        lr = run.learning_rate * set_learning_rate(optimizer, run, step)
-        losses = train_step(task.train(), module, group, step, run, world, scaler)
-        norm = apply_gradients(task, optimizer, scaler, run)
-        check_finite(losses | ({} if scaler.is_enabled() else {"gradient norm": norm}), done, group, dataset, checkpoint)
-        loss, speed = sum(losses.values()), (done - start) * run.batch_size / (time.time() - began)
-        bar.update()
-        bar.set_postfix_str(f"loss {loss:.3f}, lr {lr:.1e}, {speed:.0f} samples/s", refresh=False)
-        if done % run.log_every == 0 or done in (1, run.max_steps):
-            checkpoint.log({"step": done, "loss": loss, **losses, "lr": lr, "grad_norm": norm})
-        if done == run.max_steps or (run.eval_every and done % run.eval_every == 0):
-            checkpoint.record(done, evaluate(), bar)
-        leave = world.sum(terminated.clone().to(world.device)).item() > 0
-        if leave or done == run.max_steps or done % run.save_every == 0:
-            checkpoint.save(done, optimizer, scaler)
-        if leave and done < run.max_steps:
-            bar.close()
-            world.print(f"SIGTERM: saved step {done} in {run.out_dir}; the same command goes on from there.")
-            return False
-    bar.close()
-    return True
-
-
-def wrap(task: nn.Module, run: TrainConfig, world: World) -> nn.Module:
-    if run.compile:
-        for name in task.model.compiled:  # bound methods, so that no key of the state is renamed
-            setattr(task.model, name, torch.compile(getattr(task.model, name)))
-    if world.size == 1:
-        return task
-    ids = [world.device.index] if world.device.type == "cuda" else None
-    return DistributedDataParallel(task, device_ids=ids, find_unused_parameters=task.leaves_parameters_unused)
-
-
-def set_learning_rate(optimizer, run: TrainConfig, step: int) -> float:
-    multiplier = lr_multiplier(step, run.max_steps, math.ceil(run.max_steps * run.warmup), run.schedule)
-    for group in optimizer.param_groups:
-        group["lr"] = group["peak_lr"] * multiplier
-    return multiplier
-
-
-def apply_gradients(task: nn.Module, optimizer, scaler, run: TrainConfig) -> float:
+def apply_gradients(task: Task, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
+                    run: TrainConfig) -> float:
     """Clip, update, clear. Returns the gradients' norm before clipping; without a finite norm there is no update."""
     scaler.unscale_(optimizer)
-    grads = [p.grad for p in task.parameters() if p.grad is not None]
-    norm = nn.utils.get_total_norm(grads)
+    trained = [p for p in task.parameters() if p.grad is not None]
+    norm = nn.utils.get_total_norm([p.grad for p in trained])
     if run.grad_clip:
-        nn.utils.clip_grads_with_norm_([p for p in task.parameters() if p.grad is not None], run.grad_clip, norm)
+        nn.utils.clip_grads_with_norm_(trained, run.grad_clip, norm)
     if scaler.is_enabled() or torch.isfinite(norm):
         scaler.step(optimizer)
         scaler.update()
@@ -598,16 +555,67 @@ def apply_gradients(task: nn.Module, optimizer, scaler, run: TrainConfig) -> flo
     return norm.item()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Pre-training of ManagerTower
+def check_finite(numbers: dict[str, float], step: int, batches: list[dict], dataset, checkpoint: Checkpoint):
+    if not all(math.isfinite(x) for x in numbers.values()):
+        names = [dataset.source.name(int(index)) for batch in batches for index in batch["image_index"]]
+        raise ValueError(f"the loss is not finite at step {step}: {numbers}. Samples: {', '.join(names[:16])}"
+                         f"{f' and {len(names) - 16} more' if len(names) > 16 else ''}. The checkpoint of step "
+                         f"{checkpoint.step} is kept")
 
 
+def fit(run: TrainConfig, task: Task, dataset, evaluate: Callable[[], dict], checkpoint: Checkpoint, world: World,
+        groups: list[dict], collate=data.collate) -> bool:
+    """Train task.model to run.max_steps, going on from what lies in run.out_dir. False if it left early, at SIGTERM.
+
+    evaluate(): metrics on held-out data, computed by all ranks; "score" (higher is better) decides what is best/.
+    """
+    optimizer = make_optimizer(groups, run, world.device)
+    scaler = torch.amp.GradScaler(world.device.type, enabled=run.precision == "fp16")
+    start = checkpoint.resume(optimizer, scaler)
+    if start >= run.max_steps:
+        checkpoint.guard(lambda: checkpoint.export(checkpoint.folder), checkpoint.folder)  # had the last save died
+        world.print(f"{run.out_dir} is finished: {start} of {run.max_steps} steps. --fresh starts anew.")
+        return True
+    per_step = run.batch_size // (run.micro_batch_size * world.size)
+    world.print(f"{run.out_dir}: {f'resuming after step {start}' if start else f'{run.max_steps} steps'}, batch "
+                f"{run.batch_size} = {run.micro_batch_size} x {world.size} processes x {per_step} micro-batches, "
+                f"{world.device}, torch {torch.__version__}")
+    batches, module = iter(make_loader(dataset, run, world, start, collate)), wrap(task, run, world)
+    terminated = torch.zeros(1, device=world.device)
+    signal.signal(signal.SIGTERM, lambda *_: terminated.fill_(1))
+    bar = tqdm(total=run.max_steps, initial=start, unit="step", disable=world.rank > 0, mininterval=1)
+    began = time.time()
+    for step in range(start, run.max_steps):
+        group, done = [next(batches) for _ in range(per_step)], step + 1
+        lr = run.learning_rate * set_learning_rate(optimizer, run, step)
+        losses = train_step(task.train(), module, group, step, run, world, scaler)
+        norm = apply_gradients(task, optimizer, scaler, run)
+        check_finite(losses | ({} if scaler.is_enabled() else {"grad_norm": norm}), done, group, dataset, checkpoint)
+        loss, speed = sum(losses.values()), (done - start) * run.batch_size / (time.time() - began)
+        bar.set_postfix_str(f"loss {loss:.3f}, lr {lr:.1e}, {speed:.0f} samples/s", refresh=False)
+        bar.update()
+        if done % run.log_every == 0 or done in (1, run.max_steps):
+            checkpoint.log({"step": done, "loss": loss, **losses, "lr": lr, "grad_norm": norm})
+        if done == run.max_steps or (run.eval_every and done % run.eval_every == 0):
+            checkpoint.record(done, evaluate(), bar)
+        leave = world.sum(terminated.clone()).item() > 0
+        if leave or done == run.max_steps or done % run.save_every == 0:
+            checkpoint.save(done, optimizer, scaler)
+        if leave and done < run.max_steps:
+            break
+    bar.close()
+    if done < run.max_steps:
+        world.print(f"SIGTERM: saved step {done} in {run.out_dir}; the same command goes on from there.")
+    return done == run.max_steps
+
+
+# ---------------------------------------------------------------- pre-training of ManagerTower
 @torch.no_grad()
 def evaluate_pretraining(model: ManagerTower, dataset, run: TrainConfig, world: World) -> dict[str, float]:
-    """Held-out accuracy of MLM (over all masked tokens) and ITM (over all pairs, half of them false), from all ranks' rows."""
+    """Held-out accuracy of MLM (over all masked tokens) and ITM (over all pairs, half of them false), of all ranks."""
     model.eval()
-    rows = torch.utils.data.Subset(dataset, data.shard(len(dataset), world.rank, world.size))
-    right, all_ = torch.zeros(2, 2, dtype=torch.float64, device=world.device)
+    rows = Subset(dataset, range(world.rank, len(dataset), world.size))
+    right, total = torch.zeros(2, 2, dtype=torch.float64, device=world.device)
     for batch in DataLoader(rows, run.micro_batch_size, collate_fn=data.collate, num_workers=run.num_workers):
         batch = to_device(batch, world.device)
         mask, masked = batch["attention_mask"], batch["mlm_labels"] != -100
@@ -618,28 +626,28 @@ def evaluate_pretraining(model: ManagerTower, dataset, run: TrainConfig, world: 
             if "itm" in run.objectives:
                 logits = model.heads["itm"](model(batch["itm_pixels"], batch["input_ids"], mask).pooled)
                 right[1] += (logits.argmax(-1) == batch["itm_labels"]).sum()
-        all_ += torch.stack([masked.sum(), torch.tensor(len(mask), device=mask.device)])
-    accuracy = (world.sum(right) / world.sum(all_).clamp(min=1)).tolist()
-    metrics = {f"{name}_accuracy": a for name, a in zip(("mlm", "itm"), accuracy, strict=True) if name in run.objectives}
+        total += torch.stack([masked.sum(), masked.new_tensor(len(mask), dtype=torch.long)])
+    accuracy = zip(("mlm", "itm"), (world.sum(right) / world.sum(total).clamp(min=1)).tolist())
+    metrics = {f"{name}_accuracy": value for name, value in accuracy if name in run.objectives}
     return metrics | {"score": sum(metrics.values()) / len(metrics)}
 
 
 def text_only_mlm_guess(train, heldout, samples: int = 2000) -> float:
-    """MLM accuracy without pictures: for each masked token the commonest one between the same two visible neighbours."""
-    def masked(dataset, number):
-        for row in range(min(number, len(dataset))):
+    """MLM accuracy without pictures: each masked token is the commonest one between the same neighbours."""
+    def masked(dataset):
+        for row in range(min(samples, len(dataset))):
             item = dataset[row]
             ids, labels = item["mlm_ids"].tolist(), item["mlm_labels"].tolist()
-            yield from (((ids[i - 1], ids[(i + 1) % len(ids)]), label) for i, label in enumerate(labels) if label != -100)
+            yield from (((ids[i - 1], ids[(i + 1) % len(ids)]), x) for i, x in enumerate(labels) if x != -100)
     seen, overall = defaultdict(Counter), Counter()
-    for neighbours, label in masked(train, samples):
+    for neighbours, label in masked(train):
         seen[neighbours][label] += 1
         overall[label] += 1
-    hits = [seen.get(neighbours, overall).most_common(1)[0][0] == label for neighbours, label in masked(heldout, samples)]
+    hits = [seen.get(neighbours, overall).most_common(1)[0][0] == label for neighbours, label in masked(heldout)]
     return sum(hits) / max(1, len(hits))
 
 
-def make_sources(run: TrainConfig, image_size: int):
+def make_sources(run: TrainConfig, image_size: int) -> tuple[data.Source, data.Source]:
     """(training, held-out) captions: built-in scenes, or data_root's manifests and .arrow files."""
     if not run.data_root:
         return (data.demo_source("captions", "train", 40_000, run.seed, image_size),
@@ -648,26 +656,24 @@ def make_sources(run: TrainConfig, image_size: int):
             data.open_source("captions", run.data_root, "val", run.datasets[:1]))
 
 
-def find_tokenizer(run: TrainConfig, source) -> data.Tokenizer:
+def find_tokenizer(run: TrainConfig, source: data.Source) -> data.Tokenizer:
     """--tokenizer, or the one beside --text, or a small BPE trained on the captions."""
-    if run.tokenizer:
-        return data.load_tokenizer(run.tokenizer)
-    if run.text:
-        return data.load_tokenizer(Path(run.text) if Path(run.text).is_dir() else Path(run.text).parent)
+    if place := run.tokenizer or run.text:
+        return data.load_tokenizer(place if Path(place).is_dir() or run.tokenizer else Path(place).parent)
     if not run.data_root:
         return data.demo_tokenizer()
     return data.train_tokenizer((row["text"] for row in source.texts()), 8000)
 
 
 def make_model(run: TrainConfig, fields: dict, tokenizer: data.Tokenizer, **heads) -> ManagerTower:
-    """The preset --model with `fields` replaced, sized for the tokenizer; encoders from --vision and --text, or random."""
+    """The preset --model with `fields` replaced, sized for the tokenizer; encoders from --vision, --text or random."""
     if bool(run.vision) != bool(run.text):
         raise ValueError("--vision and --text go together: both encoders are pre-trained, or neither")
-    known = {"vocab_size": tokenizer.vocab_size, "pad_token_id": tokenizer.pad_id} if not run.text else {}
+    known = {} if run.text else {"vocab_size": tokenizer.vocab_size, "pad_token_id": tokenizer.pad_id}
     config = getattr(ManagerTowerConfig, run.model)(**{**known, **fields, **heads})
     if tokenizer.vocab_size > config.vocab_size or tokenizer.pad_id != config.pad_token_id:
-        raise ValueError(f"the tokenizer has {tokenizer.vocab_size} ids and pad id {tokenizer.pad_id}, the model --vocab_size "
-                         f"{config.vocab_size} and --pad_token_id {config.pad_token_id}")
+        raise ValueError(f"the tokenizer has {tokenizer.vocab_size} ids and pad id {tokenizer.pad_id}, the model "
+                         f"--vocab_size {config.vocab_size} and --pad_token_id {config.pad_token_id}")
     seed_all(run.seed, "model")
     model = ManagerTower(config)
     if run.vision:
@@ -677,45 +683,46 @@ def make_model(run: TrainConfig, fields: dict, tokenizer: data.Tokenizer, **head
 
 
 def pretrain(run: TrainConfig, fields: dict, world: World):
-    train_source, heldout_source = make_sources(run, fields.get("image_size", ManagerTowerConfig.tiny().image_size))
-    tokenizer = find_tokenizer(run, train_source)
+    source, heldout_source = make_sources(run, fields.get("image_size", ManagerTowerConfig.tiny().image_size))
+    tokenizer = find_tokenizer(run, source)
     model = make_model(run, fields, tokenizer, heads=run.objectives).to(world.device)
-    config = model.config
-    make = functools.partial(data.PretrainDataset, tokenizer=tokenizer, max_text_len=config.max_text_len, batch_size=run.batch_size,
-                             seed=run.seed)
+    c = model.config
+    make = functools.partial(data.PretrainDataset, tokenizer=tokenizer, max_text_len=c.max_text_len, seed=run.seed,
+                             batch_size=run.batch_size)
     # with ITC the false pairs are hard negatives of the batch, so the data need not load any
-    train_set = make(train_source, transform=data.image_transform(run.transform, config.image_size, True),
-                     share_images=run.share_images or "itc" in run.objectives, on_bad_sample=run.on_bad_sample)
-    heldout = make(heldout_source, transform=data.image_transform(run.transform, config.image_size, False))
-    heldout = torch.utils.data.Subset(heldout, range(min(run.eval_size, len(heldout))))
+    dataset = make(source, transform=data.image_transform(run.transform, c.image_size, True),
+                   share_images=run.share_images or "itc" in run.objectives, on_bad_sample=run.on_bad_sample)
+    heldout = make(heldout_source, transform=data.image_transform(run.transform, c.image_size, False))
+    heldout = Subset(heldout, range(min(run.eval_size, len(heldout))))
     evaluate = functools.partial(evaluate_pretraining, model, heldout, run, world)
-    checkpoint = Checkpoint(run, model, tokenizer.save, {"config": dataclasses.asdict(config)}, world)
-    world.print(f"ManagerTower, {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, encoders "
-                f"{'from ' + run.vision + ' and ' + run.text if run.vision else 'from random weights'}; "
-                f"{len(train_source)} captions of {train_source.num_images} pictures, {len(heldout)} held out")
-    untrained = evaluate()
-    task = Pretraining(model, run.objectives, run.share_images)
-    if fit(run, task, train_set, evaluate, checkpoint, world, param_groups(model, run)) and world.rank == 0:
-        blind = {"mlm_accuracy": text_only_mlm_guess(train_set, heldout), "itm_accuracy": 0.5}
+    checkpoint = Checkpoint(run, model, tokenizer.save, {"config": dataclasses.asdict(c)}, world)
+    world.print(f"ManagerTower, {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, encoders from "
+                f"{f'{run.vision} and {run.text}' if run.vision else 'random weights'}; {len(source)} captions of "
+                f"{source.num_images} pictures, {len(heldout)} held out")
+    untrained, task = evaluate(), Pretraining(model, run.objectives, run.share_images)
+    if fit(run, task, dataset, evaluate, checkpoint, world, param_groups(model, run)) and world.rank == 0:
+        text_only = {"mlm_accuracy": text_only_mlm_guess(dataset, heldout), "itm_accuracy": 0.5}
         more = "" if run.data_root else " --data demo"
-        summarize(run, checkpoint, {"untrained": untrained, "text_only": blind},
-                  [f"python eval.py managers --checkpoint {run.out_dir}{more}", f"python finetune.py --task vqav2 --init {run.out_dir}{more}"])
+        summarize(run, checkpoint, {"untrained": untrained, "text_only": text_only}, [
+            f"python eval.py managers --checkpoint {run.out_dir}{more or f' --data_root {run.data_root}'}",
+            *([f"python finetune.py --task vqav2 --init {run.out_dir}{more}"] if more else [])])
 
 
 def summarize(run: TrainConfig, checkpoint: Checkpoint, baselines: dict[str, dict], commands: list[str]):
-    """The end of a run: held-out metrics beside the baselines' (name -> metrics), where the checkpoint is, what to type next."""
-    metrics = [row["eval"] for row in map(json.loads, checkpoint.log_file.read_text().splitlines()) if "eval" in row][-1]
+    """The end of a run: held-out metrics beside those of the baselines, where the checkpoint is, what to type next."""
+    rows = map(json.loads, checkpoint.log_file.read_text().splitlines())
+    metrics = [row["eval"] for row in rows if "eval" in row][-1]
     checkpoint.log({"step": run.max_steps, "baselines": baselines})
     print(f"{'held out':15s}{'this run':>12s}" + "".join(f"{name.replace('_', ' '):>12s}" for name in baselines))
     for name in metrics:
-        if any(name in values for values in baselines.values()) and isinstance(metrics[name], float) and name != "score":
+        if name != "score" and any(name in values for values in baselines.values()):
             columns = [metrics, *baselines.values()]
             print(f"{name:15s}" + "".join(f"{c[name]:12.1%}" if name in c else f"{'':12s}" for c in columns))
     print(f"The checkpoint is in {run.out_dir}, the best one in {run.out_dir}/best. Next:", *commands, sep="\n  ")
 
 
 def main(argv: list[str]):
-    name, run, fields = parse_args(argv, RECIPES, "recipe", skip={"heads", "num_answers"})
+    name, run, fields = parse_args(argv, RECIPES, "recipe")
     pretrain(run, fields, World(run.device))
 
 

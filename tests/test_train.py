@@ -64,7 +64,7 @@ def test_contrastive_objectives(name, monkeypatch):
     if "multinomial_weights" in out:
         close(torch.cat([negative_weights(logits, same), negative_weights(logits_t, same)]), out["multinomial_weights"], 1e-5)
         monkeypatch.setattr(train, "draw_negatives", lambda weights, generator: out["multinomial_choices"])
-        itm, labels = train.hard_negative_itm(model, text, image, inputs["text_masks"], logits, logits_t, same, rows_)
+        itm, labels = train.hard_negative_itm(model, text, image, inputs["text_masks"], (logits, logits_t), same, rows_)
         close(itm, out["itm_logits"], 2e-5)
         assert torch.equal(labels, out["itm_labels"])
         close(F.cross_entropy(itm, labels), out["itm_loss"], 1e-5)
