@@ -18,6 +18,7 @@ import time
 import weakref
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,8 +30,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import eval
-from llava_manager import IGNORE, IMAGE_TOKEN, OFFICIAL_FIELDS, VISION_FIELDS, ImageTiles, LlavaManager, LlavaManagerConfig
-from llava_manager import count_image_tokens
+import llava_manager as llava
 from model import ManagerTower, ManagerTowerConfig, write_atomically
 from train import Pretraining, World, add_flags, autocast, one_sentence, wrap
 
@@ -50,10 +50,10 @@ class BenchConfig:
     json: str = ""  # where to write the numbers
 
     def __post_init__(self):
-        if (self.model not in ("tiny", "base", "large") or self.precision not in ("auto", *DTYPES) or self.rounds < 1
-                or self.batch_size < 2 or self.batch_size % 2):
-            raise ValueError(f"model must be tiny, base or large; precision auto, {', '.join(DTYPES)}; batch_size even; "
-                             f"rounds at least 1; this is {self}")
+        known = self.model in ("tiny", "base", "large") and self.precision in ("auto", *DTYPES)
+        if not known or self.rounds < 1 or self.batch_size < 2 or self.batch_size % 2:
+            raise ValueError(f"model: tiny, base, large; precision: auto, {', '.join(DTYPES)}; rounds: 1, 2, ...; "
+                             f"batch_size: 2, 4, ...; and not {self}")
 
 
 # ---------------------------------------------------------------- Measuring
@@ -152,7 +152,7 @@ def once(function: Callable, module: nn.Module, training: bool, run: BenchConfig
 def random_pairs(c: ManagerTowerConfig, batch_size: int, device="cpu") -> dict:
     """A pre-training batch without padding: every seventh token is masked, every other pair is false."""
     ids = torch.randint(c.pad_token_id + 1, c.vocab_size, (batch_size, c.max_text_len))
-    labels = ids.where(torch.arange(c.max_text_len) % 7 == 1, IGNORE)
+    labels = ids.where(torch.arange(c.max_text_len) % 7 == 1, llava.IGNORE)
     pixels, match = torch.randn(batch_size, 3, c.image_size, c.image_size), torch.arange(batch_size) % 2
     batch = {"pixels": pixels, "input_ids": ids, "attention_mask": torch.ones_like(ids), "mlm_ids": ids,
              "mlm_labels": labels, "itm_labels": match, "itm_pixels": pixels[torch.arange(batch_size) | 1]}
@@ -233,19 +233,21 @@ def bench_retrieval(run: BenchConfig, device: torch.device) -> list[dict]:
                       batch_size=size)
     scores = batched()
     single = partial(one_image_at_a_time, model, images, *texts.values(), scores > -100)
-    row = {"pairs": int((scores > -100).sum()), "difference": (scores - single()).abs().max().item()}
+    row = {"pictures": len(images), "captions": 10 * size, "pairs": int((scores > -100).sum()), "batch": size,
+           "difference": (scores - single()).abs().max().item()}
     times = [(seconds(batched, device), seconds(single, device)) for _ in range(run.rounds)]
-    a, b, ratio = map(statistics.median, zip(*((x, y, y / x) for x, y in times)))
-    print(f"{len(images)} pictures, {10 * size} captions, {row['pairs']} pairs re-ranked: {a:.3f} s in batches of {size}, "
-          f"{b:.3f} s one image at a time, ratio {ratio:.2f}; the scores agree to {row['difference']:.1e}")
-    return [row | {"batched": a, "one_image_at_a_time": b, "ratio": ratio}]
+    row["batched"], row["single"], row["ratio"] = map(statistics.median, zip(*((x, y, y / x) for x, y in times)))
+    print("{pictures} pictures, {captions} captions, {pairs} pairs re-ranked: {batched:.3f} s in batches of {batch}, {single:.3f} "
+          "s one image at a time, ratio {ratio:.2f}; the scores agree to {difference:.1e}".format(**row))
+    return [row]
 
 
 # ---------------------------------------------------------------- LLaVA-OV-Manager and LlavaOnevision
-def llava_onevision(c: LlavaManagerConfig) -> nn.Module:
+def llava_onevision(c: llava.LlavaManagerConfig) -> nn.Module:
     """transformers' model of the same size: what ours is without managers."""
     from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
-    vision, text = ({theirs: getattr(c, ours) for ours, theirs in fields.items()} for fields in (VISION_FIELDS, OFFICIAL_FIELDS))
+    vision, text = ({theirs: getattr(c, ours) for ours, theirs in fields.items()}
+                    for fields in (llava.VISION_FIELDS, llava.OFFICIAL_FIELDS))
     vision |= {"model_type": "siglip_vision_model", "num_hidden_layers": c.vision_layers - 1, "vision_use_head": False}
     return LlavaOnevisionForConditionalGeneration(LlavaOnevisionConfig(
         vision_config=vision, text_config=text | {"model_type": "qwen2"}, image_token_index=c.vocab_size - 1,
@@ -253,20 +255,20 @@ def llava_onevision(c: LlavaManagerConfig) -> nn.Module:
         vision_feature_select_strategy="full", tie_word_embeddings=c.tie_embeddings))
 
 
-def llava_prompt(c: LlavaManagerConfig, grid: int, batch_size: int, device) -> tuple[Tensor, list[ImageTiles], int]:
+def llava_prompt(c: llava.LlavaManagerConfig, grid: int, batch_size: int, device) -> tuple[Tensor, list[llava.ImageTiles], int]:
     """input_ids: 32 tokens around one image; the images: a base tile and grid x grid tiles; the tokens of an image."""
     size = (max(grid, 1) * c.image_size,) * 2
-    image = ImageTiles(torch.randn(1 + grid**2, 3, c.image_size, c.image_size, device=device), size)
-    ids = torch.randint(3, c.vocab_size - 1, (batch_size, 33)).index_fill(1, torch.tensor([16]), IMAGE_TOKEN)
-    return ids, [image] * batch_size, count_image_tokens(len(image.pixels), size, c)
+    image = llava.ImageTiles(torch.randn(1 + grid**2, 3, c.image_size, c.image_size, device=device), size)
+    ids = torch.randint(3, c.vocab_size - 1, (batch_size, 33)).index_fill(1, torch.tensor([16]), llava.IMAGE_TOKEN)
+    return ids, [image] * batch_size, llava.count_image_tokens(len(image.pixels), size, c)
 
 
-def llava_calls(model: nn.Module, c: LlavaManagerConfig, grid: int, batch_size: int, device) -> tuple[int, dict]:
+def llava_calls(model: nn.Module, c: llava.LlavaManagerConfig, grid: int, batch_size: int, device) -> tuple[int, dict]:
     """(tokens of the spliced batch, functions: "training step" gives a loss), for our model or for the peer."""
     ids, images, count = llava_prompt(c, grid, batch_size, device)
-    labels, more = ids.where(ids != IMAGE_TOKEN, IGNORE), {"images": images}
-    if not isinstance(model, LlavaManager):
-        repeats, ids = torch.where(ids[0] == IMAGE_TOKEN, count, 1), ids.where(ids != IMAGE_TOKEN, c.vocab_size - 1)
+    labels, more = ids.where(ids != llava.IMAGE_TOKEN, llava.IGNORE), {"images": images}
+    if not isinstance(model, llava.LlavaManager):
+        repeats, ids = torch.where(ids[0] == llava.IMAGE_TOKEN, count, 1), ids.where(ids != llava.IMAGE_TOKEN, c.vocab_size - 1)
         ids, labels = (x.repeat_interleave(repeats, 1).to(device) for x in (ids, labels))
         pixels = torch.stack([image.pixels for image in images]).to(next(model.parameters()).dtype)
         more = {"pixel_values": pixels, "image_sizes": torch.tensor([images[0].size] * batch_size)}
@@ -277,8 +279,8 @@ def llava_calls(model: nn.Module, c: LlavaManagerConfig, grid: int, batch_size: 
 
 
 def bench_llava(run: BenchConfig, device: torch.device) -> list[dict]:
-    c, rows = getattr(LlavaManagerConfig, run.model)(eos_ids=()), []
-    ours, plain, peer = LlavaManager(c), LlavaManager(dataclasses.replace(c, manager_type=None)), llava_onevision(c)
+    c, rows = getattr(llava.LlavaManagerConfig, run.model)(eos_ids=()), []
+    ours, plain, peer = llava.LlavaManager(c), llava.LlavaManager(dataclasses.replace(c, manager_type=None)), llava_onevision(c)
     plan = [("managers", ours, 2, "no managers"), ("no managers", plain, 2, PEER), (PEER, peer, 2, None),
             ("managers", ours, 0, "no managers"), ("no managers", plain, 0, None)]  # the peer always has a grid
     for training in (True, False):
@@ -300,7 +302,7 @@ def manager_overhead() -> list[dict]:
     rows, plain, meta = [], (), torch.device("meta")
     for grid, kind in itertools.product((1, 2, 3), (None, "static", "adaptive", "adaptive_cross")):
         with meta:
-            model = LlavaManager(LlavaManagerConfig.base(manager_type=kind)).eval().to(torch.bfloat16)
+            model = llava.LlavaManager(llava.LlavaManagerConfig.base(manager_type=kind)).eval().to(torch.bfloat16)
         ids, images, count = llava_prompt(model.config, grid, 1, meta)
         call = partial(once, partial(model, ids, images=images), model, False, BenchConfig(precision="fp32"), meta)
         cost = count_gflop(call), sum(p.numel() for p in model.parameters()), peak_bytes(call, meta) / 2**20
@@ -326,6 +328,8 @@ def main(argv: list[str]):
     run = dataclasses.replace(run, **vars(parser.parse_args(argv)))
     if what == "llava" and run.model == "large":
         raise ValueError("bench.py llava has no --model large, only tiny and base")
+    if what != "retrieval" and find_spec("transformers") is None:
+        raise ValueError("the peers are transformers' models: pip install -r requirements-dev.txt")
     device = World(run.device).device
     if run.precision == "auto":
         run.precision = "bf16" if device.type == "cuda" else "fp32"
@@ -333,10 +337,7 @@ def main(argv: list[str]):
     report = {"bench": what, "on": name, "torch": torch.__version__, **dataclasses.asdict(run)}
     print(", ".join(f"{key} {value}" for key, value in report.items()))
     torch.manual_seed(0)
-    try:
-        report["rows"] = bench(run, device)
-    except ModuleNotFoundError as error:
-        raise ValueError(f"{error}; the peers come with: pip install -r requirements-dev.txt") from error
+    report["rows"] = bench(run, device)
     if run.json:
         write_atomically(Path(run.json), lambda path: path.write_text(json.dumps(report, indent=1) + "\n"))
 

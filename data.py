@@ -333,9 +333,12 @@ class Demo(Part):
         return image
 
     def captions(self, number, draw):
-        """In both directions for pre-training, in one for the MLLM, which has to know what to say."""
+        """In both directions, or of one thing alone, for pre-training; the MLLM has to know what to say."""
         scene = self.scene(draw)
-        return {"image": self.paint(draw, scene), "captions": [describe(scene, swap=draw.random() < 0.5)],
+        thing, caption = draw.choice(scene[:2]), describe(scene, swap=draw.random() < 0.5)
+        if draw.random() < 0.2:
+            caption = f"there is a {thing.color} {thing.shape}"
+        return {"image": self.paint(draw, scene), "captions": [caption],
                 "conversations": [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": describe(scene)}]}
 
     def vqa(self, number, draw):

@@ -1,15 +1,15 @@
-"""Fine-tuning on VQAv2, NLVR2, SNLI-VE, and Flickr30K or COCO retrieval: ManagerTower section 4 (ACL 2023), on train.py's loop.
+"""Fine-tuning on VQAv2, NLVR2, SNLI-VE, Flickr30K or COCO retrieval: ManagerTower, ACL 2023 section 4. The loop is train.py's.
 
     python finetune.py --task vqav2 --data demo --init out/demo
     torchrun --standalone --nproc_per_node 8 finetune.py --task vqav2 --data_root D --init out/pretrain
     ... --init unimodal --vision CLIP --text ROBERTA     (without vision-language pre-training)
     ... --init official:mt_pretrain.ckpt --tokenizer ROBERTA     (the authors' checkpoint)
 """
+import argparse
 import dataclasses
 import functools
 import json
 import math
-import sys
 import typing
 from collections import Counter, defaultdict
 from dataclasses import dataclass
@@ -24,57 +24,63 @@ import train
 from eval import KIND, class_logits, evaluate
 from model import ManagerTower, load_model, write_atomically
 from prepare import prepare_weights
-from train import Checkpoint, Task, TrainConfig, World, contrastive_losses, fit, one_sentence, param_groups, parse_args
+from train import Checkpoint, Task, TrainConfig, World, contrastive_losses, fit, one_sentence, param_groups
 
 HEADS = {"vqa": ("vqa",), "nlvr2": ("nlvr2",), "snli_ve": ("snli_ve",), "captions": ("itm", "itc")}
 
 
 @dataclass
 class FinetuneConfig(TrainConfig):
-    """One fine-tuning run. max_steps 0 is as many as `epochs` take."""
+    """One fine-tuning run."""
+    hidden: typing.ClassVar[set[str]] = TrainConfig.hidden | {"datasets", "objectives", "share_images"}
     min_steps: typing.ClassVar[int] = 0
-    max_steps: int = 0
+    max_steps: int = 0  # 0 = as many as the epochs take
     epochs: float = 10.0
-    init: str = ""  # a checkpoint folder | unimodal | official:<.ckpt or folder made by prepare.py>
-    data: str = ""  # demo = the built-in data
+    init: str = ""  # a checkpoint folder | unimodal | official:FILE.ckpt, or a folder of transformers' BridgeTower
+    data: str = ""  # demo = the built-in data, of which eval_size records are held out
     train_split: str = "train"
     eval_split: str = "val"
     k_test: int = 128  # retrieval: candidates to re-rank
-    model: str = "base"
-    weight_decay: float = 0.01
+    model: str = "base"  # the preset of --init unimodal
+    transform: str = "albef_randaug_wc"
+    micro_batch_size: int = 8
     lr_mult_cross_modal: float = 5.0
     num_workers: int = 8
-    log_every: int = 50
     save_every: int = 500
     eval_every: int = 0
 
 
-def task(**fields) -> tuple[FinetuneConfig, dict]:
-    """A row of the table: fields of the run, and of the model where they have its names."""
-    run = {k: v for k, v in fields.items() if k in {f.name for f in dataclasses.fields(FinetuneConfig)}}
-    return FinetuneConfig(**run), {k: v for k, v in fields.items() if k not in run}
-
-
-# The papers' values; where the released script differs, it is named. No horizontal flip for VQA ("wohf").
+# Fields of the run and of the model: the paper's, and in brackets the released scripts' where they differ.
+RETRIEVAL = {"batch_size": 512, "learning_rate": 6e-6, "lr_mult_head": 5.0, "image_size": 384, "max_text_len": 40,
+             "eval_split": "test"}
 TASKS = {
-    "vqav2": task(out_dir="out/vqav2", epochs=10, batch_size=576, micro_batch_size=8, learning_rate=9e-6, weight_decay=0.06,
-                  warmup=0.06, lr_mult_head=50.0, transform="albef_randaug_wohf", train_split="train+val",  # script: 504, 0.1
-                  image_size=576, head_hidden_scale=2),
-    "snli_ve": task(out_dir="out/snli_ve", epochs=4, batch_size=64, micro_batch_size=8, learning_rate=3e-6, warmup=0.06,
-                    lr_mult_head=10.0, transform="albef_randaug_wc", eval_split="dev", image_size=384, head_hidden_scale=2),
-    "nlvr2": task(out_dir="out/nlvr2", epochs=5, batch_size=256, micro_batch_size=8, learning_rate=1.4e-5, lr_mult_head=10.0,
-                  transform="albef_randaug_wc", eval_split="dev", image_size=384),
-    "flickr30k": task(out_dir="out/flickr30k", epochs=20, batch_size=512, micro_batch_size=8, learning_rate=6e-6, lr_mult_head=5.0,
-                      transform="albef_randaug_wc", eval_split="test", image_size=384, max_text_len=40),
-    "coco": task(out_dir="out/coco", epochs=10, batch_size=512, micro_batch_size=8, learning_rate=6e-6, lr_mult_head=5.0,
-                 transform="albef_randaug_wc", eval_split="test", image_size=384, max_text_len=40),
+    # the papers train on all of train and val; rest_val, 1,000 pictures of val, then only shows that the model learns
+    "vqav2": {"epochs": 10, "batch_size": 576, "learning_rate": 9e-6, "weight_decay": 0.06, "warmup": 0.06,  # (504; 0.1)
+              "lr_mult_head": 50.0, "transform": "albef_randaug_wohf",  # without horizontal flips
+              "image_size": 576, "head_hidden_scale": 2, "train_split": "train+val", "eval_split": "rest_val"},
+    "snli_ve": {"epochs": 4, "batch_size": 64, "learning_rate": 3e-6, "warmup": 0.06, "lr_mult_head": 10.0,
+                "image_size": 384, "head_hidden_scale": 2, "eval_split": "dev"},
+    "nlvr2": {"epochs": 5, "batch_size": 256, "learning_rate": 1.4e-5, "lr_mult_head": 10.0, "image_size": 384,
+              "eval_split": "dev"},
+    "flickr30k": {"epochs": 20, **RETRIEVAL},
+    "coco": {"epochs": 10, **RETRIEVAL},  # not in the papers
 }
-# what replaces them on the built-in data: minutes on a CPU
+UNIMODAL = {"vqav2": {"batch_size": 512, "learning_rate": 2e-5, "weight_decay": 0.01, "warmup": 0.1,
+                      "head_hidden_scale": 1}}  # what --init unimodal changes, in paper and script
 DEMO = {"batch_size": 64, "micro_batch_size": 64, "learning_rate": 1e-3, "lr_mult_head": 1.0, "lr_mult_cross_modal": 1.0,
-        "weight_decay": 0.01, "warmup": 0.1, "max_steps": 400, "transform": "albef", "num_workers": 0, "log_every": 20, "save_every": 100,
-        "k_test": 16}
+        "weight_decay": 0.01, "warmup": 0.1, "max_steps": 400, "transform": "albef", "num_workers": 0, "log_every": 20,
+        "save_every": 100, "k_test": 16}  # minutes on a CPU; the model is as --init has it
 
 
+def recipe(name: str, init: str, source: str) -> tuple[FinetuneConfig, dict]:
+    """The defaults of a task: the run, and the fields of the model that it changes."""
+    values = {"out_dir": f"out/{name}"} | TASKS[name] | (UNIMODAL.get(name, {}) if init == "unimodal" else {})
+    of_run = {f.name for f in dataclasses.fields(FinetuneConfig)}
+    run = FinetuneConfig(**{k: v for k, v in values.items() if k in of_run} | (DEMO if source == "demo" else {}))
+    return run, {k: v for k, v in values.items() if k not in of_run and source != "demo"}
+
+
+# ---------------------------------------------------------------- objectives
 class Classification(Task):
     """VQA: binary cross-entropy summed over the answers; NLVR2 and SNLI-VE: cross-entropy."""
 
@@ -93,7 +99,7 @@ class Classification(Task):
 
 
 class Retrieval(Task):
-    """ITC, and ITM with hard negatives of the micro-batches of all processes; other captions of a picture are no negatives."""
+    """ITC, and ITM with hard negatives from all processes; other captions of a picture are no negatives."""
 
     def counts(self, batch: dict) -> dict[str, int]:
         return {"itc": len(batch["input_ids"]), "itm": 3 * len(batch["input_ids"])}
@@ -105,20 +111,17 @@ class Retrieval(Task):
 
 
 def rank_loss(model: ManagerTower, pixels: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """The older retrieval objective: cross-entropy of the rank head over the true caption, which is first, and false ones.
+    """The older retrieval objective: cross-entropy of the rank head over the true caption, the first, and false ones.
 
     pixels (B, 3, S, S); input_ids and attention_mask (B, F, L). Needs the head "retrieval".
     """
     ids, mask = input_ids.flatten(0, 1), attention_mask.flatten(0, 1)
     images = model.encode_image(pixels).repeat_interleave(input_ids.shape[1], 0)
-    scores = model.heads["retrieval"](model.fuse(model.encode_text(ids, mask), images, mask).pooled).view(input_ids.shape[:2])
-    return F.cross_entropy(scores, torch.zeros(len(scores), dtype=torch.long, device=scores.device))
+    scores = model.heads["retrieval"](model.fuse(model.encode_text(ids, mask), images, mask).pooled)
+    return F.cross_entropy(scores.view(input_ids.shape[:2]), ids.new_zeros(len(pixels), dtype=torch.long))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What is known without looking at the picture
-
-
+# ---------------------------------------------------------------- what is known without looking at the picture
 def text_only_guess(source: data.Source, heldout: data.Source) -> dict[str, float]:
     """Accuracy of the commonest answer, and of the commonest answer to the very same text in the training data."""
     def answers(row: dict) -> dict:
@@ -134,91 +137,106 @@ def text_only_guess(source: data.Source, heldout: data.Source) -> dict[str, floa
     return {name: totals[name] / len(rows) for name in ("majority", "text_only")}
 
 
-def baselines(task_name: str, source: data.Source, heldout: data.Source) -> dict[str, dict]:
-    if KIND[task_name] == "captions":
-        return {"chance": {f"{d}_r{k}": k / heldout.num_images for d in ("ir", "tr") for k in (1, 5, 10)}}
+def baselines(kind: str, source: data.Source, heldout: data.Source) -> dict[str, dict]:
+    if kind == "captions":
+        return {"chance": {f"{d}_r{k}": min(1.0, k / heldout.num_images) for d in ("ir", "tr") for k in (1, 5, 10)}}
     return {name: {"accuracy": value} for name, value in text_only_guess(source, heldout).items()}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Running
+# ---------------------------------------------------------------- running
+def find_tokenizer(run: FinetuneConfig) -> data.Tokenizer:
+    """--tokenizer, or the one in --init's folder, or with --init unimodal the one beside --text."""
+    if run.tokenizer or run.init == "unimodal":
+        return train.find_tokenizer(run, None)
+    try:
+        return data.load_tokenizer(run.init.removeprefix("official:"))
+    except ValueError as error:
+        raise ValueError(f"{error}; or give --tokenizer") from None
 
 
-def initial_model(run: FinetuneConfig, fields: dict, tokenizer: data.Tokenizer, heads: dict, world: World) -> ManagerTower:
+def initial_model(run: FinetuneConfig, fields: dict, tokenizer: data.Tokenizer, world: World) -> ManagerTower:
+    """What --init says, with the `fields` of its config replaced (heads among them)."""
     if run.init == "unimodal":
-        return train.make_model(run, fields, tokenizer, **heads)
-    folder = run.init
+        return train.make_model(run, fields, tokenizer)
+    folder = Path(run.init)
     if run.init.startswith("official:"):
-        source, folder = Path(run.init.removeprefix("official:")), Path(run.out_dir) / "official"
+        folder = Path(run.out_dir) / "official"
         if world.rank == 0:
-            prepare_weights(source, folder, None, None)
+            prepare_weights(Path(run.init.removeprefix("official:")), folder)
         world.barrier()
-    train.seed_all(run.seed, "model")
-    model = load_model(folder, **fields, **heads)
+    train.seed_all(run.seed, "model")  # the new heads
+    model = load_model(folder, **fields)
+    c = model.config
+    if tokenizer.vocab_size > c.vocab_size or tokenizer.pad_id != c.pad_token_id:
+        raise ValueError(f"the tokenizer has {tokenizer.vocab_size} ids and pad id {tokenizer.pad_id}, but {run.init} "
+                         f"{c.vocab_size} and {c.pad_token_id}: give its own with --tokenizer")
     model.set_checkpointing(run.checkpointing)
     return model
 
 
-def find_tokenizer(run: FinetuneConfig) -> data.Tokenizer:
-    """--tokenizer, or the one of --init's folder, or the one beside --text."""
-    for place in (run.tokenizer, run.init if Path(run.init).is_dir() else "", run.text):
-        if place:
-            return data.load_tokenizer(place)
-    if run.data == "demo":
-        return data.demo_tokenizer()
-    raise ValueError("no tokenizer: give --tokenizer, a folder with tokenizer.json, or vocab.json and merges.txt")
-
-
 def open_sources(run: FinetuneConfig, name: str, image_size: int) -> tuple[data.Source, data.Source]:
-    kind = KIND[name]
+    """(training, held-out) rows: built-in scenes, or the splits in data_root."""
     if run.data == "demo":
-        return data.demo_source(kind, "train", 20_000, run.seed, image_size), data.demo_source(kind, "heldout", run.eval_size, run.seed, image_size)
-    return (data.open_source(kind, run.data_root, run.train_split, (name,), run.on_bad_sample),
-            data.open_source(kind, run.data_root, run.eval_split, (name,)))
+        demo = functools.partial(data.demo_source, KIND[name], seed=run.seed, image_size=image_size)
+        return demo("train", 20_000), demo("heldout", run.eval_size)
+    return (data.open_source(KIND[name], run.data_root, run.train_split, (name,), run.on_bad_sample),
+            data.open_source(KIND[name], run.data_root, run.eval_split, (name,)))
 
 
 def save_extras(tokenizer: data.Tokenizer, answers: list[str], folder: Path):
     tokenizer.save(folder)
     if answers:
-        write_atomically(folder / "answers.json", lambda path: path.write_text(json.dumps(answers, ensure_ascii=False) + "\n"))
+        text = json.dumps(answers, ensure_ascii=False) + "\n"
+        write_atomically(folder / "answers.json", lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def measure(model: ManagerTower, dataset: data.PairDataset, name: str, run: FinetuneConfig) -> dict[str, float]:
+    """The task's metrics and their "score". Without gradients more fits into memory than a micro-batch."""
+    found = evaluate(model, dataset, name, max(64, run.micro_batch_size), run.num_workers, run.k_test)
+    if "accuracy" not in found and "rmean" not in found:
+        raise ValueError(f"--eval_split {run.eval_split} of {name} has no labels, so nothing can be measured on it")
+    return {k: v for k, v in found.items() if isinstance(v, float)} | {"score": found.get("rmean", found.get("accuracy"))}
 
 
 def finetune(name: str, run: FinetuneConfig, fields: dict, world: World):
-    kind, tokenizer, heads = KIND[name], find_tokenizer(run), {"heads": HEADS[KIND[name]]}
-    answers = [] if kind != "vqa" else data.DEMO_ANSWERS if run.data == "demo" else data.load_answers(run.data_root)
-    if kind == "vqa":
-        heads["num_answers"] = len(answers)
-    model = initial_model(run, fields, tokenizer, heads, world).to(world.device)
-    config = model.config
-    source, heldout = open_sources(run, name, config.image_size)
-    run = run if run.max_steps else dataclasses.replace(run, max_steps=math.ceil(run.epochs * len(source) / run.batch_size))
-    make = functools.partial(data.PairDataset, tokenizer=tokenizer, max_text_len=config.max_text_len, seed=run.seed, answers=answers)
-    train_set = make(source, transform=data.image_transform(run.transform, config.image_size, True), on_bad_sample=run.on_bad_sample)
-    eval_set = make(heldout, transform=data.image_transform(run.transform, config.image_size, False))
-
-    def measure() -> dict:
-        with train.autocast(run, world.device):
-            metrics = evaluate(model, eval_set, name, run.micro_batch_size, run.num_workers, run.k_test)
-        return metrics | {"score": metrics["rmean"] if kind == "captions" else metrics["accuracy"]}
-
+    kind, tokenizer = KIND[name], find_tokenizer(run)
+    answers = [] if kind != "vqa" else data.DEMO_ANSWERS if run.data else data.load_answers(run.data_root)
+    fields = fields | {"heads": HEADS[kind]} | ({"num_answers": len(answers)} if answers else {})
+    model = initial_model(run, fields, tokenizer, world).to(world.device)
+    c = model.config
+    source, heldout = open_sources(run, name, c.image_size)
+    if not run.max_steps:
+        run = dataclasses.replace(run, max_steps=math.ceil(run.epochs * len(source) / run.batch_size))
+    make = functools.partial(data.PairDataset, tokenizer=tokenizer, max_text_len=c.max_text_len, seed=run.seed, answers=answers)
+    dataset = make(source, transform=data.image_transform(run.transform, c.image_size, True), on_bad_sample=run.on_bad_sample)
+    eval_set = make(heldout, transform=data.image_transform(run.transform, c.image_size, False))
+    known = functools.partial(measure, model, eval_set, name, run)
     checkpoint = Checkpoint(run, model, functools.partial(save_extras, tokenizer, answers),
-                            {"task": name, "config": dataclasses.asdict(config)}, world)
-    world.print(f"{name}: {len(source)} rows to train on, {len(heldout)} held out, {run.max_steps} steps from {run.init}")
-    known = {"untrained": measure(), **baselines(name, source, heldout)}
-    job = Retrieval(model) if kind == "captions" else Classification(model, kind)
-    if fit(run, job, train_set, measure, checkpoint, world, param_groups(model, run)) and world.rank == 0:
+                            {"task": name, "config": dataclasses.asdict(c)}, world)
+    world.print(f"{name}: {len(source)} rows to train on, {len(heldout)} to measure on, from {run.init}")
+    if run.data_root and run.eval_split == "rest_val" and "val" in run.train_split.split("+"):
+        world.print("note: rest_val is a part of val, so it is not held out; --train_split train+trainable_val does that")
+    untrained, job = known(), Retrieval(model) if kind == "captions" else Classification(model, kind)
+    if fit(run, job, dataset, known, checkpoint, world, param_groups(model, run)) and world.rank == 0:
         more = " --data demo" if run.data else f" --data_root {run.data_root}"
-        train.summarize(run, checkpoint, known, [f"python eval.py --task {name} --checkpoint {run.out_dir}{more}"])
+        train.summarize(run, checkpoint, {"untrained": untrained, **baselines(kind, source, heldout)},
+                        [f"python eval.py --task {name} --checkpoint {run.out_dir}{more}"])
 
 
 def main(argv: list[str]):
-    demo = any(a == "--data" and b == "demo" for a, b in zip(argv, argv[1:])) or "--data=demo" in argv
-    recipes = {name: (dataclasses.replace(run, **DEMO), {}) if demo else (run, fields) for name, (run, fields) in TASKS.items()}
-    name, run, fields = parse_args(argv, recipes, "task")
-    if run.data not in ("", "demo") or (run.data == "") == (run.data_root == ""):
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # the defaults depend on these two
+    for flag in ("--init", "--data"):
+        parser.add_argument(flag, default="")
+    given = parser.parse_known_args(argv)[0]
+    name, run, fields = train.parse_args(argv, {name: recipe(name, given.init, given.data) for name in TASKS}, "task")
+    if run.data not in ("", "demo") or bool(run.data) == bool(run.data_root):
         raise ValueError("say where the data are: --data_root FOLDER, or --data demo for the built-in ones")
     if not run.init:
-        raise ValueError("say what to start from: --init CHECKPOINT, --init official:FILE.ckpt, or --init unimodal with --vision and --text")
+        raise ValueError("say what to start from: --init CHECKPOINT, official:FILE.ckpt, or unimodal with --vision and --text")
+    if [bool(run.vision), bool(run.text)] != [run.init == "unimodal"] * 2:
+        raise ValueError("--init unimodal needs --vision and --text, the two encoders; any other --init has its own")
+    if run.init != "unimodal" and not (where := Path(run.init.removeprefix("official:"))).exists():
+        raise ValueError(f"--init {run.init}: {where} does not exist")
     finetune(name, run, fields, World(run.device))
 
 
