@@ -307,13 +307,11 @@ class Demo(Part):
     def parse(self, raw):
         return getattr(self, self.task)(raw, random.Random(f"{self.seed} {self.name(raw)}"))
 
-    def scene(self, draw, covered=False) -> Scene:
+    def scene(self, draw) -> Scene:
         """Held out is a fifth of all scenes, by a hash of the description: no training picture ever shows one."""
         while True:
-            things = [random_thing(draw), COVER if covered else random_thing(draw)]
-            draw.shuffle(things)
-            scene = Scene(*things, draw.choice(list(PLACES)))
-            if things[0] != things[1] and (zlib.crc32(describe(scene).encode()) % 5 == 0) == self.heldout:
+            scene = Scene(random_thing(draw), random_thing(draw), draw.choice(list(PLACES)))
+            if scene.first != scene.second and (zlib.crc32(describe(scene).encode()) % 5 == 0) == self.heldout:
                 return scene
 
     def paint(self, draw, scene) -> Image.Image:
@@ -333,12 +331,9 @@ class Demo(Part):
         return image
 
     def captions(self, number, draw):
-        """In both directions, or of one thing alone, for pre-training; the MLLM has to know what to say."""
+        """In both directions for pre-training, in one for the MLLM, which has to know what to say."""
         scene = self.scene(draw)
-        thing, caption = draw.choice(scene[:2]), describe(scene, swap=draw.random() < 0.5)
-        if draw.random() < 0.2:
-            caption = f"there is a {thing.color} {thing.shape}"
-        return {"image": self.paint(draw, scene), "captions": [caption],
+        return {"image": self.paint(draw, scene), "captions": [describe(scene, swap=draw.random() < 0.5)],
                 "conversations": [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": describe(scene)}]}
 
     def vqa(self, number, draw):
@@ -352,28 +347,26 @@ class Demo(Part):
             for k, (question, answer) in enumerate(asked.items())]}
 
     def nlvr2(self, number, draw):
-        """The label and the kind are drawn first and all things are equally likely: the text alone tells nothing."""
-        label, kind = number % 2 == 0, draw.randrange(4)
-        while True:
+        """The label and the kind are drawn first, then the scenes: the text alone tells nothing."""
+        label, kind, told, other = number % 2 == 0, draw.randrange(4), self.scene(draw), draw.random() < 0.5
+        left, right = ((label, other), (other, label), (label or other, label or not other),
+                       (label == other, not other))[kind]  # which images show what is told
+        scenes = [self.scene(draw) for _ in range(2)]
+        while told in scenes:
             scenes = [self.scene(draw) for _ in range(2)]
-            thing = draw.choice([*scenes[0][:2], *scenes[1][:2]])
-            found = [thing[1:] in (scene.first[1:], scene.second[1:]) for scene in scenes]
-            if (*found, all(found), not all(found))[kind] == label:
-                break
-        subject = ("the left image has", "the right image has", "both images have", "only one image has")[kind]
+        scenes = [told if shown else scene for shown, scene in zip((left, right), scenes)]
+        subject = ("left image shows", "right image shows", "both images show", "one image shows")[kind]
         return {"images": [self.paint(draw, scene) for scene in scenes], "label": label, "id": f"demo-{number}",
-                "sentence": f"{subject} a {thing.color} {thing.shape}"}
+                "sentence": f"{subject} {describe(told, swap=draw.random() < 0.5)}"}
 
     def snli_ve(self, number, draw):
-        """Entailment: it is seen. Neutral: it is not, but something is covered. Contradiction: all is seen but it."""
-        label = SNLI_LABELS[number % 3]
-        scene = self.scene(draw, label == "neutral" or (label == "entailment" and draw.random() < 0.5))
-        seen = [other for other in scene[:2] if other != COVER]
-        thing = draw.choice(seen)
-        while label != "entailment" and thing[1:] in [other[1:] for other in seen]:
-            thing = random_thing(draw)
-        text = f"there is a {thing.color} {thing.shape}"
-        return {"image": self.paint(draw, scene), "hypothesis": text, "label": label}
+        """Entailment: it is seen. Neutral: what is seen agrees, the rest is covered. Contradiction: it disagrees."""
+        label, told, k = SNLI_LABELS[number % 3], self.scene(draw), draw.randrange(2)  # thing k may be covered
+        covered, scene = label == "neutral" or (label == "contradiction" and draw.random() < 0.5), told
+        while label == "contradiction" and scene[1 - k] == told[1 - k] and scene.relation == told.relation:
+            scene = self.scene(draw)
+        shown = scene._replace(**{Scene._fields[k]: COVER}) if covered else scene
+        return {"image": self.paint(draw, shown), "hypothesis": describe(told, draw.random() < 0.5), "label": label}
 
     chat_captions, chat = captions, vqa
 

@@ -1,4 +1,4 @@
-"""Fine-tuning on VQAv2, NLVR2, SNLI-VE, Flickr30K or COCO retrieval: ManagerTower, ACL 2023 section 4. The loop is train.py's.
+"""Fine-tuning on VQAv2, NLVR2, SNLI-VE, Flickr30K or COCO (ManagerTower, ACL 2023, section 4), in train.py's loop.
 
     python finetune.py --task vqav2 --data demo --init out/demo
     torchrun --standalone --nproc_per_node 8 finetune.py --task vqav2 --data_root D --init out/pretrain
@@ -8,28 +8,25 @@
 import argparse
 import dataclasses
 import functools
-import json
 import math
 import typing
 from collections import Counter, defaultdict
-from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 import data
 import train
 from eval import KIND, class_logits, evaluate
-from model import ManagerTower, load_model, write_atomically
-from prepare import prepare_weights
+from model import ManagerTower, load_model
+from prepare import prepare_weights, write_json
 from train import Checkpoint, Task, TrainConfig, World, contrastive_losses, fit, one_sentence, param_groups
 
 HEADS = {"vqa": ("vqa",), "nlvr2": ("nlvr2",), "snli_ve": ("snli_ve",), "captions": ("itm", "itc")}
 
 
-@dataclass
+@dataclasses.dataclass
 class FinetuneConfig(TrainConfig):
     """One fine-tuning run."""
     hidden: typing.ClassVar[set[str]] = TrainConfig.hidden | {"datasets", "objectives", "share_images"}
@@ -50,14 +47,15 @@ class FinetuneConfig(TrainConfig):
     eval_every: int = 0
 
 
-# Fields of the run and of the model: the paper's, and in brackets the released scripts' where they differ.
+# Fields of the run and of the model: the paper's values, and the released scripts' but for one comment.
 RETRIEVAL = {"batch_size": 512, "learning_rate": 6e-6, "lr_mult_head": 5.0, "image_size": 384, "max_text_len": 40,
              "eval_split": "test"}
 TASKS = {
-    # the papers train on all of train and val; rest_val, 1,000 pictures of val, then only shows that the model learns
-    "vqav2": {"epochs": 10, "batch_size": 576, "learning_rate": 9e-6, "weight_decay": 0.06, "warmup": 0.06,  # (504; 0.1)
-              "lr_mult_head": 50.0, "transform": "albef_randaug_wohf",  # without horizontal flips
-              "image_size": 576, "head_hidden_scale": 2, "train_split": "train+val", "eval_split": "rest_val"},
+    # the papers train on train and val: rest_val, 1,000 pictures of val, only shows that the run learns; the script has
+    # batch_size 504 and warmup 0.1
+    "vqav2": {"epochs": 10, "batch_size": 576, "learning_rate": 9e-6, "weight_decay": 0.06, "warmup": 0.06,
+              "lr_mult_head": 50.0, "transform": "albef_randaug_wohf", "image_size": 576, "head_hidden_scale": 2,
+              "train_split": "train+val", "eval_split": "rest_val"},
     "snli_ve": {"epochs": 4, "batch_size": 64, "learning_rate": 3e-6, "warmup": 0.06, "lr_mult_head": 10.0,
                 "image_size": 384, "head_hidden_scale": 2, "eval_split": "dev"},
     "nlvr2": {"epochs": 5, "batch_size": 256, "learning_rate": 1.4e-5, "lr_mult_head": 10.0, "image_size": 384,
@@ -66,10 +64,10 @@ TASKS = {
     "coco": {"epochs": 10, **RETRIEVAL},  # not in the papers
 }
 UNIMODAL = {"vqav2": {"batch_size": 512, "learning_rate": 2e-5, "weight_decay": 0.01, "warmup": 0.1,
-                      "head_hidden_scale": 1}}  # what --init unimodal changes, in paper and script
-DEMO = {"batch_size": 64, "micro_batch_size": 64, "learning_rate": 1e-3, "lr_mult_head": 1.0, "lr_mult_cross_modal": 1.0,
-        "weight_decay": 0.01, "warmup": 0.1, "max_steps": 400, "transform": "albef", "num_workers": 0, "log_every": 20,
-        "save_every": 100, "k_test": 16}  # minutes on a CPU; the model is as --init has it
+                      "head_hidden_scale": 1}}  # what --init unimodal changes, as in the paper and its script
+DEMO = {"batch_size": 64, "micro_batch_size": 64, "learning_rate": 1e-3, "lr_mult_head": 1.0,
+        "lr_mult_cross_modal": 1.0, "weight_decay": 0.01, "warmup": 0.1, "max_steps": 400, "transform": "albef",
+        "num_workers": 0, "log_every": 20, "save_every": 100, "k_test": 16}  # minutes on a CPU
 
 
 def recipe(name: str, init: str, source: str) -> tuple[FinetuneConfig, dict]:
@@ -111,14 +109,12 @@ class Retrieval(Task):
 
 
 def rank_loss(model: ManagerTower, pixels: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """The older retrieval objective: cross-entropy of the rank head over the true caption, the first, and false ones.
-
-    pixels (B, 3, S, S); input_ids and attention_mask (B, F, L). Needs the head "retrieval".
-    """
+    """The older retrieval objective: cross-entropy of the head "retrieval" over the true caption, the first, and false
+    ones. pixels (B, 3, S, S); input_ids and attention_mask (B, F, L)."""
     ids, mask = input_ids.flatten(0, 1), attention_mask.flatten(0, 1)
     images = model.encode_image(pixels).repeat_interleave(input_ids.shape[1], 0)
     scores = model.heads["retrieval"](model.fuse(model.encode_text(ids, mask), images, mask).pooled)
-    return F.cross_entropy(scores.view(input_ids.shape[:2]), ids.new_zeros(len(pixels), dtype=torch.long))
+    return F.cross_entropy(scores.view(input_ids.shape[:2]), ids.new_zeros(len(pixels)).long())
 
 
 # ---------------------------------------------------------------- what is known without looking at the picture
@@ -151,7 +147,7 @@ def find_tokenizer(run: FinetuneConfig) -> data.Tokenizer:
     try:
         return data.load_tokenizer(run.init.removeprefix("official:"))
     except ValueError as error:
-        raise ValueError(f"{error}; or give --tokenizer") from None
+        raise ValueError(f"--init {run.init}: {error}; or give --tokenizer") from None
 
 
 def initial_model(run: FinetuneConfig, fields: dict, tokenizer: data.Tokenizer, world: World) -> ManagerTower:
@@ -162,7 +158,10 @@ def initial_model(run: FinetuneConfig, fields: dict, tokenizer: data.Tokenizer, 
     if run.init.startswith("official:"):
         folder = Path(run.out_dir) / "official"
         if world.rank == 0:
-            prepare_weights(Path(run.init.removeprefix("official:")), folder)
+            try:
+                prepare_weights(Path(run.init.removeprefix("official:")), folder)
+            except OSError as error:
+                raise ValueError(f"--init {run.init}: {error}") from error
         world.barrier()
     train.seed_all(run.seed, "model")  # the new heads
     model = load_model(folder, **fields)
@@ -175,7 +174,6 @@ def initial_model(run: FinetuneConfig, fields: dict, tokenizer: data.Tokenizer, 
 
 
 def open_sources(run: FinetuneConfig, name: str, image_size: int) -> tuple[data.Source, data.Source]:
-    """(training, held-out) rows: built-in scenes, or the splits in data_root."""
     if run.data == "demo":
         demo = functools.partial(data.demo_source, KIND[name], seed=run.seed, image_size=image_size)
         return demo("train", 20_000), demo("heldout", run.eval_size)
@@ -186,16 +184,16 @@ def open_sources(run: FinetuneConfig, name: str, image_size: int) -> tuple[data.
 def save_extras(tokenizer: data.Tokenizer, answers: list[str], folder: Path):
     tokenizer.save(folder)
     if answers:
-        text = json.dumps(answers, ensure_ascii=False) + "\n"
-        write_atomically(folder / "answers.json", lambda path: path.write_text(text, encoding="utf-8"))
+        write_json(folder / "answers.json", answers)
 
 
 def measure(model: ManagerTower, dataset: data.PairDataset, name: str, run: FinetuneConfig) -> dict[str, float]:
     """The task's metrics and their "score". Without gradients more fits into memory than a micro-batch."""
     found = evaluate(model, dataset, name, max(64, run.micro_batch_size), run.num_workers, run.k_test)
-    if "accuracy" not in found and "rmean" not in found:
+    score = found.get("rmean", found.get("accuracy"))
+    if score is None:
         raise ValueError(f"--eval_split {run.eval_split} of {name} has no labels, so nothing can be measured on it")
-    return {k: v for k, v in found.items() if isinstance(v, float)} | {"score": found.get("rmean", found.get("accuracy"))}
+    return {k: v for k, v in found.items() if isinstance(v, float)} | {"score": score}
 
 
 def finetune(name: str, run: FinetuneConfig, fields: dict, world: World):
@@ -205,22 +203,22 @@ def finetune(name: str, run: FinetuneConfig, fields: dict, world: World):
     model = initial_model(run, fields, tokenizer, world).to(world.device)
     c = model.config
     source, heldout = open_sources(run, name, c.image_size)
-    if not run.max_steps:
-        run = dataclasses.replace(run, max_steps=math.ceil(run.epochs * len(source) / run.batch_size))
-    make = functools.partial(data.PairDataset, tokenizer=tokenizer, max_text_len=c.max_text_len, seed=run.seed, answers=answers)
-    dataset = make(source, transform=data.image_transform(run.transform, c.image_size, True), on_bad_sample=run.on_bad_sample)
-    eval_set = make(heldout, transform=data.image_transform(run.transform, c.image_size, False))
-    known = functools.partial(measure, model, eval_set, name, run)
+    run = dataclasses.replace(run, max_steps=run.max_steps or math.ceil(run.epochs * len(source) / run.batch_size))
+    make = functools.partial(data.PairDataset, tokenizer=tokenizer, max_text_len=c.max_text_len, seed=run.seed,
+                             answers=answers)
+    view = functools.partial(data.image_transform, run.transform, c.image_size)
+    dataset = make(source, transform=view(train=True), on_bad_sample=run.on_bad_sample)
+    evaluated = functools.partial(measure, model, make(heldout, transform=view(train=False)), name, run)
     checkpoint = Checkpoint(run, model, functools.partial(save_extras, tokenizer, answers),
                             {"task": name, "config": dataclasses.asdict(c)}, world)
-    world.print(f"{name}: {len(source)} rows to train on, {len(heldout)} to measure on, from {run.init}")
-    if run.data_root and run.eval_split == "rest_val" and "val" in run.train_split.split("+"):
-        world.print("note: rest_val is a part of val, so it is not held out; --train_split train+trainable_val does that")
-    untrained, job = known(), Retrieval(model) if kind == "captions" else Classification(model, kind)
-    if fit(run, job, dataset, known, checkpoint, world, param_groups(model, run)) and world.rank == 0:
-        more = " --data demo" if run.data else f" --data_root {run.data_root}"
-        train.summarize(run, checkpoint, {"untrained": untrained, **baselines(kind, source, heldout)},
-                        [f"python eval.py --task {name} --checkpoint {run.out_dir}{more}"])
+    seen = not run.data and run.eval_split == "rest_val" and "val" in run.train_split.split("+")
+    world.print(f"{name}: {len(source)} rows to train on, {len(heldout)} to measure on, from {run.init}"
+                + seen * ". rest_val is a part of val: it is held out only with --train_split train+trainable_val")
+    untrained, job = evaluated(), Retrieval(model) if kind == "captions" else Classification(model, kind)
+    if fit(run, job, dataset, evaluated, checkpoint, world, param_groups(model, run)) and world.rank == 0:
+        known = {"untrained": untrained, **baselines(kind, source, heldout)}
+        train.summarize(run, checkpoint, known, [f"python eval.py --task {name} --checkpoint {run.out_dir} "
+                        + ("--data demo" if run.data else f"--data_root {run.data_root}")])
 
 
 def main(argv: list[str]):
@@ -232,11 +230,9 @@ def main(argv: list[str]):
     if run.data not in ("", "demo") or bool(run.data) == bool(run.data_root):
         raise ValueError("say where the data are: --data_root FOLDER, or --data demo for the built-in ones")
     if not run.init:
-        raise ValueError("say what to start from: --init CHECKPOINT, official:FILE.ckpt, or unimodal with --vision and --text")
+        raise ValueError("say what to start from: --init CHECKPOINT, --init official:FILE.ckpt, or --init unimodal")
     if [bool(run.vision), bool(run.text)] != [run.init == "unimodal"] * 2:
         raise ValueError("--init unimodal needs --vision and --text, the two encoders; any other --init has its own")
-    if run.init != "unimodal" and not (where := Path(run.init.removeprefix("official:"))).exists():
-        raise ValueError(f"--init {run.init}: {where} does not exist")
     finetune(name, run, fields, World(run.device))
 
 

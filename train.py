@@ -59,7 +59,7 @@ class TrainConfig:
     transform: str = "clip"
     on_bad_sample: str = "error"  # or skip: counted, logged, at most 1 in 1,000
     # optimisation
-    max_steps: int = 550  # optimizer updates
+    max_steps: int = 600  # optimizer updates
     batch_size: int = 64  # global, whatever the number of processes
     micro_batch_size: int = 64  # per process and backward pass
     learning_rate: float = 1e-3
@@ -74,7 +74,7 @@ class TrainConfig:
     # running
     log_every: int = 50
     save_every: int = 200
-    eval_every: int = 275  # 0 = only at the end
+    eval_every: int = 300  # 0 = only at the end
     eval_size: int = 512  # held-out samples
     num_workers: int = 0
     precision: str = "auto"  # fp32 | bf16 | fp16; auto = bf16 on CUDA, fp32 elsewhere
@@ -381,7 +381,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, run: TrainConfig, step: 
 def make_optimizer(groups: list[dict], run: TrainConfig, device: torch.device) -> torch.optim.AdamW:
     # HF's AdamW, which the official code uses, adds eps before the bias correction and decays after the update: with
     # eps 1e-8 the updates agree to 1e-3 relative
-    return torch.optim.AdamW(groups, betas=(0.9, run.beta2), eps=1e-8, fused=device.type == "cuda")
+    return torch.optim.AdamW(groups, betas=(0.9, run.beta2), eps=1e-8, fused=device.type in ("cuda", "cpu"))
 
 
 # ---------------------------------------------------------------- checkpoints

@@ -1,89 +1,120 @@
-"""Run a small training, and let it die (os._exit) or find the disk full at every write, flush and rename of its saves.
+"""Let a small training die (os._exit), or find the disk full, at every write, flush and rename of its files, and go on.
 
-Each death is followed by the same command again, which must end with the same bits as a run that was never disturbed. One
-process forks all the runs, so that torch is imported once: python tests/deaths.py FOLDER [train.py's flags]
+One run forks a child for each of these moments, in a copy of its folder. The child dies there, in the middle of a write if
+it is one; then the same command in the copy must end with the same bits as the run itself, which is never disturbed. What
+several deaths left behind alike, to the byte, goes on once for all of them. All processes are forks of one, so that torch
+is imported once: python tests/deaths.py FOLDER [train.py's flags]
 """
 import errno
 import hashlib
+import itertools
 import os
+import re
 import shutil
 import sys
+import traceback
 from pathlib import Path
 
-import safetensors.torch
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import model  # noqa: E402
 import train  # noqa: E402
 
-FLAGS = ["--max_steps", "3", "--save_every", "2", "--dropout", "0.1"]
+FLAGS = ["--max_steps", "3", "--save_every", "2", "--dropout", "0.1", "--device", "cpu", "--out_dir", "run"]
+DEATHS = {"exit": 9, "full": 3}  # kind -> exit status
 
 
-def disturb(moment: int, kind: str):
-    """Count the I/O calls of the saves; the one with number `moment` dies, or raises ENOSPC after half of a write."""
-    count = [0]
+def wait(pid: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
-    def wrap(owner, name, halves):
+
+def die(kind: str, copy: Path, target: Path | None):
+    """In a forked child: go on in `copy`, write half of `target`, and die."""
+    os.chdir(copy)
+    if target:
+        with open(target, "ab") as file:
+            file.write(b"half")
+    if kind == "exit":
+        os._exit(DEATHS[kind])
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def disturb():
+    """From now on this process, in folder/whole, leaves folder/exit0, folder/full0, folder/exit1, ... behind."""
+    moments = itertools.count()
+
+    def wrap(owner, name, halves=False):
         original = getattr(owner, name)
 
         def wrapped(*args, **kwargs):
-            count[0] += 1
-            if count[0] - 1 == moment:
-                if halves:  # a file that was written in part
-                    target = next(Path(a) for a in args if isinstance(a, str | os.PathLike))
-                    target.write_bytes(b"half")
-                if kind == "exit":
-                    os._exit(9)
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            target = next(Path(a) for a in args if isinstance(a, str | os.PathLike)) if halves else None
+            moment = next(moments)
+            for kind, status in DEATHS.items():
+                copy = Path.cwd().with_name(f"{kind}{moment}")
+                shutil.copytree(Path.cwd(), copy)
+                sys.stdout.flush()
+                pid = os.fork()
+                if not pid:
+                    die(kind, copy, target)
+                assert wait(pid) == status, (kind, moment, (copy / "log.txt").read_text())
             return original(*args, **kwargs)
         setattr(owner, name, wrapped)
 
-    wrap(os, "replace", False)
-    wrap(os, "fsync", False)
-    wrap(torch, "save", True)
-    wrap(model, "save_file", True)
-    assert model.save_file is not safetensors.torch.save_file
-    return count
+    train.open = open  # what appends to the log
+    for owner, name in ((torch, "save"), (model, "save_file"), (Path, "write_text"), (train, "open")):
+        wrap(owner, name, halves=True)
+    for name in ("fsync", "replace"):
+        wrap(os, name)
 
 
-def fork(out_dir: Path, flags: list[str], moment: int = -1, kind: str = "exit") -> int:
-    """Train in a child process; its exit status: 0 finished, 9 died, 3 one clear sentence about the disk, else a fault."""
-    pid = os.fork()
-    if pid:
-        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    sys.stdout = sys.stderr = open(out_dir.with_suffix(".log"), "a")  # noqa: SIM115
+def run(folder: Path, flags: list[str], prepare=lambda: None) -> int:
+    """Train in folder/run, in a child: 0 finished, 3 one clear sentence about the disk, else a fault, see log.txt."""
+    folder.mkdir(exist_ok=True)
+    if pid := os.fork():
+        return wait(pid)
+    os.chdir(folder)
+    sys.stdout = sys.stderr = open("log.txt", "a")  # noqa: SIM115
     status = 1
     try:
         torch.set_num_threads(1)
-        count = disturb(moment, kind)
-        train.main([*flags, *FLAGS, "--out_dir", str(out_dir)])
-        out_dir.with_suffix(".count").write_text(str(count[0]))
+        prepare()
+        train.main([*flags, *FLAGS])
         status = 0
     except ValueError as error:
-        print(error)
         status = 3 if "No space left on device" in str(error) and "cannot write" in str(error) else 1
     finally:
+        if status == 1:
+            traceback.print_exc()
         sys.stdout.flush()
         os._exit(status)
 
 
-def digest(folder: Path) -> dict:
-    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.rglob("*"))
-            if p.is_file() and p.suffix in (".safetensors", ".json", ".jsonl")}
+def digest(folder: Path) -> dict[str, str]:
+    """Every file below it -> its hash; names of temporary files without the process that wrote them."""
+    return {re.sub(r"\.tmp\d+$", ".tmp", str(file.relative_to(folder))): hashlib.sha256(file.read_bytes()).hexdigest()
+            for file in sorted(folder.rglob("*")) if file.is_file()}
+
+
+def for_users(folder: Path) -> dict[str, str]:
+    return {k: v for k, v in digest(folder).items() if Path(k).suffix in (".safetensors", ".json", ".jsonl")}
 
 
 def main(folder: Path, flags: list[str]):
-    assert fork(folder / "whole", flags) == 0, (folder / "whole.log").read_text()
-    want, moments = digest(folder / "whole"), int((folder / "whole.count").read_text())
-    for moment in range(moments):
-        for kind, expected in (("exit", 9), ("full", 3)):
-            out_dir = folder / f"{kind}{moment}"
-            assert fork(out_dir, flags, moment, kind) == expected, (moment, kind, out_dir.with_suffix(".log").read_text())
-            assert fork(out_dir, flags) == 0, (moment, kind, out_dir.with_suffix(".log").read_text())
-            assert digest(out_dir) == want, (moment, kind)
-            shutil.rmtree(out_dir)
-    print(f"{moments} moments of death, twice each")
+    assert run(folder / "whole", flags, disturb) == 0, (folder / "whole" / "log.txt").read_text()
+    want, deaths, left = for_users(folder / "whole"), 0, set()
+    for copy in (folder / f"{kind}{moment}" for moment in itertools.count() for kind in DEATHS):
+        if not copy.exists():
+            break
+        deaths += 1
+        before = frozenset(digest(copy / "run").items())
+        if before not in left:
+            status = run(copy, flags)
+            assert status == 0, (copy.name, status, (copy / "log.txt").read_text())
+            assert for_users(copy) == want, copy.name
+        left.add(before)
+        shutil.rmtree(copy)
+    print(f"{deaths} deaths, which left {len(left)} different folders")
 
 
 if __name__ == "__main__":

@@ -200,13 +200,15 @@ def test_batches_are_of_one_modality(files):
 
 
 def test_too_long_rows_are_cut_not_dropped(files):
-    task = train_llava.Chat(tiny_model(max_length=20))
-    dataset = chat_dataset(files)
+    dataset, model = chat_dataset(files), tiny_model(max_length=25)
     for i in range(3):
-        batch = train_llava.collate([dataset[i]])
-        ids, labels = dataset[i]["tokens"]
-        assert len(ids) > 20 and task.counts(batch)["lm"] == 0 if i else sum(x != lm.IGNORE for x in labels[1:20])
-        assert task(batch)["lm"].isfinite()
+        item, (ids, labels) = dataset[i], dataset[i]["tokens"]
+        sizes = iter([lm.count_image_tokens(len(image.pixels), image.size, model.config) for image in item["images"]])
+        spliced = [x for token, label in zip(ids, labels)
+                   for x in ([label] if token != lm.IMAGE_TOKEN else [lm.IGNORE] * next(sizes))]
+        task, batch = train_llava.Chat(model), train_llava.collate([item])
+        assert len(spliced) > 25 and task(batch)["lm"].isfinite()
+        assert task.counts(batch)["lm"] == sum(label != lm.IGNORE for label in spliced[1:25])
 
 
 # ---------------------------------------------------------------- processes
@@ -225,7 +227,8 @@ def first_gradients(rank, world_size, port, files, micro, out):
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     losses = train.train_step(task.train(), train.wrap(task, run, world), batches, 0, run, world, scaler)
     if rank == 0:
-        torch.save({"losses": losses} | {n: p.grad for n, p in task.model.named_parameters() if p.grad is not None}, out)
+        gradients = {name: p.grad for name, p in task.model.named_parameters() if p.grad is not None}
+        torch.save({"losses": losses, **gradients}, out)
 
 
 def test_one_process_two_processes_and_accumulation_agree(files, tmp_path, monkeypatch):
@@ -302,11 +305,14 @@ def test_starts_from_siglip_and_qwen(files, tmp_path):
     siglip.save_pretrained(tmp_path / "siglip")
     qwen.save_pretrained(tmp_path / "qwen")
     tokenizer().save(tmp_path / "qwen")
+    published = {**text.to_dict(), "rope_theta": 1e6}  # as in the released config.json, older than transformers 5
+    (tmp_path / "qwen" / "config.json").write_text(json.dumps(published))
     run_main("llava_stage1", files, tmp_path / "out", "--vision", tmp_path / "siglip", "--text", tmp_path / "qwen",
              "--max_steps", 1, "--managed_layers", "1,2", "--inject_layers", "0", data_path="captions.json")
     ours = weights(tmp_path / "out")
     assert torch.equal(ours["llm.embed.weight"], qwen.model.embed_tokens.weight)
-    assert torch.equal(ours["vision.patch.weight"], siglip.vision_model.embeddings.patch_embedding.weight)
+    patch = next(module for module in siglip.modules() if isinstance(module, torch.nn.Conv2d))
+    assert torch.equal(ours["vision.patch.weight"], patch.weight)
     got = config(tmp_path / "out")
     assert (got["manager_type"], got["managed_layers"], got["inject_layers"]) == ("static", [1, 2], [0])
     assert got["eos_ids"] == [tokenizer().backend.token_to_id("<|im_end|>")]
