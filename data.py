@@ -355,9 +355,9 @@ class Demo(Part):
         while told in scenes:
             scenes = [self.scene(draw) for _ in range(2)]
         scenes = [told if shown else scene for shown, scene in zip((left, right), scenes)]
-        subject = ("left image shows", "right image shows", "both images show", "one image shows")[kind]
+        place = ("left image", "right image", "both images", "one image")[kind]
         return {"images": [self.paint(draw, scene) for scene in scenes], "label": label, "id": f"demo-{number}",
-                "sentence": f"{subject} {describe(told, swap=draw.random() < 0.5)}"}
+                "sentence": f"{describe(told, swap=draw.random() < 0.5)} in {place}"}
 
     def snli_ve(self, number, draw):
         """Entailment: it is seen. Neutral: what is seen agrees, the rest is covered. Contradiction: it disagrees."""

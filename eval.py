@@ -34,8 +34,9 @@ from model import ManagerTower, load_model, write_atomically
 from prepare import normalize_answer
 from train import World, one_sentence
 
-KIND = {"vqav2": "vqa", "nlvr2": "nlvr2", "snli_ve": "snli_ve", "flickr30k": "captions", "coco": "captions"}
-SPLITS = {"vqav2": "rest_val", "nlvr2": "dev,test1", "snli_ve": "dev,test", "flickr30k": "test", "coco": "test"}
+RETRIEVAL = ("flickr30k", "coco", "openclipart", "tuxpaint")
+KIND = {"vqav2": "vqa", "nlvr2": "nlvr2", "snli_ve": "snli_ve", **dict.fromkeys(RETRIEVAL, "captions")}
+SPLITS = {"vqav2": "rest_val", "nlvr2": "dev,test1", "snli_ve": "dev,test", **dict.fromkeys(RETRIEVAL, "test")}
 # ManagerTower base with 4M VLP, in percent (ACL table 3, TCSVT table III); flickr30k's RMEAN is without VLP (table I)
 PAPER = {"vqav2": {"accuracy": "79.39 test-dev, 79.15 test-std"}, "nlvr2 dev": {"accuracy": 82.81},
          "nlvr2 test1": {"accuracy": 83.34}, "snli_ve dev": {"accuracy": 81.26}, "snli_ve test": {"accuracy": 81.44},

@@ -111,7 +111,7 @@ RECIPES = {
     # the pictures of `prepare.py openclipart` and `prepare.py tuxpaint`, on a CPU
     "clipart": (TrainConfig(
         out_dir="out/clipart", data_root="out/clipart_data", datasets=("openclipart", "tuxpaint"),
-        objectives=("mlm", "itm", "itc"), max_steps=600, eval_every=300), {}),
+        objectives=("mlm", "itm", "itc"), transform="albef", max_steps=600, eval_every=300), {}),
 }
 # what may differ between a run and its resumption
 FREE_FIELDS = {"out_dir", "micro_batch_size", "log_every", "save_every", "eval_every", "num_workers", "device",

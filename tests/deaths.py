@@ -1,9 +1,9 @@
 """Let a small training die (os._exit), or find the disk full, at every write, flush and rename of its files, and go on.
 
-One run forks a child for each of these moments, in a copy of its folder. The child dies there, in the middle of a write if
-it is one; then the same command in the copy must end with the same bits as the run itself, which is never disturbed. What
-several deaths left behind alike, to the byte, goes on once for all of them. All processes are forks of one, so that torch
-is imported once: python tests/deaths.py FOLDER [train.py's flags]
+One run forks a child for each of these moments, in a copy of its folder. The child dies there, in the middle of a write
+if it is one; then the same command in the copy must end with the same bits as the run itself, which is never disturbed.
+What several deaths left behind alike, to the byte, goes on once for all of them. All processes are forks of one that has
+imported everything: python tests/deaths.py FOLDER [train.py's flags]
 """
 import errno
 import hashlib
@@ -16,6 +16,7 @@ import traceback
 from pathlib import Path
 
 import torch
+import torch._dynamo  # every optimizer imports it, which takes longer than the training
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import model  # noqa: E402

@@ -366,27 +366,27 @@ def test_accuracy_counts_exact_answers():
 
 
 @pytest.mark.parametrize("flags,message", [
-    ("--data_path=", "need --data_path"), ("--data_path no.json", "no.json"), ("--init=", "start from --init"),
-    ("--vision x", "start from --init"), ("--vision x --text y", "start from --init"), ("--init /nowhere", "nowhere"),
+    ("--data_path=", "need --data_path"), ("--data_path no.json", "no.json"), ("--init=", "either --init"),
+    ("--vision x", "either --init"), ("--vision x --text y", "either --init"), ("--init /nowhere", "nowhere"),
     ("--grid false --aspect pad", "--grid false"), ("--eval_size 10", "leaves none of the 10"),
     ("--manager_type none", "--manager_type None, but --init"), ("--manager_type clever", "manager_type is 'clever'"),
     ("--managed_layers 1,2 --manager_type none", "no managers"), ("--batch_size 3", "multiple"),
     ("--hidden_size 64", "--hidden_size 64, but --init .* has 32"), ("--tokenizer roberta", "roberta")])
 def test_bad_flags_are_one_sentence(flags, message, files, tmp_path):
-    with pytest.raises((ValueError, FileNotFoundError), match=message):
+    with pytest.raises((ValueError, OSError), match=message):
         run_main("llava_stage2", files, tmp_path / "out", "--init", files / "start", *flags.split())
     assert not Path(tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("flags", ["--recipe llava_demo --model base", "--recipe llava_stage2 --objectives mlm",
-                                   "--recipe demo --strict_labels", "--recipe llava_demo --eos_ids 3"])
+                                   "--recipe demo --strict_labels", "--recipe llava_demo --alignment true"])
 def test_flags_of_the_other_family_are_refused(flags, capsys):
     with pytest.raises(SystemExit):
         train.main(flags.split())
     assert flags.split()[2] in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("flags", [("--data_path", "x.json"), ("--init", "x"), ("--vision", "x", "--text", "y")])
+@pytest.mark.parametrize("flags", [("--data_path", "x.json"), ("--init", "x"), ("--tokenizer", "x")])
 def test_the_demo_takes_no_data_and_no_start(flags, tmp_path):
-    with pytest.raises(ValueError, match="llava_demo takes none"):
+    with pytest.raises(ValueError, match=f"{flags[0]} means nothing to llava_demo"):
         run_demo(tmp_path / "out", *flags)
