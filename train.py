@@ -133,7 +133,9 @@ def parse_optional(text: str) -> str | None:
 def add_flags(parser: argparse.ArgumentParser, kind: type, hidden: set[str]):
     """A flag for each field of the dataclass `kind`; tuples are given as a,b,c."""
     how = {bool: {"type": parse_bool, "nargs": "?", "const": True}, str | None: {"type": parse_optional},
-           tuple[str, ...]: {"type": lambda text: tuple(text.split(","))}}
+           tuple[str, ...]: {"type": lambda text: tuple(text.split(","))},
+           tuple[int, ...]: {"type": lambda text: tuple(map(int, text.split(",")))},
+           tuple | str: {"type": lambda text: json.loads(text) if text.startswith("[") else text}}  # --grid_pinpoints
     hints = typing.get_type_hints(kind)
     for field in dataclasses.fields(kind):
         if field.name not in hidden and (hints[field.name] in how or isinstance(hints[field.name], type)):
@@ -156,9 +158,9 @@ def parse_args(argv: list[str], recipes: dict, key: str) -> tuple[str, TrainConf
     given = vars(parser.parse_args(argv))
     of_run = {f.name for f in dataclasses.fields(run)}
     of_model = {k: v for k, v in given.items() if k not in {key, *of_run}}
-    dead = [k for k in of_model if k.startswith(("manager_", "managed_", "mask_fused"))]
-    if dead and of_model.get("fusion", "manager") != "manager":
-        raise ValueError(f"--{dead[0]} means nothing with --fusion {of_model['fusion']}, which has no managers")
+    dead = [k for k in of_model if k.startswith(("manager_", "managed_", "mask_fused", "inject_")) and of_model[k]]
+    if dead and (of_model.get("fusion", "manager") != "manager" or of_model.get("manager_type", "some") is None):
+        raise ValueError(f"--{dead[0]} means nothing with --fusion bridge or last, or --manager_type none: no managers")
     return name, dataclasses.replace(run, **{k: v for k, v in given.items() if k in of_run}), fields | of_model
 
 
@@ -166,7 +168,7 @@ def one_sentence(main: Callable):
     """Run main(argv); what is wrong with the user's input ends in one sentence instead of a traceback."""
     try:
         main(sys.argv[1:])
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         lines = str(error).strip().splitlines()
         # an error of a DataLoader worker comes with the worker's traceback, the sentence last
         sys.exit(f"error: {lines[-1] if 'DataLoader worker' in lines[0] else str(error)}")
@@ -717,13 +719,18 @@ def summarize(run: TrainConfig, checkpoint: Checkpoint, baselines: dict[str, dic
     for name in metrics:
         if name != "score" and any(name in values for values in baselines.values()):
             columns = [metrics, *baselines.values()]
-            print(f"{name:15s}" + "".join(f"{c[name]:12.1%}" if name in c else f"{'':12s}" for c in columns))
+            style = "12.4f" if name == "loss" else "12.1%"
+            print(f"{name:15s}" + "".join(f"{c[name]:{style}}" if name in c else f"{'':12s}" for c in columns))
     print(f"The checkpoint is in {run.out_dir}, the best one in {run.out_dir}/best. Next:", *commands, sep="\n  ")
 
 
 def main(argv: list[str]):
-    name, run, fields = parse_args(argv, RECIPES, "recipe")
-    pretrain(run, fields, World(run.device))
+    from train_llava import LLAVA_RECIPES, train_llava  # which imports this file
+    name, run, fields = parse_args(argv, RECIPES | LLAVA_RECIPES, "recipe")
+    if name in LLAVA_RECIPES:
+        train_llava(name, run, fields, World(run.device))
+    else:
+        pretrain(run, fields, World(run.device))
 
 
 if __name__ == "__main__":
