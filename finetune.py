@@ -65,8 +65,8 @@ TASKS = {
 }
 UNIMODAL = {"vqav2": {"batch_size": 512, "learning_rate": 2e-5, "weight_decay": 0.01, "warmup": 0.1,
                       "head_hidden_scale": 1}}  # what --init unimodal changes, as in the paper and its script
-DEMO = {"batch_size": 64, "micro_batch_size": 64, "learning_rate": 1e-3, "lr_mult_head": 1.0,
-        "lr_mult_cross_modal": 1.0, "weight_decay": 0.01, "warmup": 0.1, "max_steps": 400, "transform": "albef",
+DEMO = {"batch_size": 64, "micro_batch_size": 64, "learning_rate": 5e-4, "lr_mult_head": 1.0,
+        "lr_mult_cross_modal": 1.0, "weight_decay": 0.01, "warmup": 0.1, "max_steps": 500, "transform": "albef",
         "num_workers": 0, "log_every": 20, "save_every": 100, "k_test": 16}  # minutes on a CPU
 
 

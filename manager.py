@@ -27,7 +27,8 @@ def standardize(experts: Tensor, eps: float = 1e-5) -> Tensor:
     out = F.layer_norm(experts, experts.shape[-1:], eps=eps)
     # autocast normalises in float32; kept in its own dtype afterwards, the stack costs half the memory traffic
     device = experts.device.type
-    return out.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else out
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return out.to(torch.get_autocast_dtype(device)) if on else out
 
 
 def draw_noise(experts: Tensor) -> Tensor:
