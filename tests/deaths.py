@@ -2,8 +2,8 @@
 
 One run forks a child for each of these moments, in a copy of its folder. The child dies there, in the middle of a write
 if it is one; then the same command in the copy must end with the same bits as the run itself, which is never disturbed.
-What several deaths left behind alike, to the byte, goes on once for all of them. All processes are forks of one that has
-imported everything: python tests/deaths.py FOLDER [train.py's flags]
+What several deaths left behind alike, to the byte, goes on once for all of them. All processes are forks of one, which
+has imported everything: python tests/deaths.py FOLDER [train.py's flags]
 """
 import errno
 import hashlib
