@@ -163,7 +163,8 @@ def bridge_tower(c: ManagerTowerConfig) -> nn.ModuleDict:
     """transformers' two models for pre-training, on one common body."""
     from transformers import BridgeTowerConfig, BridgeTowerForImageAndTextRetrieval, BridgeTowerForMaskedLM
     text = {"vocab_size": c.vocab_size, "hidden_size": c.text_width, "num_hidden_layers": c.text_layers,
-            "num_attention_heads": c.text_heads, "intermediate_size": c.text_mlp_width, "hidden_dropout_prob": c.dropout,
+            "num_attention_heads": c.text_heads, "intermediate_size": c.text_mlp_width,
+            "hidden_dropout_prob": c.dropout,
             "attention_probs_dropout_prob": c.dropout, "max_position_embeddings": c.max_positions}
     vision = {"hidden_size": c.vision_width, "num_hidden_layers": c.vision_layers, "patch_size": c.patch_size,
               "image_size": c.image_size}
@@ -237,7 +238,8 @@ def bench_retrieval(run: BenchConfig, device: torch.device) -> list[dict]:
            "difference": (scores - single()).abs().max().item()}
     times = [(seconds(batched, device), seconds(single, device)) for _ in range(run.rounds)]
     row["batched"], row["single"], row["ratio"] = map(statistics.median, zip(*((x, y, y / x) for x, y in times)))
-    print("{pictures} pictures, {captions} captions, {pairs} pairs re-ranked: {batched:.3f} s in batches of {batch}, {single:.3f} "
+    print("{pictures} pictures, {captions} captions, {pairs} pairs re-ranked: {batched:.3f} s in batches of {batch}, "
+          "{single:.3f} "
           "s one image at a time, ratio {ratio:.2f}; the scores agree to {difference:.1e}".format(**row))
     return [row]
 
@@ -251,11 +253,12 @@ def llava_onevision(c: llava.LlavaManagerConfig) -> nn.Module:
     vision |= {"model_type": "siglip_vision_model", "num_hidden_layers": c.vision_layers - 1, "vision_use_head": False}
     return LlavaOnevisionForConditionalGeneration(LlavaOnevisionConfig(
         vision_config=vision, text_config=text | {"model_type": "qwen2"}, image_token_index=c.vocab_size - 1,
-        vision_feature_layer=-1, image_grid_pinpoints=[list(size) for size in c.grid_pinpoints], vision_aspect_ratio=c.aspect,
+        vision_feature_layer=-1, image_grid_pinpoints=[list(size) for size in c.grid_pinpoints],
+        vision_aspect_ratio=c.aspect,
         vision_feature_select_strategy="full", tie_word_embeddings=c.tie_embeddings))
 
 
-def llava_prompt(c: llava.LlavaManagerConfig, grid: int, batch_size: int, device) -> tuple[Tensor, list[llava.ImageTiles], int]:
+def llava_prompt(c: llava.LlavaManagerConfig, grid: int, batch_size: int, device) -> tuple[Tensor, list, int]:
     """input_ids: 32 tokens around one image; the images: a base tile and grid x grid tiles; the tokens of an image."""
     size = (max(grid, 1) * c.image_size,) * 2
     image = llava.ImageTiles(torch.randn(1 + grid**2, 3, c.image_size, c.image_size, device=device), size)
@@ -268,7 +271,8 @@ def llava_calls(model: nn.Module, c: llava.LlavaManagerConfig, grid: int, batch_
     ids, images, count = llava_prompt(c, grid, batch_size, device)
     labels, more = ids.where(ids != llava.IMAGE_TOKEN, llava.IGNORE), {"images": images}
     if not isinstance(model, llava.LlavaManager):
-        repeats, ids = torch.where(ids[0] == llava.IMAGE_TOKEN, count, 1), ids.where(ids != llava.IMAGE_TOKEN, c.vocab_size - 1)
+        repeats = torch.where(ids[0] == llava.IMAGE_TOKEN, count, 1)
+        ids = ids.where(ids != llava.IMAGE_TOKEN, c.vocab_size - 1)
         ids, labels = (x.repeat_interleave(repeats, 1).to(device) for x in (ids, labels))
         pixels = torch.stack([image.pixels for image in images]).to(next(model.parameters()).dtype)
         more = {"pixel_values": pixels, "image_sizes": torch.tensor([images[0].size] * batch_size)}
@@ -280,7 +284,8 @@ def llava_calls(model: nn.Module, c: llava.LlavaManagerConfig, grid: int, batch_
 
 def bench_llava(run: BenchConfig, device: torch.device) -> list[dict]:
     c, rows = getattr(llava.LlavaManagerConfig, run.model)(eos_ids=()), []
-    ours, plain, peer = llava.LlavaManager(c), llava.LlavaManager(dataclasses.replace(c, manager_type=None)), llava_onevision(c)
+    ours, peer = llava.LlavaManager(c), llava_onevision(c)
+    plain = llava.LlavaManager(dataclasses.replace(c, manager_type=None))
     plan = [("managers", ours, 2, "no managers"), ("no managers", plain, 2, PEER), (PEER, peer, 2, None),
             ("managers", ours, 0, "no managers"), ("no managers", plain, 0, None)]  # the peer always has a grid
     for training in (True, False):
@@ -290,7 +295,8 @@ def bench_llava(run: BenchConfig, device: torch.device) -> list[dict]:
             total, calls = llava_calls(model, c, grid, run.batch_size, device)
             for kind in ["training step"] if training else ["prefill", "decoding"]:
                 call, what = partial(once, calls[kind], model, training, run, device), f", grid {grid}, {kind}"
-                amount, less = (DECODED * run.batch_size, cases[-1]) if kind == "decoding" else (total, None)  # its prefill
+                # decoding: less its prefill
+                amount, less = (DECODED * run.batch_size, cases[-1]) if kind == "decoding" else (total, None)
                 gflop = count_gflop(call) - (less.gflop if less else 0)
                 cases.append(Case(name + what, call, amount, gflop, model, other and other + what, less and less.name))
         rows += measure(cases, "tokens", run, device)
@@ -308,10 +314,10 @@ def manager_overhead() -> list[dict]:
         cost = count_gflop(call), sum(p.numel() for p in model.parameters()), peak_bytes(call, meta) / 2**20
         plain = plain if kind else cost
         gflop, parameters, mib = (x - y for x, y in zip(cost, plain))
-        rows.append({"name": f"0.5B, {kind or 'no'} managers, {grid} x {grid} tiles", "image_tokens": count, "gflop": cost[0],
-                     "overhead": gflop / plain[0], "parameters": parameters, "mib": mib})
-        print("{name:40s}{image_tokens:5d} image tokens, {gflop:6.0f} GFLOP, {overhead:+6.2%}; {parameters:+8d} parameters, "
-              "{mib:+6.1f} MiB".format(**rows[-1]))
+        rows.append({"name": f"0.5B, {kind or 'no'} managers, {grid} x {grid} tiles", "image_tokens": count,
+                     "gflop": cost[0], "overhead": gflop / plain[0], "parameters": parameters, "mib": mib})
+        print("{name:40s}{image_tokens:5d} image tokens, {gflop:6.0f} GFLOP, {overhead:+6.2%}; "
+              "{parameters:+8d} parameters, {mib:+6.1f} MiB".format(**rows[-1]))
     return rows
 
 

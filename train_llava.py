@@ -211,7 +211,7 @@ def train_llava(name: str, run: LlavaTrainConfig, fields: dict, world: World):
     own, demo = LLAVA_RECIPES[name][1], name == "llava_demo"
     files = "data_path", "data_root", "image_folder", "init", "vision", "text", "tokenizer"
     if given := [name for name in files if demo and getattr(run, name)]:
-        raise ValueError(f"--{given[0]} means nothing to llava_demo: it draws its scenes, and starts from random weights")
+        raise ValueError(f"--{given[0]} means nothing to llava_demo, which draws its scenes and starts anew")
     if not demo and (not run.data_path or bool(run.vision) != bool(run.text) or bool(run.init) == bool(run.vision)):
         raise ValueError("the stages need --data_path, and to start from either --init, or --vision and --text")
     if not run.grid and any(fields.get(k) != own.get(k) for k in ("aspect", "merge", "grid_pinpoints")):
@@ -224,5 +224,6 @@ def train_llava(name: str, run: LlavaTrainConfig, fields: dict, world: World):
     world.print(f"LLaVA-OV-Manager: {learn:.2f}M parameters learn, {fixed:.2f}M do not; {len(dataset)} conversations")
     known = {"untrained": evaluate(), **known}
     if fit(run, task, dataset, evaluate, checkpoint, world, groups, collate) and world.rank == 0:
-        after = "train.py --recipe llava_stage1_5 --data_path X --init" if run.alignment else "eval.py chat --checkpoint"
+        next_stage = "train.py --recipe llava_stage1_5 --data_path X --init"
+        after = next_stage if run.alignment else "eval.py chat --checkpoint"
         summarize(run, checkpoint, known, [f"python {after} {run.out_dir}"])
