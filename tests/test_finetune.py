@@ -1,28 +1,46 @@
-"""finetune.py: losses of every task against the official numbers, and every task from raw downloads to a submission through the
-command line, on tiny raw trees with real pictures."""
+"""finetune.py: its table and the losses of every task against the official ones; one process = two; every task from raw
+downloads to a submission, with every kind of --init, through the command line, on tiny raw trees with real pictures."""
 import json
 import math
 
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
-from test_model import check_gradients, close, golden, golden_model, present
+from safetensors.torch import load_file, save_file
+from test_model import MT, check_gradients, close, golden, golden_model, needs, present
+from test_train import free_port, join, losses
 
 import data
 import eval as evaluation
 import finetune
 import prepare
 import train
-from model import ManagerTower, ManagerTowerConfig, save_model
+from model import CLIP, ROBERTA, ManagerTower, ManagerTowerConfig, expand, export_state, save_model, to_official
+
+
+# ---------------------------------------------------------------- the table
+@needs("manifests/resolved_configs.json")
+@pytest.mark.parametrize("script,task,init,papers", [
+    ("ftfpt_vqa", "vqav2", "folder", {"batch_size": 576, "warmup": 0.06}), ("ftfs_vqa", "vqav2", "unimodal", {}),
+    ("ftfpt_snli", "snli_ve", "folder", {}), ("ftfpt_nlvr2", "nlvr2", "folder", {}),
+    ("ftfpt_flickr", "flickr30k", "folder", {})])
+def test_hyper_parameters_are_those_of_the_scripts_or_the_papers(script, task, init, papers):
+    script = json.loads((MT / "manifests" / "resolved_configs.json").read_text())[script]
+    names = {"epochs": "max_epoch", "warmup": "warmup_steps", "dropout": "drop_rate"}
+    run, fields = finetune.recipe(task, init, "")
+    ours = vars(run) | vars(ManagerTowerConfig.base(**fields))
+    for name in ("batch_size", "learning_rate", "weight_decay", "lr_mult_head", "lr_mult_cross_modal", "k_test", "dropout",
+                 "epochs", "warmup", "image_size", "patch_size", "max_text_len", "head_hidden_scale", "num_layers"):
+        assert ours[name] == papers.get(name, script[names.get(name, name)]), name
+    assert [run.transform] == script["train_transform_keys"] and (run.schedule, run.grad_clip) == ("linear", 0)
+
 
 # ---------------------------------------------------------------- losses
-
-
 @pytest.mark.parametrize("name", present("main.head_vqa", "main.head_snli", "main.head_nlvr2"))
 def test_classification_losses_equal_the_official_ones(name):
     model, (inputs, out) = golden_model(name), golden(name)
-    batch = {"pixels": inputs["image"], "pixels_1": inputs["image_b"], "input_ids": inputs["text_ids"], "attention_mask": inputs["text_masks"]}
+    batch = {"pixels": inputs["image"], "pixels_1": inputs["image_b"], "input_ids": inputs["text_ids"],
+             "attention_mask": inputs["text_masks"]}
     kind = {"vqa": "vqa", "snli": "snli_ve", "nlvr2": "nlvr2"}[name.removeprefix("main.head_")]
     if kind == "vqa":
         batch["targets"] = out["vqa_targets"]
@@ -38,16 +56,14 @@ def test_classification_losses_equal_the_official_ones(name):
 @pytest.mark.parametrize("name", present("eqdim.head_irtr_itm_itc", "eqdim.head_irtr_itm_itc_bt"))
 def test_retrieval_loss_equals_the_official_one(name, monkeypatch):
     model, (inputs, out) = golden_model(name), golden(name)
-    if "multinomial_choices" not in out:
-        pytest.skip("no recorded draws")
     monkeypatch.setattr(train, "draw_negatives", lambda weights, generator: out["multinomial_choices"])
     batch = {"pixels": inputs["image"], "input_ids": inputs["text_ids"], "attention_mask": inputs["text_masks"],
              "image_index": torch.tensor([4, 9, 4, 2])}
     task = finetune.Retrieval(model)
-    losses, counts = task(batch), task.counts(batch)
-    close(losses["itc"] / counts["itc"], out["itc_loss"], 1e-5)
-    close(losses["itm"] / counts["itm"], out["itm_loss"], 1e-5)
-    sum(losses[k] / counts[k] for k in losses).backward()
+    sums, counts = task(batch), task.counts(batch)
+    close(sums["itc"] / counts["itc"], out["itc_loss"], 1e-5)
+    close(sums["itm"] / counts["itm"], out["itm_loss"], 1e-5)
+    sum(sums[k] / counts[k] for k in sums).backward()
     check_gradients(model, out, "grad.", 5e-5)
 
 
@@ -60,8 +76,6 @@ def test_rank_loss_equals_the_official_one(name):
 
 
 # ---------------------------------------------------------------- from raw downloads to submissions
-
-
 def scenes(folder, names):
     """Real pictures under the published names: demo scenes."""
     source = data.demo_source("captions", "train", len(names))
@@ -82,7 +96,8 @@ def raw_vqav2(root):
         scenes(root, [f"{folder}/COCO_{folder}_{i:012d}.png" for i in range(size)])
         for i in range(size):  # published as .jpg
             Image.open(root / f"{folder}/COCO_{folder}_{i:012d}.png").save(root / f"{folder}/COCO_{folder}_{i:012d}.jpg")
-        questions = [{"image_id": i, "question_id": 10 * i + q, "question": f"what color is thing {q}?"} for i in range(size) for q in range(3)]
+        questions = [{"image_id": i, "question_id": 10 * i + q, "question": f"what color is thing {q}?"}
+                     for i in range(size) for q in range(3)]
         dump(root / f"v2_OpenEnded_mscoco_{split}_questions.json", {"questions": questions})
         if "test" not in split:
             words = ["red", "blue", "red", "red", "blue", "red"]
@@ -96,7 +111,7 @@ def raw_nlvr2(root):
     for split in ("train", "dev", "test1"):
         rows = []
         for i in range(4):
-            stem, directory = f"{split}-{i}-{i}", {"directory": i} if split == "train" else {}  # only the training split has folders
+            stem, directory = f"{split}-{i}-{i}", {"directory": i} if split == "train" else {}  # as published
             folder = "/".join(["images", split, *map(str, directory.values())])
             scenes(root / folder, [f"{stem}-img0.png", f"{stem}-img1.png"])
             rows += [{"sentence": f"both images have {k} dogs", "identifier": f"{stem}-{k}", "label": str(k == 0), **directory}
@@ -125,8 +140,21 @@ def raw_karpathy(root, name):
     dump(root / "karpathy" / f"dataset_{name}.json", {"images": images})
 
 
-RAW = {"vqav2": raw_vqav2, "nlvr2": raw_nlvr2, "snli_ve": raw_snli_ve, "flickr30k": lambda root: raw_karpathy(root, "flickr30k"),
-       "coco": lambda root: raw_karpathy(root, "coco")}
+RAW = {"vqav2": raw_vqav2, "nlvr2": raw_nlvr2, "snli_ve": raw_snli_ve,
+       "flickr30k": lambda root: raw_karpathy(root, "flickr30k"), "coco": lambda root: raw_karpathy(root, "coco")}
+TINY = {"image_size": 32, "vision_layers": 2, "text_layers": 2, "managed_layers_text": 2, "managed_layers_image": 2}
+FLAGS = ("--image_size 48 --max_text_len 16 --batch_size 4 --micro_batch_size 2 --max_steps 3 --num_workers 0 "
+         "--log_every 1 --learning_rate 1e-4").split()
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """A folder of all tasks' manifests, made by prepare.py from tiny raw trees."""
+    raw, out = tmp_path_factory.mktemp("raw"), tmp_path_factory.mktemp("prepared")
+    for name, make in RAW.items():
+        make(raw / name)
+        prepare.main([name, "--root", str(raw / name), "--out", str(out)])
+    return out
 
 
 @pytest.fixture(scope="module")
@@ -134,51 +162,133 @@ def pretrained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pretrained")
     tokenizer = data.demo_tokenizer()
     torch.manual_seed(0)
-    save_model(ManagerTower(ManagerTowerConfig.tiny(vocab_size=tokenizer.vocab_size, image_size=32, vision_layers=2, text_layers=2,
-                                                    managed_layers_text=2, managed_layers_image=2)), folder)
+    save_model(ManagerTower(ManagerTowerConfig.tiny(vocab_size=tokenizer.vocab_size, **TINY)), folder)
     tokenizer.save(folder)
     return folder
 
 
+def run(name, init, out, *flags):
+    finetune.main(["--task", name, "--init", str(init), "--out_dir", str(out), *FLAGS, *map(str, flags)])
+
+
 @pytest.mark.parametrize("name", list(RAW))
-def test_raw_files_to_metrics_and_submission(name, pretrained, tmp_path, capsys):
-    raw, prepared, out = tmp_path / "raw", tmp_path / "prepared", tmp_path / "out"
-    RAW[name](raw)
-    prepare.main([name, "--root", str(raw), "--out", str(prepared)])
-    flags = ["--image_size", "48", "--max_text_len", "16", "--batch_size", "4", "--micro_batch_size", "2", "--max_steps", "3", "--num_workers", "0",
-             "--learning_rate", "1e-4"]
-    finetune.main(["--task", name, "--data_root", str(prepared), "--init", str(pretrained), "--out_dir", str(out), *flags])
-    assert "held out" in capsys.readouterr().out
-    losses = [r["loss"] for r in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if "loss" in r]
-    assert losses and all(math.isfinite(x) for x in losses)
-    assert load_file(out / "model.safetensors")["image_encoder.position_embedding"].shape[0] == 10  # 48 / 16 squared, and one
-    split = {"vqav2": "val", "nlvr2": "dev", "snli_ve": "dev", "flickr30k": "test", "coco": "test"}[name]
-    evaluation.main(["--task", name, "--checkpoint", str(out), "--data_root", str(prepared), "--split", split])
-    assert (out / "eval.json").is_file()
+def test_raw_files_to_metrics_and_submission(name, prepared, pretrained, tmp_path, capsys):
+    out = tmp_path / "out"
+    run(name, pretrained, out, "--data_root", prepared)
+    said, heads = capsys.readouterr().out, "itc" if name in ("flickr30k", "coco") else name.removesuffix("av2")
+    assert "held out" in said and ("rest_val is a part of val" in said) == (name == "vqav2")
+    assert "heads dropped: " in said and heads in said.split("heads initialised: ")[1].splitlines()[0]
+    assert len(losses(out)) == 3 and all(math.isfinite(x) for x in losses(out))
+    state = load_file(out / "model.safetensors")
+    assert state["image_encoder.position_embedding"].shape[0] == 10  # 48 / 16 squared, and one
+    assert len(state["type_embedding"]) == (3 if name == "nlvr2" else 2)
+    evaluation.main(["--task", name, "--checkpoint", str(out), "--data_root", str(prepared)])
+    report = json.loads((out / "eval.json").read_text())["splits"]
+    assert list(report) == evaluation.SPLITS[name].split(",")
+    *_, trained = (row["eval"] for row in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if "eval" in row)
+    metrics = report[finetune.TASKS[name]["eval_split"]]
+    assert trained["score"] == pytest.approx(metrics["rmean" if "rmean" in metrics else "accuracy"])
     if name == "vqav2":
         submission = tmp_path / "submission.json"
-        evaluation.main(["--task", name, "--checkpoint", str(out), "--data_root", str(prepared), "--split", "test", "--submit", str(submission)])
+        evaluation.main(["--task", name, "--checkpoint", str(out), "--data_root", str(prepared), "--split", "test",
+                         "--submit", str(submission)])
         rows = json.loads(submission.read_text())
         assert sorted(r["question_id"] for r in rows) == sorted(10 * i + q for i in range(3) for q in range(3))
         assert {r["answer"] for r in rows} <= {"red", "blue"}
 
 
+STILL = ("--dropout", 0, "--manager_noise", "false", "--warmup", 0, "--learning_rate", 1e-3)
+
+
+def in_two(rank, port, prepared, pretrained, out):
+    join(rank, port)
+    for name in RAW:
+        run(name, pretrained, out / name, "--data_root", prepared, *STILL)
+
+
+def test_two_processes_equal_one(prepared, pretrained, tmp_path):
+    """Every task, with its hard negatives: those of one micro-batch of 4 in one process, or of 2 x 2."""
+    torch.multiprocessing.spawn(in_two, (free_port(), prepared, pretrained, tmp_path / "two"), nprocs=2)
+    for name in RAW:
+        run(name, pretrained, tmp_path / "one" / name, "--data_root", prepared, *STILL, "--micro_batch_size", 4)
+        one, two = (losses(tmp_path / folder / name) for folder in ("one", "two"))
+        assert two == pytest.approx(one, rel=1e-4) and one[0] != one[2] and len(one) == 3
+
+
+# ---------------------------------------------------------------- what to start from
+def encoders(folder, model):
+    """Files of a CLIP and of a RoBERTa with the model's encoders, and the tokenizer beside the latter."""
+    for name, table in (("image", CLIP), ("text", ROBERTA)):
+        encoder, prefix = getattr(model, f"{name}_encoder"), "visual." if name == "image" else ""
+        (folder / name).mkdir()
+        rows = expand(table, "", prefix, 2)
+        state = {k: v.detach().contiguous() for k, v in export_state(encoder.state_dict(), rows).items()}
+        save_file(state, folder / name / "model.safetensors")
+    data.demo_tokenizer().save(folder / "text")
+    return "--vision", folder / "image" / "model.safetensors", "--text", folder / "text" / "model.safetensors"
+
+
+@pytest.mark.parametrize("init", ["folder", "unimodal", "official"])
+def test_what_a_run_starts_from(init, prepared, tmp_path):
+    """After one update at learning rate 0 the encoders are those that were given."""
+    torch.manual_seed(1)
+    sizes = {**TINY, "vision_width": 64, "vision_heads": 1, "text_width": 64, "text_heads": 1, "hidden_size": 64, "num_heads": 1}
+    model = ManagerTower(ManagerTowerConfig.tiny(vocab_size=data.demo_tokenizer().vocab_size, **sizes))
+    given, flags = str(tmp_path / "given"), ["--max_steps", 1, "--image_size", 32]
+    if init == "folder":
+        save_model(model, given)
+        data.demo_tokenizer().save(given)
+    elif init == "unimodal":
+        given = init
+        flags += [*encoders(tmp_path, model), "--model", "tiny", *(x for k, v in sizes.items() for x in (f"--{k}", v))]
+        flags += ["--vocab_size", model.config.vocab_size]
+    else:
+        given = f"official:{tmp_path / 'x.ckpt'}"
+        torch.save({"state_dict": to_official(model.state_dict(), model.config)}, tmp_path / "x.ckpt")
+        data.demo_tokenizer().save(tmp_path)
+        flags += ["--tokenizer", tmp_path]
+    run("snli_ve", given, tmp_path / "out", "--data_root", prepared, *flags)
+    ours, theirs = load_file(tmp_path / "out" / "model.safetensors"), model.state_dict()
+    kept = [k for k in ours if k.startswith(("image_encoder", "text_encoder") if init == "unimodal" else tuple(theirs))]
+    assert len(kept) > 50 and all(torch.equal(ours[k], theirs[k]) for k in kept)
+    assert ours["heads.snli_ve.fc.weight"].shape[0] == (128 if init == "unimodal" else 2 * 128)
+
+
 def test_demo_data_and_resume(pretrained, tmp_path, capsys):
-    flags = ["--task", "nlvr2", "--data", "demo", "--init", str(pretrained), "--eval_size", "16", "--batch_size", "8", "--micro_batch_size", "8"]
-    finetune.main([*flags, "--max_steps", "2", "--out_dir", str(tmp_path / "a")])
-    finetune.main([*flags, "--max_steps", "2", "--out_dir", str(tmp_path / "a")])
+    flags = ["--task", "nlvr2", "--data", "demo", "--init", str(pretrained), "--eval_size", "16", "--batch_size", "8",
+             "--micro_batch_size", "8", "--max_steps", "2", "--out_dir", str(tmp_path)]
+    finetune.main(flags)
     said = capsys.readouterr().out
-    assert "is finished: 2 of 2" in said and "text only" in said and "majority" in said
+    assert "text only" in said and "majority" in said and "eval.py --task nlvr2" in said
+    finetune.main(flags)
+    assert "is finished: 2 of 2" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("flags,message", [
-    (["--data", "demo"], "--init"), (["--init", "x"], "--data_root"), (["--data", "demo", "--init", "/nowhere"], "nowhere"),
-    (["--data", "demos", "--init", "x"], "--data demo")])
+    (["--data", "demo"], "--init"), (["--init", "x"], "--data_root"), (["--data=demo", "--init", "/nowhere"], "nowhere"),
+    (["--data", "demos", "--init", "x"], "--data demo"), (["--data", "demo", "--init", "unimodal"], "needs --vision"),
+    (["--data", "demo", "--init", "x", "--text", "y"], "has its own"),
+    (["--data", "demo", "--init", "official:/nowhere.ckpt"], "give --tokenizer")])
 def test_errors(flags, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         finetune.main(["--task", "vqav2", "--out_dir", str(tmp_path), *flags])
 
 
+def test_errors_of_data_and_weights(prepared, pretrained, tmp_path):
+    for flags, message in ((("--eval_split", "test"), "eval_split test of vqav2 has no labels"),
+                           (("--tokenizer", tmp_path), r"has \d+ ids .* give its own with --tokenizer")):
+        data.train_tokenizer(map(chr, range(0x4E00, 0x5E00)), 2000).save(tmp_path)
+        with pytest.raises(ValueError, match=message):
+            run("vqav2", pretrained, tmp_path / "out", "--data_root", prepared, *flags)
+    (tmp_path / "x.ckpt").write_bytes(b"no")
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="x.ckpt"):
+        run("vqav2", f"official:{tmp_path / 'x.ckpt'}", tmp_path, "--data_root", prepared, "--tokenizer", pretrained)
+    with pytest.raises(SystemExit):
+        run("vqav2", pretrained, tmp_path, "--data_root", prepared, "--objectives", "mlm")
+
+
+# ---------------------------------------------------------------- baselines
 def test_text_only_guess_in_closed_form():
     class Rows(list):
         task = "snli_ve"
@@ -188,3 +298,10 @@ def test_text_only_guess_in_closed_form():
     known = Rows([{"text": "a", "label": 0}, {"text": "a", "label": 0}, {"text": "b", "label": 2}, {"text": "a", "label": 1}])
     asked = Rows([{"text": "a", "label": 0}, {"text": "b", "label": 2}, {"text": "b", "label": 0}, {"text": "c", "label": 1}])
     assert finetune.text_only_guess(known, asked) == {"majority": 2 / 4, "text_only": 2 / 4}
+
+
+def test_chance_of_retrieval():
+    class Held:
+        num_images = 8
+    assert finetune.baselines("captions", None, Held) == {"chance": {
+        f"{d}_r{k}": value for d in ("ir", "tr") for k, value in ((1, 1 / 8), (5, 5 / 8), (10, 1.0))}}

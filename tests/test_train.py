@@ -305,7 +305,7 @@ def test_killed_run_resumes_to_the_same_bits(small, tmp_path):
     process = subprocess.Popen([sys.executable, ROOT / "train.py", *flags, tmp_path / "killed", "--num_workers", "2"],
                                env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL,
                                stderr=subprocess.DEVNULL)
-    log, end = tmp_path / "killed" / "log.jsonl", time.time() + 120
+    log, end = tmp_path / "killed" / "log.jsonl", time.time() + 280
     while time.time() < end and not (log.exists() and len(log.read_text().splitlines()) >= 5):
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
