@@ -379,7 +379,8 @@ def test_a_batch_is_its_rows(kind):
         for row, ids in enumerate(ROWS):
             single = model.generate(torch.tensor([ids]), images=images[row], max_new_tokens=6)[0]
             assert torch.equal(tokens[row], single)
-    for row, ids in enumerate(ROWS):
+    # without a third <|im_start|> the text query ends with the row, so it grows with the answer, officially too
+    for row, ids in enumerate(ROWS[:-1] if "_" in str(kind) else ROWS):
         for step in range(6):
             extended = torch.tensor([ids + tokens[row, :step].tolist()])
             assert model(extended, images=images[row]).logits[0, -1].argmax() == tokens[row, step]

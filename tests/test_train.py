@@ -350,8 +350,8 @@ def test_death_at_every_write_flush_and_rename(small, tmp_path):
     result = subprocess.run([sys.executable, ROOT / "tests" / "deaths.py", tmp_path, *small], capture_output=True,
                             text=True, timeout=280, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
-    # two saves and best/: 3 + 6 + 6 + 3 + 6 flushes, renames and writes of tensors, 3 of configs, 5 lines of the log
-    assert "64 deaths" in result.stdout
+    # two saves of 3 + 7 writes, flushes and renames, best/ with 7, 5 lines of the log; and each of them dies in two ways
+    assert int(result.stdout.split()[0]) >= 2 * (2 * (3 + 7) + 7 + 5), result.stdout
 
 
 def test_non_finite_loss_names_step_and_samples_and_keeps_the_checkpoint(small, tmp_path):
