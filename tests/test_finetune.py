@@ -266,7 +266,8 @@ def test_demo_data_and_resume(pretrained, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("flags,message", [
-    (["--data", "demo"], "--init"), (["--init", "x"], "--data_root"), (["--data", "demos", "--init", "x"], "--data demo"),
+    (["--data", "demo"], "--init"), (["--init", "x"], "--data_root"),
+    (["--data", "demos", "--init", "x"], "--data demo"),
     (["--data=demo", "--init", "/nowhere"], "nowhere"), (["--data", "demo", "--init", "unimodal"], "needs --vision"),
     (["--data", "demo", "--init", "x", "--text", "y"], "has its own"),
     (["--data", "demo", "--init", "official:/nowhere.ckpt"], "give --tokenizer")])
