@@ -411,6 +411,7 @@ class Checkpoint:
     def resume(self, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> int:
         """Load training_state.pt if it is there. Returns the step to go on from. ValueError: another run's."""
         self.guard(lambda: self.folder.mkdir(parents=True, exist_ok=True), self.folder)
+        self.guard(lambda: [f.unlink() for f in self.folder.rglob("*.tmp*")], self.folder)  # of a death amid a write
         if self.run.fresh:
             self.guard(lambda: [f.unlink(missing_ok=True) for f in (self.state_file, self.log_file)], self.folder)
         self.world.barrier()
@@ -712,9 +713,10 @@ def pretrain(run: TrainConfig, fields: dict, world: World):
 
 def summarize(run: TrainConfig, checkpoint: Checkpoint, baselines: dict[str, dict], commands: list[str]):
     """The end of a run: held-out metrics beside those of the baselines, where the checkpoint is, what to type next."""
-    rows = map(json.loads, checkpoint.log_file.read_text().splitlines())
+    rows = list(map(json.loads, checkpoint.log_file.read_text().splitlines()))
     metrics = [row["eval"] for row in rows if "eval" in row][-1]
-    checkpoint.log({"step": run.max_steps, "baselines": baselines})
+    if not any("baselines" in row for row in rows):
+        checkpoint.log({"step": run.max_steps, "baselines": baselines})
     print(f"{'held out':15s}{'this run':>12s}" + "".join(f"{name.replace('_', ' '):>12s}" for name in baselines))
     for name in metrics:
         if name != "score" and any(name in values for values in baselines.values()):

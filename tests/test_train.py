@@ -350,7 +350,7 @@ def test_death_at_every_write_flush_and_rename(small, tmp_path):
     result = subprocess.run([sys.executable, ROOT / "tests" / "deaths.py", tmp_path, *small], capture_output=True,
                             text=True, timeout=280, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
-    # two saves of 3 + 7 writes, flushes and renames, best/ with 7, 5 lines of the log; and each of them dies in two ways
+    # two saves of 3 + 7 writes, flushes and renames, best/ with 7, 5 lines of the log; all of them in two ways
     assert int(result.stdout.split()[0]) >= 2 * (2 * (3 + 7) + 7 + 5), result.stdout
 
 
