@@ -143,7 +143,8 @@ def test_every_layer_of_the_forward_pass(name):
     compare({"infer.itm_logits": itm, "infer_mlm.mlm_logits": mlm}, out, 2e-5)
     compare({"infer.cls_feats": features.pooled}, out, 5e-6)
     logits = {"infer.itm_logits": itm, "infer_mlm.mlm_logits": mlm}
-    largest = [max((v - out[k]).abs().max().item() for k, v in x.items() if k in out) for x in (seen, logits)]
+    largest = [max(((v - out[k]).abs().max().item() for k, v in x.items() if k in out), default=0.0)
+               for x in (seen, logits)]
     print(f"{name}: largest deviation of hidden states {largest[0]:.1e}, of logits {largest[1]:.1e}")
 
 
