@@ -1,9 +1,9 @@
 """The data of both families: tokenizers, pictures, demo data, sources of rows, datasets, samplers. It imports no room.
 
 Papers: ManagerTower section 5.1 and appendix; LLaVA-OV-Manager section IV. A *record* is one image (or pair) with all
-its texts, a *row* is one (image, text), a *source* is the list of the rows of one task, read from JSON Lines manifests
-or ViLT-family .arrow files, or drawn by the built-in demo. Everything random is a function of (seed, epoch, position in
-the global order), never of the process or the worker. Tests: python -m pytest tests/test_data.py"""
+its texts, a *row* one (image, text), a *source* the list of a task's rows, read from JSON Lines manifests or ViLT-family
+.arrow files, or drawn by the built-in demo. Everything random is a function of (seed, epoch, position in the global
+order), never of the process or the worker."""
 import functools
 import io
 import itertools
@@ -64,10 +64,16 @@ class Tokenizer:
         ids = torch.tensor([row + [self.pad_id] * (max_len - len(row)) for row in rows])
         return ids, torch.tensor([[1] * len(row) + [0] * (max_len - len(row)) for row in rows])
 
+    def content(self) -> tuple[str, bytes]:
+        return "tokenizer.json", self.backend.to_str(pretty=True).encode()
+
     def save(self, folder):
-        target = Path(folder) / "tokenizer.json"
-        self.backend.save(f"{target}.tmp")
-        os.replace(f"{target}.tmp", target)
+        name, content = self.content()
+        with open(Path(folder) / f"{name}.tmp", "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(file.name, Path(folder) / name)
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -85,10 +91,8 @@ class SentencePieceTokenizer(Tokenizer):
         self.pad_id, self.cls_id, self.sep_id, self.mask_id = roles
         self.special_ids = special | {*roles}
 
-    def save(self, folder):
-        target = Path(folder) / "tokenizer.model"
-        Path(f"{target}.tmp").write_bytes(self.path.read_bytes())
-        os.replace(f"{target}.tmp", target)
+    def content(self) -> tuple[str, bytes]:
+        return "tokenizer.model", self.path.read_bytes()
 
 
 def _byte_level(model, specials) -> tokenizers.Tokenizer:

@@ -14,6 +14,7 @@ import json
 import math
 import os
 import re
+import shutil
 import textwrap
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -596,13 +597,16 @@ def resize_position_embedding(table: Tensor, grid: int) -> Tensor:
 
 # ---------------------------------------------------------------- checkpoint folders: model.safetensors + config.json
 def write_atomically(path, write) -> None:
-    """write(temporary path), flush to disk, rename: the file is either the old one or the whole new one."""
+    """write(temporary path), flush to disk, rename: the file is either the old one or the whole new one. OSError."""
     path, temporary = Path(path), Path(f"{path}.tmp{os.getpid()}")
     try:
         write(temporary)
         with open(temporary, "rb") as f:
             os.fsync(f.fileno())
         os.replace(temporary, path)
+    except (RuntimeError, SafetensorError) as error:  # what torch.save and save_file make of a full disk
+        free = shutil.disk_usage(path.parent).free / 2**20
+        raise OSError(f"{str(error).splitlines()[0]} ({free:.0f} MiB are free there)") from error
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -402,9 +402,7 @@ class Checkpoint:
         if self.world.rank == 0:
             try:
                 action()
-            except (OSError, RuntimeError) as error:
-                if isinstance(error, RuntimeError) and "write" not in str(error).lower():  # torch.save's disk errors
-                    raise
+            except OSError as error:
                 raise ValueError(f"cannot write {what}: {getattr(error, 'strerror', None) or error}. The last good "
                                  f"checkpoint, of step {self.step}, is untouched") from error
 

@@ -3,6 +3,8 @@ resumed = uninterrupted, whatever the moment of death; bad input in one sentence
 import json
 import math
 import os
+import re
+import resource
 import signal
 import socket
 import subprocess
@@ -352,6 +354,18 @@ def test_death_at_every_write_flush_and_rename(small, tmp_path):
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
     # two saves of 3 + 7 writes, flushes and renames, best/ with 7, 5 lines of the log; all of them in two ways
     assert int(result.stdout.split()[0]) >= 2 * (2 * (3 + 7) + 7 + 5), result.stdout
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "training_state.pt"])
+def test_a_file_that_does_not_fit_is_one_sentence(small, tmp_path, name):
+    """The system's own limit on a file's size instead of an error of ours: the libraries wrap what the disk says."""
+    run(small, "--max_steps", 2, "--save_every", 1, "--out_dir", tmp_path / "whole")
+    most = (tmp_path / "whole" / name).stat().st_size - 100
+    command = [sys.executable, ROOT / "train.py", *small, "--max_steps", "2", "--out_dir", tmp_path / "cut"]
+    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+                            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (most, most)))
+    assert result.returncode == 1 and re.search(r"^error: cannot write .*step 0, is untouched$", result.stderr, re.M)
+    assert "Traceback" not in result.stderr and not list((tmp_path / "cut").rglob("*.tmp*"))
 
 
 def test_non_finite_loss_names_step_and_samples_and_keeps_the_checkpoint(small, tmp_path):
