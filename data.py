@@ -1,7 +1,7 @@
 """The data of both families: tokenizers, pictures, demo data, sources of rows, datasets, samplers. It imports no room.
 
 Papers: ManagerTower section 5.1 and appendix; LLaVA-OV-Manager section IV. A *record* is one image (or pair) with all
-its texts, a *row* one (image, text), a *source* the list of a task's rows, read from JSON Lines manifests or ViLT-family
+its texts, a *row* one (image, text), a *source* the list of a task's rows, read from JSON Lines manifests, ViLT-family
 .arrow files, or drawn by the built-in demo. Everything random is a function of (seed, epoch, position in the global
 order), never of the process or the worker."""
 import functools
@@ -559,8 +559,7 @@ class Source:
         part, local = self._find(index)
         try:
             images, rows = record_rows(self.task, part.parse(part.places[local]))
-            paths = [os.path.join(part.folder, image) if isinstance(image, str) else image for image in images]
-            return [load_image(path) for path in paths], rows
+            return [load_image(os.path.join(part.folder, x) if isinstance(x, str) else x) for x in images], rows
         except BadSample as error:
             raise BadSample(f"{part.name(local)}: {error}") from None
 
