@@ -2,7 +2,7 @@
 
     python eval.py --task vqav2 --checkpoint out/vqav2 --data demo
     torchrun --nproc_per_node 8 eval.py --task flickr30k --checkpoint F --data_root D
-    python eval.py ask|match|search|managers|chat|grid --help
+    python eval.py ask|match|search|managers|chat|grid|curves --help
 
 Metrics: ACL section 4, TCSVT section V; figures: ACL figures 4 and 7, TCSVT figures 21-23. Every process evaluates its
 share of the batches; results are gathered once, and metrics (fractions; the printed table shows percent) come from the
@@ -354,9 +354,10 @@ def draw_curves(panels: list[tuple]) -> Image.Image:
         raise ValueError("figures need matplotlib: pip install matplotlib") from None
     figure = Figure(figsize=(11, 2.1 * len(panels)), dpi=150, layout="constrained")
     for axes, (title, xlabel, ylabel, curves) in zip(figure.subplots(len(panels) // 2, 2).flat, panels):
+        at = sorted({v for x, _ in curves.values() for v in x})
         for name, (x, y) in curves.items():
-            axes.plot(x, y, marker="o", markersize=4, label=name)
-        axes.set(title=title, xlabel=xlabel, ylabel=ylabel, xticks=sorted({v for x, _ in curves.values() for v in x}))
+            axes.plot(x, y, marker="o" if len(at) < 30 else None, markersize=4, label=name)
+        axes.set(title=title, xlabel=xlabel, ylabel=ylabel, **({"xticks": at} if len(at) < 30 else {}))
         axes.set_ylim(min(0, axes.get_ylim()[0]), 1.05 if ylabel == "cosine similarity" else None)
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
@@ -570,6 +571,24 @@ def managers(checkpoint: str, data: str = "", data_root: str = "", task: str = "
     return stats
 
 
+def curves(run: list, out: str = "curves.png") -> dict:
+    """Draw training loss and held-out metrics of runs, given by their --out_dir: --run A --run B."""
+    losses, metrics = {}, {}
+    for folder in run:
+        if not (log := Path(folder) / "log.jsonl").is_file():
+            raise ValueError(f"--run {folder} has no log.jsonl; it must be the --out_dir of a run")
+        rows, name = [json.loads(line) for line in log.read_text().splitlines()], Path(folder).name
+        losses[name] = [row["step"] for row in rows if "loss" in row], [row["loss"] for row in rows if "loss" in row]
+        for step, metric, value in ((row["step"], *item) for row in rows for item in row.get("eval", {}).items()):
+            if isinstance(value, float) and metric != "score":
+                x, y = metrics.setdefault(f"{name}: {metric}", ([], []))
+                x.append(step)
+                y.append(value)
+    panels = [("training", "step", "loss", losses), ("held out", "step", "metric", metrics)]
+    write(out, draw_curves(panels))
+    return {"losses": losses, "metrics": metrics}
+
+
 def encode_turns(model, tokenizer, turns: list[str], files: list | None) -> tuple[list[int], list]:
     """Input ids and tiles of a conversation about pictures."""
     images = [data.load_image(file) for file in files or ()]
@@ -621,7 +640,7 @@ def grid(image: str, checkpoint: str = "", out: str = "grid.png") -> dict:
     return info
 
 
-COMMANDS = {"": run_task, **{f.__name__: f for f in (ask, match, search, managers, chat, grid)}}
+COMMANDS = {"": run_task, **{f.__name__: f for f in (ask, match, search, managers, chat, grid, curves)}}
 
 
 def main(argv: list[str]):

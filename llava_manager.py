@@ -77,6 +77,7 @@ class LlavaManagerConfig:
     norm_eps: float = 1e-6
     rope_theta: float = 1e6
     tie_embeddings: bool = True  # False in the 7B model
+    initializer_range: float = 0.02  # standard deviation of new matrices, Qwen2's
     max_length: int = 16384  # sequences are cut here after splicing
     im_start_id: int = 151644  # <|im_start|>: adaptive managers find the text query by it
     eos_ids: tuple[int, ...] = (151645,)  # generation stops at any of them
@@ -449,10 +450,10 @@ class Output(NamedTuple):
     hidden_states: list[Tensor] | None = None  # the input of each LLM layer, then the last hidden state: (B, S, D)
 
 
-def init_weights(module: nn.Module):
-    """As in HF's Qwen2: N(0, 0.02^2) for matrices, zero biases."""
+def init_weights(module: nn.Module, std: float):
+    """As in HF's Qwen2: N(0, std^2) for matrices, zero biases."""
     if isinstance(module, nn.Linear | nn.Embedding | nn.Conv2d):
-        nn.init.normal_(module.weight, std=0.02)
+        nn.init.normal_(module.weight, std=std)
     if getattr(module, "bias", None) is not None:
         nn.init.zeros_(module.bias)
 
@@ -470,7 +471,8 @@ class LlavaManager(nn.Module):
                           c.vision_mlp_width, siglip=True)
         self.vision.ln_post.requires_grad_(False)  # in the official checkpoints, but not used
         self.llm = Qwen2(c)
-        self.apply(init_weights)
+        init = partial(init_weights, std=c.initializer_range)
+        self.apply(init)
         self.projector = nn.Sequential(nn.Linear(c.vision_width, D), nn.GELU(), nn.Linear(D, D))
         self.image_newline = nn.Parameter(torch.randn(D) / math.sqrt(D))
         self.managers = nn.ModuleList()
@@ -481,7 +483,7 @@ class LlavaManager(nn.Module):
                 # before layer 0 without the last one, which, says the paper, the LLM's input holds already
                 static = c.is_static(layer)
                 manager = StaticVisualManager(D, N - (layer == 0)) if static else AdaptiveVisualManager(D, N, query)
-                self.managers.append(manager.apply(init_weights))
+                self.managers.append(manager.apply(init))
 
     def set_checkpointing(self, on: bool):
         """Activation checkpointing of SigLIP's blocks, the projector and the LLM's layers."""

@@ -57,6 +57,7 @@ class ManagerTowerConfig:
     dropout: float = 0.1  # text encoder and cross-modal layers; CLIP, managers and heads have none
     contrastive_size: int = 256
     temperature: float = 0.07  # of ITC at the start, a divisor
+    initializer_range: float = 0.02  # standard deviation of new matrices, BERT's
     # managers
     fusion: str = "manager"  # manager | bridge (BridgeTower) | last (METER)
     manager_type: str = "aaue"  # aaue | saue | sae
@@ -323,11 +324,10 @@ class ManagerTower(nn.Module):
         self.heads = nn.ModuleDict({name: make_head(name, c) for name in c.heads})
         self.apply(self.init_weights)
 
-    @staticmethod
-    def init_weights(module: nn.Module):
-        """BERT's initialisation: N(0, 0.02^2) for matrices, zero biases, and a zero row for padding."""
+    def init_weights(self, module: nn.Module):
+        """BERT's initialisation: normal matrices, zero biases, and a zero row for padding."""
         if isinstance(module, nn.Linear | nn.Embedding | nn.Conv2d):
-            nn.init.normal_(module.weight, std=0.02)
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
             if getattr(module, "padding_idx", None) is not None:
                 module.weight.data[module.padding_idx] = 0
             elif getattr(module, "bias", None) is not None:
@@ -442,11 +442,6 @@ def expand(names: dict, ours: str = "", theirs: str = "", layers: int = 0, how: 
             for p in (("weight", "bias") if "*" in a else ("",))]
 
 
-def pair(ours: str, *theirs: str) -> list:
-    """Rows of the table for one module's weight and bias."""
-    return expand({f"{ours}.*": " ".join(f"{name}.*" for name in theirs)})
-
-
 BERT = {"qkv.*": "attention.self.query.* attention.self.key.* attention.self.value.*",
         "proj.*": "attention.output.dense.*", "ln_1.*": "attention.output.LayerNorm.*",
         "fc.*": "intermediate.dense.*", "fc_out.*": "output.dense.*", "ln_3.*": "output.LayerNorm.*"}
@@ -508,7 +503,7 @@ def official_table(config: ManagerTowerConfig) -> list:
                 rows += manager_rows(config, m, i)
             elif config.fusion == "bridge":
                 theirs = f"cross_modal_{m}_link_tower.{i - 1}.LayerNorm" if i else f"cross_modal_{m}_layernorm"
-                rows += pair(f"{m}_bridges.{i}", theirs)
+                rows += expand({f"{m}_bridges.{i}.*": f"{theirs}.*"})
     return rows + [row for name in config.heads for row in expand(HEAD_KEYS[name], f"heads.{name}.")]
 
 

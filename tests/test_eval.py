@@ -336,6 +336,7 @@ def test_match_and_search(folder, tmp_path, capsys):
     (("ask", "--checkpoint", "itm", "--image", "pictures/0.png", "--question", "q"), "has no vqa head"),
     (("search", "--checkpoint", "itm", "--folder", "vqa", "--text", "q"), "no readable picture in vqa"),
     (("chat", "--checkpoint", "vqa", "--question", "q"), "not a LLaVA-OV-Manager"),
+    (("curves", "--run", "vqa"), "vqa has no log.jsonl"),
 ])
 def test_what_is_wrong_is_said(folder, monkeypatch, flags, message):
     monkeypatch.chdir(folder)
@@ -411,6 +412,18 @@ def test_manager_figure(folder, tmp_path):
     assert Image.open(tmp_path / "figure.png").size == (1650, 1260)
     with pytest.raises(ValueError, match="has no managers"):
         manager_statistics(ManagerTower(ManagerTowerConfig.tiny(fusion="last")), [])
+
+
+def test_curves_of_runs(tmp_path):
+    rows = [{"step": 1, "loss": 3.0, "lr": 0.1}, {"step": 2, "loss": 1.5, "lr": 0.0}, {"baseline": {"accuracy": 0.1}},
+            {"step": 2, "eval": {"accuracy": 0.5, "per_type": {"color": 0.4}, "score": 0.5}}]
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = evaluation.curves([str(tmp_path / "a"), str(tmp_path / "b")], str(tmp_path / "curves.png"))
+    assert found["losses"] == {"a": ([1, 2], [3.0, 1.5]), "b": ([1, 2], [3.0, 1.5])}
+    assert found["metrics"] == {"a: accuracy": ([2], [0.5]), "b: accuracy": ([2], [0.5])}
+    assert Image.open(tmp_path / "curves.png").size == (1650, 630)
 
 
 # ---------------------------------------------------------------- LLaVA-OV-Manager
