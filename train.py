@@ -671,7 +671,7 @@ def make_model(run: TrainConfig, fields: dict, tokenizer: data.Tokenizer, **head
     if bool(run.vision) != bool(run.text):
         raise ValueError("--vision and --text go together: both encoders are pre-trained, or neither")
     known = {} if run.text else {"vocab_size": tokenizer.vocab_size, "pad_token_id": tokenizer.pad_id}
-    known |= {"initializer_range": 0.06} if run.model == "tiny" else {}  # so narrow a model with 0.02 learns late
+    known |= {"initializer_range": 0.1} if run.model == "tiny" else {}  # so narrow a model with 0.02 learns late
     config = getattr(ManagerTowerConfig, run.model)(**{**known, **fields, **heads})
     if tokenizer.vocab_size > config.vocab_size or tokenizer.pad_id != config.pad_token_id:
         raise ValueError(f"the tokenizer has {tokenizer.vocab_size} ids and pad id {tokenizer.pad_id}, the model "
