@@ -358,7 +358,8 @@ def draw_curves(panels: list[tuple]) -> Image.Image:
         for name, (x, y) in curves.items():
             axes.plot(x, y, marker="o" if len(at) < 30 else None, markersize=4, label=name)
         axes.set(title=title, xlabel=xlabel, ylabel=ylabel, **({"xticks": at} if len(at) < 30 else {}))
-        axes.set_ylim(min(0, axes.get_ylim()[0]), 1.05 if ylabel == "cosine similarity" else None)
+        low, high = axes.get_ylim()
+        axes.set_ylim(min(0, low), 1.05 * (1 if ylabel == "cosine similarity" else max(0, high)))
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
     figure.savefig(file := io.BytesIO(), format="png")
@@ -625,7 +626,7 @@ def grid(image: str, checkpoint: str = "", out: str = "grid.png") -> dict:
         padding[keep] = False
         padding = np.asarray(Image.fromarray(padding).resize((columns * s, rows * s)))
         whole[padding] = whole[padding] // 2 + np.uint8([110, 0, 0])
-        whole[s::s], whole[:, s::s] = 255, 255
+        whole[s::s] = whole[:, s::s] = 255, 0, 0
         panels, info["grid of tiles"] = [*panels, whole], (columns, rows)
         info["patches without padding"] = tuple(k.stop - k.start for k in reversed(keep))
         info["tokens of the grid, with newlines"] = (w + 1, h)

@@ -54,7 +54,7 @@ stage = functools.partial(
     eval_size=256, num_workers=8, checkpointing=True)
 LLAVA_RECIPES = {
     "llava_demo": (LlavaTrainConfig(
-        out_dir="out/llava_demo", max_steps=2600, batch_size=32, micro_batch_size=32, learning_rate=2e-3,
+        out_dir="out/llava_demo", max_steps=2400, batch_size=32, micro_batch_size=32, learning_rate=2e-3,
         lr_vision=2e-3, lr_manager=2e-3, warmup=0.03, schedule="cosine", grad_clip=1.0, eval_every=400, eval_size=128),
         {**PLAIN, "image_size": 64, "patch_size": 16, "initializer_range": 0.1}),
     "llava_stage1": (stage(out_dir="out/llava_stage1", alignment=True, micro_batch_size=16, learning_rate=1e-3,
