@@ -410,7 +410,7 @@ def load_mllm(checkpoint: str, tokenizer: str = "", device: str = "auto") -> tup
         raise ValueError(f"{checkpoint} is not a LLaVA-OV-Manager; eval.py ask, match, search and managers take it")
     device = World(device).device
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    return llava_manager.load_model(checkpoint, dtype).to(device), data.load_tokenizer(tokenizer or checkpoint)
+    return llava_manager.load_model(checkpoint, dtype).to(device).eval(), data.load_tokenizer(tokenizer or checkpoint)
 
 
 def open_dataset(model, tokenizer, transform, task: str, checkpoint: str, demo: str, data_root: str, split: str):
