@@ -93,6 +93,8 @@ class TrainConfig:
             raise ValueError(f"--objectives {','.join(self.objectives)} must be some of mlm,itm,itc; itc needs itm")
         if self.max_steps < self.min_steps:
             raise ValueError(f"--max_steps {self.max_steps} is below {self.min_steps}")
+        if min(self.batch_size, self.log_every, self.save_every) < 1:
+            raise ValueError("--batch_size, --log_every and --save_every must be at least 1")
         if self.micro_batch_size < 1 or self.batch_size % self.micro_batch_size:
             raise ValueError(f"--batch_size {self.batch_size} is not a multiple of --micro_batch_size "
                              f"{self.micro_batch_size}")

@@ -192,8 +192,9 @@ def prepare_stage(run: LlavaTrainConfig, fields: dict, world: World) -> tuple:
     """The same on --data_path, less eval_size rows for the held-out loss."""
     root = functools.partial(os.path.join, run.data_root)
     source = data.open_chat(root(run.data_path), root(run.image_folder) or None, run.seed, run.on_bad_sample)
-    if run.eval_size >= len(source):
-        raise ValueError(f"--eval_size {run.eval_size} leaves none of the {len(source)} rows of {run.data_path}")
+    if not 0 < run.eval_size < len(source):
+        raise ValueError(f"--eval_size {run.eval_size} must be from 1 to {len(source) - 1}, as {run.data_path} has "
+                         f"{len(source)} rows")
     tokenizer = data.load_tokenizer(run.tokenizer or run.init or run.text)
     model = make_llava(run, fields, tokenizer).to(world.device)
     order = np.random.default_rng((run.seed, len(source))).permutation(len(source))

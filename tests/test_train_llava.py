@@ -368,7 +368,7 @@ def test_accuracy_counts_exact_answers():
 @pytest.mark.parametrize("flags,message", [
     ("--data_path=", "need --data_path"), ("--data_path no.json", "no.json"), ("--init=", "either --init"),
     ("--vision x", "either --init"), ("--vision x --text y", "either --init"), ("--init /nowhere", "nowhere"),
-    ("--grid false --aspect pad", "--grid false"), ("--eval_size 10", "leaves none of the 10"),
+    ("--grid false --aspect pad", "--grid false"), ("--eval_size 10", "must be from 1 to 9"),
     ("--manager_type none", "--manager_type None, but --init"), ("--manager_type clever", "manager_type is 'clever'"),
     ("--managed_layers 1,2 --manager_type none", "no managers"), ("--batch_size 3", "multiple"),
     ("--hidden_size 64", "--hidden_size 64, but --init .* has 32"), ("--tokenizer roberta", "roberta")])
