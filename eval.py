@@ -32,7 +32,7 @@ import data
 import llava_manager
 from model import ManagerTower, load_model, write_atomically
 from prepare import normalize_answer
-from train import World, one_sentence
+from train import World, one_sentence, read_log
 
 RETRIEVAL = ("flickr30k", "coco", "openclipart", "tuxpaint")
 KIND = {"vqav2": "vqa", "nlvr2": "nlvr2", "snli_ve": "snli_ve", **dict.fromkeys(RETRIEVAL, "captions")}
@@ -354,10 +354,11 @@ def draw_curves(panels: list[tuple]) -> Image.Image:
         raise ValueError("figures need matplotlib: pip install matplotlib") from None
     figure = Figure(figsize=(11, 2.1 * len(panels)), dpi=150, layout="constrained")
     for axes, (title, xlabel, ylabel, curves) in zip(figure.subplots(len(panels) // 2, 2).flat, panels):
-        at = sorted({v for x, _ in curves.values() for v in x})
         for name, (x, y) in curves.items():
-            axes.plot(x, y, marker="o" if len(at) < 30 else None, markersize=4, label=name)
-        axes.set(title=title, xlabel=xlabel, ylabel=ylabel, **({"xticks": at} if len(at) < 30 else {}))
+            axes.plot(x, y, marker="o" if len(x) < 30 else None, markersize=4, label=name)
+        axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
+        if xlabel != "step":  # every layer has a tick
+            axes.set_xticks(sorted({v for x, _ in curves.values() for v in x}))
         low, high = axes.get_ylim()
         axes.set_ylim(min(0, low), 1.05 * (1 if ylabel == "cosine similarity" else max(0, high)))
         axes.grid(alpha=0.3)
@@ -578,8 +579,8 @@ def curves(run: list, out: str = "curves.png") -> dict:
     for folder in run:
         if not (log := Path(folder) / "log.jsonl").is_file():
             raise ValueError(f"--run {folder} has no log.jsonl; it must be the --out_dir of a run")
-        rows, name = [json.loads(line) for line in log.read_text().splitlines()], Path(folder).name
-        losses[name] = [row["step"] for row in rows if "loss" in row], [row["loss"] for row in rows if "loss" in row]
+        rows, name = read_log(log), Path(folder).name
+        losses[name] = tuple([row[key] for row in rows if "loss" in row] for key in ("step", "loss"))
         for step, metric, value in ((row["step"], *item) for row in rows for item in row.get("eval", {}).items()):
             if isinstance(value, float) and metric != "score":
                 x, y = metrics.setdefault(f"{name}: {metric}", ([], []))

@@ -34,6 +34,7 @@ from model import (
     export_state,
     hf_vision_table,
     import_state,
+    init_weights,
     load_encoder,
     read_config,
     read_safetensors,
@@ -448,14 +449,6 @@ class Output(NamedTuple):
     logits: Tensor | None  # (B, S, V)
     num_tokens: Tensor | None = None  # (): how many tokens have a loss
     hidden_states: list[Tensor] | None = None  # the input of each LLM layer, then the last hidden state: (B, S, D)
-
-
-def init_weights(module: nn.Module, std: float):
-    """As in HF's Qwen2: N(0, std^2) for matrices, zero biases."""
-    if isinstance(module, nn.Linear | nn.Embedding | nn.Conv2d):
-        nn.init.normal_(module.weight, std=std)
-    if getattr(module, "bias", None) is not None:
-        nn.init.zeros_(module.bias)
 
 
 class LlavaManager(nn.Module):

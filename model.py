@@ -18,6 +18,7 @@ import shutil
 import textwrap
 from collections import OrderedDict
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -289,6 +290,16 @@ def make_head(name: str, config: ManagerTowerConfig) -> nn.Module:
                                      fc_out=nn.Linear(hidden, classes)))
 
 
+def init_weights(module: nn.Module, std: float):
+    """As in BERT and Qwen2: N(0, std^2) for matrices, zero biases, and a zero row for padding."""
+    if isinstance(module, nn.Linear | nn.Embedding | nn.Conv2d):
+        nn.init.normal_(module.weight, std=std)
+        if getattr(module, "padding_idx", None) is not None:
+            module.weight.data[module.padding_idx] = 0
+        elif getattr(module, "bias", None) is not None:
+            nn.init.zeros_(module.bias)
+
+
 # ---------------------------------------------------------------- the model
 @dataclass
 class Features:
@@ -322,16 +333,7 @@ class ManagerTower(nn.Module):
                           for _ in range(c.num_layers)) for _ in range(2))
         self.text_pooler, self.image_pooler = nn.Linear(width, width), nn.Linear(width, width)
         self.heads = nn.ModuleDict({name: make_head(name, c) for name in c.heads})
-        self.apply(self.init_weights)
-
-    def init_weights(self, module: nn.Module):
-        """BERT's initialisation: normal matrices, zero biases, and a zero row for padding."""
-        if isinstance(module, nn.Linear | nn.Embedding | nn.Conv2d):
-            nn.init.normal_(module.weight, std=self.config.initializer_range)
-            if getattr(module, "padding_idx", None) is not None:
-                module.weight.data[module.padding_idx] = 0
-            elif getattr(module, "bias", None) is not None:
-                nn.init.zeros_(module.bias)
+        self.apply(partial(init_weights, std=c.initializer_range))
 
     def set_checkpointing(self, on: bool):
         """Activation checkpointing of encoder and cross-modal layers: a third more computation, far less memory."""

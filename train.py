@@ -93,8 +93,9 @@ class TrainConfig:
             raise ValueError(f"--objectives {','.join(self.objectives)} must be some of mlm,itm,itc; itc needs itm")
         if self.max_steps < self.min_steps:
             raise ValueError(f"--max_steps {self.max_steps} is below {self.min_steps}")
-        if min(self.batch_size, self.log_every, self.save_every) < 1:
-            raise ValueError("--batch_size, --log_every and --save_every must be at least 1")
+        for name in ("batch_size", "log_every", "save_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} {getattr(self, name)} must be at least 1")
         if self.micro_batch_size < 1 or self.batch_size % self.micro_batch_size:
             raise ValueError(f"--batch_size {self.batch_size} is not a multiple of --micro_batch_size "
                              f"{self.micro_batch_size}")
@@ -389,6 +390,11 @@ def make_optimizer(groups: list[dict], run: TrainConfig, device: torch.device) -
 
 
 # ---------------------------------------------------------------- checkpoints
+def read_log(file: Path) -> list[dict]:
+    """The rows of a log.jsonl, less a last one that a death cut short."""
+    return [json.loads(line) for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
 class Checkpoint:
     """out_dir: training_state.pt (the truth), the files for users (its weights), best/, log.jsonl."""
 
@@ -442,8 +448,7 @@ class Checkpoint:
     def cut_log(self):
         """Drop what was logged after the state was saved: it will be logged again."""
         if self.log_file.exists():
-            lines = [line for line in self.log_file.read_text().splitlines(keepends=True) if line.endswith("\n")]
-            kept = [line for line in lines if json.loads(line).get("step", 0) <= self.step]
+            kept = [json.dumps(row) + "\n" for row in read_log(self.log_file) if row.get("step", 0) <= self.step]
             write_atomically(self.log_file, lambda path: path.write_text("".join(kept)))
 
     def log(self, row: dict):
@@ -714,7 +719,7 @@ def pretrain(run: TrainConfig, fields: dict, world: World):
 
 def summarize(run: TrainConfig, checkpoint: Checkpoint, baselines: dict[str, dict], commands: list[str]):
     """The end of a run: held-out metrics beside those of the baselines, where the checkpoint is, what to type next."""
-    rows = list(map(json.loads, checkpoint.log_file.read_text().splitlines()))
+    rows = read_log(checkpoint.log_file)
     metrics = [row["eval"] for row in rows if "eval" in row][-1]
     if not any("baselines" in row for row in rows):
         checkpoint.log({"step": run.max_steps, "baselines": baselines})

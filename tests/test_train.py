@@ -379,6 +379,8 @@ def test_non_finite_loss_names_step_and_samples_and_keeps_the_checkpoint(small, 
 # ---------------------------------------------------------------- errors
 @pytest.mark.parametrize("flags,message", [
     (["--batch_size", "9"], "multiple"), (["--micro_batch_size", "0"], "micro_batch_size"),
+    (["--batch_size", "0"], "--batch_size 0 must be"), (["--save_every", "0"], "--save_every 0 must be"),
+    (["--log_every", "-1"], "--log_every -1 must be"),
     (["--max_steps", "0"], "max_steps"), (["--precision", "fp8"], "precision"),
     (["--objectives", "mlm,itc"], "itc needs itm"), (["--fusion", "bridge", "--manager_type", "saue"], "no managers"),
     (["--micro_batch_size", "1", "--share_images", "true"], "must be even"),
