@@ -1,40 +1,39 @@
-"""Speed and memory: our models beside transformers' of the same size, interleaved in one run.
-
-    python bench.py                            # ManagerTower base and BridgeTower: inference, training step
-    python bench.py retrieval                  # re-ranking in full batches, and one image at a time
-    python bench.py llava                      # LLaVA-OV-Manager and LlavaOnevision: training step, prefill, decoding
-
-A round runs every case once, and a matrix product of the same precision: whatever else the machine does hits all alike.
-Printed are medians over the rounds. "of matmul" is the FLOP/s over those of the product in the same round (on CUDA: the
-MFU); FLOPs are counted by torch, with attention as plain matrix products. "ratio" is the speed over that of the peer;
-for share_images and for managers, over that without. Weights are random. The peers need requirements-dev.txt.
-"""
+"""bench.py"""
+from collections.abc import Callable
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from torch import Tensor
+from torch import nn
+from torch.nn.attention import SDPBackend
+from torch.nn.attention import sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+from typing import NamedTuple
 import argparse
 import dataclasses
 import itertools
 import json
 import statistics
 import time
-import weakref
-from collections.abc import Callable
-from functools import partial
-from importlib.util import find_spec
-from pathlib import Path
-from typing import NamedTuple
-
 import torch
-from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+import weakref
+from chat import IGNORE, IMAGE_TOKEN
+from eval import retrieval_scores
+from fields import add_flags
+from files import write_atomically
+from llava_manager import LlavaManager, LlavaManagerConfig, OFFICIAL_FIELDS, VISION_FIELDS
+from loop import wrap
+from model import ManagerTower, ManagerTowerConfig
+from multigrid import ImageTiles, count_image_tokens
+from objectives import Pretraining
+from world import World, autocast, evaluating
 
-import eval
-import llava_manager as llava
-from model import ManagerTower, ManagerTowerConfig, write_atomically
-from train import Pretraining, World, add_flags, autocast, one_sentence, wrap
 
 PEER, DECODED = "transformers", 16  # tokens after the first
+
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -56,7 +55,6 @@ class BenchConfig:
                              f"batch_size: 2, 4, ...; and not {self}")
 
 
-# ---------------------------------------------------------------- Measuring
 class Case(NamedTuple):
     name: str
     call: Callable
@@ -148,11 +146,10 @@ def once(function: Callable, module: nn.Module, training: bool, run: BenchConfig
         module.zero_grad()
 
 
-# ---------------------------------------------------------------- ManagerTower and BridgeTower
 def random_pairs(c: ManagerTowerConfig, batch_size: int, device="cpu") -> dict:
     """A pre-training batch without padding: every seventh token is masked, every other pair is false."""
     ids = torch.randint(c.pad_token_id + 1, c.vocab_size, (batch_size, c.max_text_len))
-    labels = ids.where(torch.arange(c.max_text_len) % 7 == 1, llava.IGNORE)
+    labels = ids.where(torch.arange(c.max_text_len) % 7 == 1, IGNORE)
     pixels, match = torch.randn(batch_size, 3, c.image_size, c.image_size), torch.arange(batch_size) % 2
     batch = {"pixels": pixels, "input_ids": ids, "attention_mask": torch.ones_like(ids), "mlm_ids": ids,
              "mlm_labels": labels, "itm_labels": match, "itm_pixels": pixels[torch.arange(batch_size) | 1]}
@@ -211,11 +208,10 @@ def bench_towers(run: BenchConfig, device: torch.device) -> list[dict]:
     return rows
 
 
-# ---------------------------------------------------------------- Retrieval
 def one_image_at_a_time(model: ManagerTower, images: Tensor, ids: Tensor, mask: Tensor, chosen: Tensor) -> Tensor:
     """What eval.retrieval_scores gives for the pairs chosen (I, M), by one pass for each image and its captions."""
     scores = torch.full(chosen.shape, -100.0)
-    with eval.evaluating(model) as device:
+    with evaluating(model) as device:
         texts, mask = model.encode_text(ids.to(device), mask.to(device)), mask.to(device)
         for i, image in enumerate(images):
             rows = chosen[i].nonzero()[:, 0].to(device)
@@ -230,7 +226,7 @@ def bench_retrieval(run: BenchConfig, device: torch.device) -> list[dict]:
     model = ManagerTower(getattr(ManagerTowerConfig, run.model)(heads=("itm", "itc"))).to(device)
     batch, size = random_pairs(model.config, 10 * run.batch_size), run.batch_size
     images, texts = batch["pixels"][: 2 * size], {k: batch[k] for k in ("input_ids", "attention_mask")}
-    batched = partial(eval.retrieval_scores, model, load=images.__getitem__, num_images=len(images), **texts, k_test=16,
+    batched = partial(retrieval_scores, model, load=images.__getitem__, num_images=len(images), **texts, k_test=16,
                       batch_size=size)
     scores = batched()
     single = partial(one_image_at_a_time, model, images, *texts.values(), scores > -100)
@@ -244,12 +240,11 @@ def bench_retrieval(run: BenchConfig, device: torch.device) -> list[dict]:
     return [row]
 
 
-# ---------------------------------------------------------------- LLaVA-OV-Manager and LlavaOnevision
-def llava_onevision(c: llava.LlavaManagerConfig) -> nn.Module:
+def llava_onevision(c: LlavaManagerConfig) -> nn.Module:
     """transformers' model of the same size: what ours is without managers."""
     from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
     vision, text = ({theirs: getattr(c, ours) for ours, theirs in fields.items()}
-                    for fields in (llava.VISION_FIELDS, llava.OFFICIAL_FIELDS))
+                    for fields in (VISION_FIELDS, OFFICIAL_FIELDS))
     vision |= {"model_type": "siglip_vision_model", "num_hidden_layers": c.vision_layers - 1, "vision_use_head": False}
     return LlavaOnevisionForConditionalGeneration(LlavaOnevisionConfig(
         vision_config=vision, text_config=text | {"model_type": "qwen2"}, image_token_index=c.vocab_size - 1,
@@ -258,21 +253,21 @@ def llava_onevision(c: llava.LlavaManagerConfig) -> nn.Module:
         vision_feature_select_strategy="full", tie_word_embeddings=c.tie_embeddings))
 
 
-def llava_prompt(c: llava.LlavaManagerConfig, grid: int, batch_size: int, device) -> tuple[Tensor, list, int]:
+def llava_prompt(c: LlavaManagerConfig, grid: int, batch_size: int, device) -> tuple[Tensor, list, int]:
     """input_ids: 32 tokens around one image; the images: a base tile and grid x grid tiles; the tokens of an image."""
     size = (max(grid, 1) * c.image_size,) * 2
-    image = llava.ImageTiles(torch.randn(1 + grid**2, 3, c.image_size, c.image_size, device=device), size)
-    ids = torch.randint(3, c.vocab_size - 1, (batch_size, 33)).index_fill(1, torch.tensor([16]), llava.IMAGE_TOKEN)
-    return ids, [image] * batch_size, llava.count_image_tokens(len(image.pixels), size, c)
+    image = ImageTiles(torch.randn(1 + grid**2, 3, c.image_size, c.image_size, device=device), size)
+    ids = torch.randint(3, c.vocab_size - 1, (batch_size, 33)).index_fill(1, torch.tensor([16]), IMAGE_TOKEN)
+    return ids, [image] * batch_size, count_image_tokens(len(image.pixels), size, c)
 
 
-def llava_calls(model: nn.Module, c: llava.LlavaManagerConfig, grid: int, batch_size: int, device) -> tuple[int, dict]:
+def llava_calls(model: nn.Module, c: LlavaManagerConfig, grid: int, batch_size: int, device) -> tuple[int, dict]:
     """(tokens of the spliced batch, functions: "training step" gives a loss), for our model or for the peer."""
     ids, images, count = llava_prompt(c, grid, batch_size, device)
-    labels, more = ids.where(ids != llava.IMAGE_TOKEN, llava.IGNORE), {"images": images}
-    if not isinstance(model, llava.LlavaManager):
-        repeats = torch.where(ids[0] == llava.IMAGE_TOKEN, count, 1)
-        ids = ids.where(ids != llava.IMAGE_TOKEN, c.vocab_size - 1)
+    labels, more = ids.where(ids != IMAGE_TOKEN, IGNORE), {"images": images}
+    if not isinstance(model, LlavaManager):
+        repeats = torch.where(ids[0] == IMAGE_TOKEN, count, 1)
+        ids = ids.where(ids != IMAGE_TOKEN, c.vocab_size - 1)
         ids, labels = (x.repeat_interleave(repeats, 1).to(device) for x in (ids, labels))
         pixels = torch.stack([image.pixels for image in images]).to(next(model.parameters()).dtype)
         more = {"pixel_values": pixels, "image_sizes": torch.tensor([images[0].size] * batch_size)}
@@ -283,9 +278,9 @@ def llava_calls(model: nn.Module, c: llava.LlavaManagerConfig, grid: int, batch_
 
 
 def bench_llava(run: BenchConfig, device: torch.device) -> list[dict]:
-    c, rows = getattr(llava.LlavaManagerConfig, run.model)(eos_ids=()), []
-    ours, peer = llava.LlavaManager(c), llava_onevision(c)
-    plain = llava.LlavaManager(dataclasses.replace(c, manager_type=None))
+    c, rows = getattr(LlavaManagerConfig, run.model)(eos_ids=()), []
+    ours, peer = LlavaManager(c), llava_onevision(c)
+    plain = LlavaManager(dataclasses.replace(c, manager_type=None))
     plan = [("managers", ours, 2, "no managers"), ("no managers", plain, 2, PEER), (PEER, peer, 2, None),
             ("managers", ours, 0, "no managers"), ("no managers", plain, 0, None)]  # the peer always has a grid
     for training in (True, False):
@@ -308,7 +303,7 @@ def manager_overhead() -> list[dict]:
     rows, plain, meta = [], (), torch.device("meta")
     for grid, kind in itertools.product((1, 2, 3), (None, "static", "adaptive", "adaptive_cross")):
         with meta:
-            model = llava.LlavaManager(llava.LlavaManagerConfig.base(manager_type=kind)).eval().to(torch.bfloat16)
+            model = LlavaManager(LlavaManagerConfig.base(manager_type=kind)).eval().to(torch.bfloat16)
         ids, images, count = llava_prompt(model.config, grid, 1, meta)
         call = partial(once, partial(model, ids, images=images), model, False, BenchConfig(precision="fp32"), meta)
         cost = count_gflop(call), sum(p.numel() for p in model.parameters()), peak_bytes(call, meta) / 2**20
@@ -346,7 +341,3 @@ def main(argv: list[str]):
     report["rows"] = bench(run, device)
     if run.json:
         write_atomically(Path(run.json), lambda path: path.write_text(json.dumps(report, indent=1) + "\n"))
-
-
-if __name__ == "__main__":
-    one_sentence(main)

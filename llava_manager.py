@@ -1,59 +1,36 @@
-"""LLaVA-OV-Manager in plain PyTorch: SigLIP, a projector, multi-grid images, Qwen2, and visual managers inside the LLM.
-
-Paper: Manager (TCSVT 2025), sections IV and V. An image is a base tile and a grid of tiles; their projected last hidden
-states of SigLIP take the place of <image> in the text. Before some LLM layers a manager adds to the image tokens what
-it aggregates from N hidden states of SigLIP (the managed layers): h_image += sum_n W_n * (proj(V_n) + e_n). W starts at
-zero: an untrained manager leaves LLaVA-OneVision as it is. Read from `LlavaManager.forward` on.
-
-Shapes: B batch, N experts (managed layers), K managers, L tokens, S spliced length, T tiles, D width, V vocabulary.
-Experts are (B, N, L, D), where B counts tiles, or is 1 with all image tokens of the batch behind one another.
-
-    model = load_model("llava-ov-manager-0.5b").eval()                      # the published folder, or one of ours
-    image = preprocess_image(Image.open("a.jpg"), model.config)
-    prompt = encode_prompt(["What is this?"], tokenizer, num_images=1)
-    tokens = model.generate(torch.tensor([prompt]), images=[image])
-"""
-import json
-import math
-import re
+"""llava_manager.py"""
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import NamedTuple
-
-import numpy as np
-import torch
-from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
+from torch import nn
 from torch.nn import functional as F
-
+from typing import NamedTuple
+import math
+import re
+import torch
+from chat import IGNORE, IMAGE_TOKEN
+from fields import check_fields, option
 from manager import AdaptiveVisualManager, StaticVisualManager, weighted_sum
-from model import (
-    ViT,
-    expand,
-    export_state,
-    hf_vision_table,
-    import_state,
-    init_weights,
-    load_encoder,
-    read_config,
-    read_safetensors,
-    run,
-    save_folder,
-)
+from model import ViT, ViTBlock, init_weights, run
+from chat import encode_chat, encode_prompt  # noqa: F401  (public here, see design)
+from multigrid import ImageTiles, count_image_tokens, expand_pinpoints, merge_grids, preprocess_image, select_best_resolution  # noqa: F401
 
-IMAGE_TOKEN, IGNORE = -200, -100  # the id of an image placeholder; the label of a token without loss
-IMAGE_TAG, SYSTEM = "<image>", "You are a helpful assistant."
-BICUBIC = Image.Resampling.BICUBIC
+
 OFFICIAL_FIELDS = {"vocab_size": "vocab_size", "hidden_size": "hidden_size", "num_layers": "num_hidden_layers",
                    "num_heads": "num_attention_heads", "num_kv_heads": "num_key_value_heads",
                    "mlp_width": "intermediate_size", "norm_eps": "rms_norm_eps", "rope_theta": "rope_theta"}
+
+
 VISION_FIELDS = {"image_size": "image_size", "patch_size": "patch_size", "vision_width": "hidden_size",
                  "vision_layers": "num_hidden_layers", "vision_heads": "num_attention_heads",
                  "vision_mlp_width": "intermediate_size"}
+
+
 OPTIONAL_FIELDS = {"max_length": "tokenizer_model_max_length", "grid_pinpoints": "image_grid_pinpoints",
                    "aspect": "image_aspect_ratio", "merge": "mm_patch_merge_type",
                    "tie_embeddings": "tie_word_embeddings"}
+
+
 SUPPORTED = {"rope_scaling": None, "use_sliding_window": False, "hidden_act": "silu", "mm_projector_type": "mlp2x_gelu",
              "mm_manager_residual": True}
 
@@ -62,35 +39,35 @@ SUPPORTED = {"rope_scaling": None, "use_sliding_window": False, "hidden_act": "s
 class LlavaManagerConfig:
     """The architecture; the defaults are the paper's: SigLIP-so400m-384, Qwen2-0.5B-Instruct, static managers."""
     # vision: SigLIP, whose last layer is not used (nor built): hidden states 0 .. vision_layers - 1 exist
-    image_size: int = 384
-    patch_size: int = 14
-    vision_width: int = 1152
-    vision_layers: int = 27
-    vision_heads: int = 16
-    vision_mlp_width: int = 4304
+    image_size: int = option(384, "image size", least=1)
+    patch_size: int = option(14, "patch size", least=1)
+    vision_width: int = option(1152, "vision width", least=1)
+    vision_layers: int = option(27, "vision layers", least=1)
+    vision_heads: int = option(16, "vision heads", least=1)
+    vision_mlp_width: int = option(4304, "vision mlp width", least=1)
     # language: Qwen2
-    vocab_size: int = 151936
-    hidden_size: int = 896
-    num_layers: int = 24
-    num_heads: int = 14
-    num_kv_heads: int = 2
-    mlp_width: int = 4864
-    norm_eps: float = 1e-6
-    rope_theta: float = 1e6
-    tie_embeddings: bool = True  # False in the 7B model
-    initializer_range: float = 0.02  # standard deviation of new matrices, Qwen2's
-    max_length: int = 16384  # sequences are cut here after splicing
-    im_start_id: int = 151644  # <|im_start|>: adaptive managers find the text query by it
-    eos_ids: tuple[int, ...] = (151645,)  # generation stops at any of them
+    vocab_size: int = option(151936, "vocab size", least=1)
+    hidden_size: int = option(896, "hidden size", least=1)
+    num_layers: int = option(24, "num layers", least=1)
+    num_heads: int = option(14, "num heads", least=1)
+    num_kv_heads: int = option(2, "num kv heads", least=1)
+    mlp_width: int = option(4864, "mlp width", least=1)
+    norm_eps: float = option(1e-6, "norm eps", above=0)
+    rope_theta: float = option(1e6, "rope theta", above=0)
+    tie_embeddings: bool = option(True, "False in the 7B model")
+    initializer_range: float = option(0.02, "standard deviation of new matrices, Qwen2's", least=0)
+    max_length: int = option(16384, "sequences are cut here after splicing", least=1)
+    im_start_id: int = option(151644, "<|im_start|>: adaptive managers find the text query by it", least=0, flag=False)
+    eos_ids: tuple[int, ...] = option((151645,), "generation stops at any of them", least=0, flag=False)
     # managers
-    manager_type: str | None = "static"  # None | static | adaptive | adaptive_last | adaptive_average | adaptive_cross
-    managed_layers: tuple[int, ...] = tuple(range(13, 26))  # hidden states of SigLIP
-    inject_layers: tuple[int, ...] = tuple(range(0, 24, 4))  # LLM layers with a manager before them
-    managed_grids: str = "all"  # all | base | grids: the tokens that are managed; an image of one tile always is
+    manager_type: str | None = option("static", "None | static | adaptive | adaptive_last | adaptive_average | adaptive_cross", choices=("static", "adaptive", "adaptive_last", "adaptive_average", "adaptive_cross"))
+    managed_layers: tuple[int, ...] = option(tuple(range(13, 26)), "hidden states of SigLIP", least=0)
+    inject_layers: tuple[int, ...] = option(tuple(range(0, 24, 4)), "LLM layers with a manager before them", least=0)
+    managed_grids: str = option("all", "all | base | grids: the tokens that are managed; an image of one tile always is", choices=("all", "base", "grids"))
     # images
-    aspect: str = "anyres_max_9"  # square | pad | anyres | anyres_max_K: at most about K tiles' worth of tokens
-    grid_pinpoints: tuple | str = "(1x1),...,(6x6)"  # (width, height) in pixels, or a range of them in tiles
-    merge: str = "spatial_unpad"  # spatial_unpad | flat
+    aspect: str = option("anyres_max_9", "square | pad | anyres | anyres_max_K: at most about K tiles' worth of tokens")
+    grid_pinpoints: tuple | str = option("(1x1),...,(6x6)", "(width, height) in pixels, or a range of them in tiles")
+    merge: str = option("spatial_unpad", "spatial_unpad | flat", choices=("spatial_unpad", "flat"))
 
     @classmethod
     def base(cls, **overrides) -> "LlavaManagerConfig":
@@ -133,11 +110,9 @@ class LlavaManagerConfig:
         for name in ("managed_layers", "inject_layers", "eos_ids"):
             setattr(self, name, tuple(getattr(self, name)))
         self.grid_pinpoints = expand_pinpoints(self.grid_pinpoints, self.image_size)
-        managers = "None|static|adaptive|adaptive_last|adaptive_average|adaptive_cross"
-        for name, pattern in (("manager_type", managers), ("managed_grids", "all|base|grids"),
-                              ("merge", "spatial_unpad|flat"), ("aspect", r"square|pad|anyres|anyres_max_[1-9]\d*")):
-            if not re.fullmatch(pattern, str(getattr(self, name))):
-                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be {pattern.replace('|', ' or ')}")
+        check_fields(self)
+        if not re.fullmatch(r"square|pad|anyres|anyres_max_[1-9]\d*", self.aspect):
+            raise ValueError(f"aspect is {self.aspect!r}; it must be square, pad, anyres or anyres_max_K")
         for width, heads in (("vision_width", "vision_heads"), ("hidden_size", "num_heads"),
                              ("num_heads", "num_kv_heads")):
             if getattr(self, width) % getattr(self, heads):
@@ -150,6 +125,15 @@ class LlavaManagerConfig:
         if ends and self.inject_layers[0] == 0 and len(self.managed_layers) < 2:
             raise ValueError("a manager at LLM layer 0 drops the last managed layer, so it needs at least two of them")
 
+    @staticmethod
+    def check_flags(flags: dict) -> None:
+        """Raises ValueError for flags of managers where there are none."""
+        if flags.get("manager_type", "static") is not None:
+            return
+        for name in flags:
+            if name in ("managed_layers", "inject_layers", "managed_grids"):
+                raise ValueError(f"--{name} means nothing with --manager_type none: no managers")
+
     def is_static(self, layer: int) -> bool:
         """Whether this LLM layer's manager is static; before layer 0, where the image has not met the text, all are."""
         return self.manager_type == "static" or layer == 0
@@ -160,110 +144,6 @@ class LlavaManagerConfig:
         return self.image_size // self.patch_size
 
 
-# ---- Images: which tiles, and which tokens. Sizes are (width, height) everywhere
-class ImageTiles(NamedTuple):
-    pixels: Tensor  # (T, 3, S, S): the base tile, then the grid row by row
-    size: tuple[int, int]  # of the original image
-
-
-def expand_pinpoints(pinpoints, image_size: int) -> tuple[tuple[int, int], ...]:
-    """"(1x1),...,(6x6)" -> ((s, s), (s, 2s), ..., (6s, 6s)); a list of sizes in pixels is only checked."""
-    if isinstance(pinpoints, str):
-        span = re.fullmatch(r"\((\d+)x(\d+)\),\.\.\.,\((\d+)x(\d+)\)", pinpoints.replace(" ", ""))
-        if not span:
-            raise ValueError(f'grid_pinpoints is {pinpoints!r}; it must be like "(1x1),...,(6x6)", or a list of sizes')
-        w0, h0, w1, h1 = map(int, span.groups())
-        pinpoints = [(w * image_size, h * image_size) for w in range(w0, w1 + 1) for h in range(h0, h1 + 1)]
-    pinpoints = tuple((int(w), int(h)) for w, h in pinpoints)
-    if not pinpoints or any(x < image_size or x % image_size for size in pinpoints for x in size):
-        raise ValueError(f"grid_pinpoints {pinpoints} must be sizes in pixels, multiples of the tile's {image_size}")
-    return pinpoints
-
-
-def select_best_resolution(size: tuple[int, int], pinpoints) -> tuple[int, int]:
-    """The (width, height) of `pinpoints` that keeps most of the image's pixels, then wastes least, then comes first."""
-    def key(candidate):
-        scale = min(candidate[0] / size[0], candidate[1] / size[1])
-        kept = min(int(size[0] * scale) * int(size[1] * scale), size[0] * size[1])
-        return kept, kept - candidate[0] * candidate[1]
-    return max(map(tuple, pinpoints), key=key)
-
-
-def paste_centred(image: Image.Image, size: tuple[int, int], grey: int) -> Image.Image:
-    canvas = Image.new("RGB", size, (grey,) * 3)
-    canvas.paste(image, ((size[0] - image.width) // 2, (size[1] - image.height) // 2))
-    return canvas
-
-
-def resize_and_pad(image: Image.Image, target: tuple[int, int]) -> Image.Image:
-    """Scale to fit into the target, the other side rounded up, and centre on black."""
-    scale = min(target[0] / image.width, target[1] / image.height)
-    fit = [min(math.ceil(x * scale), limit) for x, limit in zip(image.size, target)]
-    return paste_centred(image.resize(fit, BICUBIC), target, 0)
-
-
-def preprocess_image(image: Image.Image, config: LlavaManagerConfig, multi_image: bool = False) -> ImageTiles:
-    """The tiles that SigLIP sees. anyres: the whole image squashed into one, then its best resolution cut into tiles;
-    square: the first alone; pad, and every image of a conversation that has several (multi_image): one tile, padded."""
-    image, s = image.convert("RGB"), config.image_size
-    tiles = [image]
-    if multi_image or config.aspect == "pad":
-        tiles = [paste_centred(image, (max(image.size), max(image.size)), 127)]
-    elif config.aspect != "square":
-        big = resize_and_pad(image, select_best_resolution(image.size, config.grid_pinpoints))
-        tiles += [big.crop((x, y, x + s, y + s)) for y in range(0, big.height, s) for x in range(0, big.width, s)]
-    pixels = torch.from_numpy(np.stack([np.asarray(tile.resize((s, s), BICUBIC)) for tile in tiles]))
-    return ImageTiles(pixels.permute(0, 3, 1, 2).float().div(255).sub(0.5).div(0.5).contiguous(), image.size)
-
-
-def grid_geometry(size: tuple[int, int], config: LlavaManagerConfig) -> tuple:
-    """(columns, rows) of tiles; the slices (rows, columns) of their map of patches that are not padding; the final
-    (height, width) of the map, smaller than the slices where anyres_max_K shrinks it."""
-    columns, rows = (x // config.image_size for x in select_best_resolution(size, config.grid_pinpoints))
-    h, w = rows * config.side, columns * config.side
-    # truncated, where resize_and_pad rounds up, and the same margin on both sides: so does the official code
-    if size[0] / size[1] > w / h:
-        top, left = (h - max(int(size[1] * (w / size[0])), 1)) // 2, 0
-    else:
-        top, left = 0, (w - max(int(size[0] * (h / size[1])), 1)) // 2
-    keep = slice(top, h - top), slice(left, w - left)
-    h, w = h - 2 * top, w - 2 * left
-    if "max" in config.aspect:
-        times = math.sqrt(h * w / (int(config.aspect.rpartition("_")[2]) * config.side**2))
-        if times > 1.1:
-            h, w = int(h // times), int(w // times)
-    return (columns, rows), keep, (h, w)
-
-
-def count_image_tokens(num_tiles: int, size: tuple[int, int], config: LlavaManagerConfig) -> int:
-    if num_tiles == 1 or config.merge == "flat":
-        return num_tiles * config.side**2
-    h, w = grid_geometry(size, config)[2]
-    return config.side**2 + h * (w + 1)
-
-
-def merge_grids(features: Tensor, size: tuple[int, int], config: LlavaManagerConfig,
-                newline: Tensor | None = None) -> Tensor:
-    """The tokens of one image: features (T, *, n*n, D) -> (*, tokens, D), the base tile's first.
-    spatial_unpad: the grid becomes one map, without what was padding, shrunk to the budget of anyres_max_K; each row
-    ends with `newline` (*, D), zeros when it is None. size: the original image's (width, height)."""
-    base, tiles, n = features[0], features[1:], config.side
-    if config.merge == "flat" or len(tiles) == 0:
-        return features.movedim(0, -3).flatten(-3, -2)
-    (columns, rows), keep, (h, w) = grid_geometry(size, config)
-    if len(tiles) != columns * rows:
-        raise ValueError(f"{len(tiles)} tiles, but an image of {size[0]} x {size[1]} has a grid of {columns} x {rows}")
-    *shape, _, width = base.shape
-    grid = tiles.reshape(rows, columns, -1, n, n, width).permute(2, 0, 3, 1, 4, 5)
-    grid = grid.reshape(-1, rows * n, columns * n, width)[:, keep[0], keep[1]]  # (M, h, w, D)
-    if grid.shape[1:3] != (h, w):
-        grid = F.interpolate(grid.permute(0, 3, 1, 2), size=(h, w), mode="bilinear").permute(0, 2, 3, 1)
-    newline = grid.new_zeros(1, width) if newline is None else newline.to(grid.dtype).reshape(-1, width)
-    grid = torch.cat([grid, newline[:, None, None].expand(len(grid), h, 1, width)], dim=2)
-    return torch.cat([base, grid.reshape(*shape, -1, width)], dim=-2)
-
-
-# ---- Splicing: where every token of the batch goes, as index tensors
 class Splice(NamedTuple):
     """Index tensors of a batch. A flat position is one in (B * S); image tokens are numbered through the batch."""
     index: Tensor  # (B, S): the source of each position: first the tokens of input_ids, then image tokens, then padding
@@ -352,7 +232,6 @@ def plan_query(im_start: Tensor, is_image: Tensor, starts: Tensor, ends: Tensor,
     return torch.cat([text, positions[own]]), (group[:, None] == torch.cat([-1 - text // S, image[own]]))[None]
 
 
-# ---- Qwen2
 class KVCache:
     """Keys and values of all layers, allocated once for `capacity` positions. Position p of a row is slot p: prompts of
     different length are padded on the right, and new tokens overwrite padding, so a row does not notice the others."""
@@ -443,7 +322,6 @@ def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Ge
     return order.gather(1, torch.multinomial(values, 1, generator=generator))[:, 0]
 
 
-# ---- The model
 class Output(NamedTuple):
     loss: Tensor | None  # mean over the label tokens of the batch; their sum is loss * num_tokens
     logits: Tensor | None  # (B, S, V)
@@ -455,6 +333,8 @@ class LlavaManager(nn.Module):
     """LLaVA-OneVision with visual managers. input_ids (B, L) hold one placeholder -200 for each image; images is a flat
     list, in the order of the placeholders, of what preprocess_image returns. Outputs are in spliced positions, padded
     on the right. Any integer dtype will do."""
+
+    blocks_to_compile = (ViTBlock, DecoderLayer)
 
     def __init__(self, config: LlavaManagerConfig):
         super().__init__()
@@ -606,169 +486,3 @@ class LlavaManager(nn.Module):
             cache.advance((plan.lengths + step)[:, None])
             hidden = self.llm(self.llm.embed(tokens[-1])[:, None], cache=cache)[:, 0]
         return torch.stack(tokens, dim=1)
-
-
-# ---- Conversations. tokenizer: a tokenizers.Tokenizer with Qwen2's special tokens, or what has one as its `backend`
-def tokenize(text: str, tokenizer, has_image: bool = True) -> list[int]:
-    """Token ids. Every <image> is a placeholder, unless has_image is False; the pieces around it are encoded alone."""
-    backend, ids = getattr(tokenizer, "backend", tokenizer), []
-    if "<|im_start|>" in text and None in map(backend.token_to_id, ("<|im_start|>", "<|im_end|>")):
-        raise ValueError("the tokenizer lacks <|im_start|> or <|im_end|>, which chats need; Qwen2's has both")
-    for i, piece in enumerate(text.split(IMAGE_TAG) if has_image else [text]):
-        ids += [IMAGE_TOKEN] * (i > 0) + backend.encode(piece, add_special_tokens=False).ids
-    return ids
-
-
-def encode_chat(conversation: list[dict], tokenizer, style: str = "qwen_1_5", strict_labels: bool = False,
-                has_image: bool = True) -> tuple[list[int], list[int]]:
-    """A training conversation -> input_ids, labels.
-    qwen_1_5: the system's turn, then each turn as <|im_start|>role, newline, text, <|im_end|>, newline. A leading gpt
-    turn is dropped; the only <image> of a turn moves to its front; with has_image=False the tag is text. Labels: the
-    assistant's turns, and, as in the official code, every newline, <|im_start|>, <|im_end|>, unless strict_labels.
-    plain (stage 1): a placeholder, the caption, a newline; the placeholder alone has no label."""
-    turns = [({"human": "user", "gpt": "assistant"}.get(x.get("from")), x.get("value")) for x in conversation]
-    for i, (role, text) in enumerate(turns):
-        if role is None or not isinstance(text, str):
-            raise ValueError(f'turn {i}: {str(conversation[i])[:80]} is not {{"from": "human" | "gpt", "value": text}}')
-    if style == "plain":
-        if [role for role, _ in turns] != ["user", "assistant"] or IMAGE_TAG not in turns[0][1]:
-            raise ValueError(f"style plain needs a human turn with {IMAGE_TAG}, then gpt, not {str(conversation)[:80]}")
-        caption = tokenize(turns[1][1] + "\n", tokenizer, has_image=False)
-        return [IMAGE_TOKEN, *caption], [IGNORE, *caption]
-    turns = turns[1:] if turns and turns[0][0] == "assistant" else turns
-    if style != "qwen_1_5" or not turns:
-        raise ValueError(f"style {style!r} with {len(turns)} turns; it must be qwen_1_5 or plain, with a human turn")
-    always = set(tokenize("<|im_start|><|im_end|>\n", tokenizer))
-    ids, labels = [], []
-    for role, text in [("system", SYSTEM), *turns]:
-        if has_image and text.count(IMAGE_TAG) == 1 and not text.startswith(IMAGE_TAG):
-            text = f"{IMAGE_TAG}\n{text.replace(IMAGE_TAG, '').strip()}".strip()
-        turn = tokenize(f"<|im_start|>{role}\n{text}<|im_end|>\n", tokenizer, has_image)
-        shown = {*turn} - {IMAGE_TOKEN} if role == "assistant" else set() if strict_labels else always
-        ids, labels = ids + turn, labels + [token if token in shown else IGNORE for token in turn]
-    return ids, labels
-
-
-def encode_prompt(turns: list[str], tokenizer, num_images: int = 0) -> list[int]:
-    """The prompt for an answer. turns: user, assistant, user, ...; in front of the first go num_images times <image>,
-    joined by spaces, and a newline."""
-    if len(turns) % 2 == 0:
-        raise ValueError(f"a prompt ends with a turn of the user, so their number is odd, not {len(turns)}")
-    roles = ["system", *["user", "assistant"] * len(turns)]
-    images = " ".join([IMAGE_TAG] * num_images) + "\n" * (num_images > 0)
-    texts = [SYSTEM, images + turns[0], *turns[1:]]
-    chat = "".join(f"<|im_start|>{role}\n{text}<|im_end|>\n" for role, text in zip(roles, texts))
-    return tokenize(chat + "<|im_start|>assistant\n", tokenizer)
-
-
-def collate_chat(rows: list[tuple[list[int], list[int]]], pad_id: int = 0, max_length: int | None = None) -> dict:
-    """Rows of (input_ids, labels) -> input_ids, labels, attention_mask (B, L), cut at max_length and padded."""
-    columns = {"input_ids": ([ids for ids, _ in rows], pad_id), "labels": ([labels for _, labels in rows], IGNORE),
-               "attention_mask": ([[1] * len(ids) for ids, _ in rows], 0)}
-    return {k: nn.utils.rnn.pad_sequence([torch.tensor(x[:max_length]) for x in column], True, pad)
-            for k, (column, pad) in columns.items()}
-
-
-# ---- Weights: tables for model.import_state and model.export_state
-QWEN = {  # HF's Qwen2ForCausalLM, also inside the official states
-    "embed.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight",
-    "layers.{}.norm_1.weight": "model.layers.{}.input_layernorm.weight",
-    "layers.{}.q.*": "model.layers.{}.self_attn.q_proj.*",
-    "layers.{}.kv.*": "model.layers.{}.self_attn.k_proj.* model.layers.{}.self_attn.v_proj.*",
-    "layers.{}.proj.weight": "model.layers.{}.self_attn.o_proj.weight",
-    "layers.{}.norm_2.weight": "model.layers.{}.post_attention_layernorm.weight",
-    "layers.{}.gate_up.weight": "model.layers.{}.mlp.gate_proj.weight model.layers.{}.mlp.up_proj.weight",
-    "layers.{}.down.weight": "model.layers.{}.mlp.down_proj.weight"}
-CROSS = {"q_proj.*": "fusion_attention.q_proj.*", "k_proj.*": "fusion_attention.k_proj.*"}
-
-
-def qwen_table(config: LlavaManagerConfig, ours: str) -> list:
-    head = {} if config.tie_embeddings else {"head.weight": "lm_head.weight"}
-    return expand(QWEN | head, ours, layers=config.num_layers)
-
-
-def official_table(config: LlavaManagerConfig, newline: bool) -> list:
-    """The layout of LLaVA-OV-Manager and LLaVA-OneVision states."""
-    names = {"projector.0.*": "mm_projector.0.*", "projector.2.*": "mm_projector.2.*"}
-    names |= {"image_newline": "image_newline"} if newline else {}
-    names |= {"layer_embedding": "manager_layer_embedding"} if config.manager_type else {}
-    rows = qwen_table(config, "llm.") + expand(names, theirs="model.")
-    tower = "model.vision_tower.vision_tower.vision_model."
-    rows += hf_vision_table(config.vision_layers - 1, "vision.", tower, siglip=True)
-    for k, layer in enumerate(config.inject_layers if config.manager_type else ()):
-        prefixes = f"managers.{k}.", f"model.manager.{k}."
-        if config.is_static(layer):
-            rows += expand({"scores": "layer_scores"}, *prefixes, how="scores")
-        else:
-            cross = CROSS if config.manager_type == "adaptive_cross" else {}
-            rows += expand({"gate": "zero_gate"}, *prefixes, how="scores")
-            rows += expand({"controller.weight": "linear_controller.weight", **cross}, *prefixes)
-    return rows
-
-
-def drop_tied_head(state: dict, config: LlavaManagerConfig) -> dict:
-    """Without the lm_head that repeats the embedding; one that differs is no tied model's: ValueError."""
-    head, embedding = state.get("lm_head.weight"), state.get("model.embed_tokens.weight")
-    if not config.tie_embeddings or head is None or embedding is None:
-        return state
-    if head.shape != embedding.shape or not (head.is_meta or torch.equal(head, embedding)):
-        raise ValueError("lm_head.weight differs from model.embed_tokens.weight, but the config ties the two")
-    return {k: v for k, v in state.items() if k != "lm_head.weight"}
-
-
-def from_official(state_dict: dict, config: LlavaManagerConfig) -> dict:
-    """An official state -> ours, strictly (errors as in model.import_state); meta tensors work too. A state without
-    image_newline, as stage 1 writes it, gets zeros. Load it with `load_state_dict(state, strict=True, assign=True)`."""
-    state = drop_tied_head(state_dict, config)
-    newline = "model.image_newline" in state
-    with torch.device("meta"):
-        shapes = {k: v.shape for k, v in LlavaManager(config).state_dict().items()}
-    dead = (r".*\.position_ids", r".*rotary_emb\.inv_freq")  # buffers that old versions of transformers wrote
-    ours = import_state(state, official_table(config, newline), shapes, dead)
-    return ours if newline else {**ours, "image_newline": ours["llm.norm.weight"].new_zeros(config.hidden_size)}
-
-
-def to_official(state_dict: dict, config: LlavaManagerConfig) -> dict:
-    """Ours -> official names, without image_newline for flat merging. Also for gradients under our parameter names."""
-    return export_state(state_dict, official_table(config, config.merge != "flat"))
-
-
-def read_shards(path) -> dict:
-    """A .safetensors file, or a folder's: model.safetensors, or the shards that its index names."""
-    index = Path(path) / "model.safetensors.index.json"
-    shards = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else []
-    return {k: v for name in shards for k, v in read_safetensors(index.parent / name).items()} or read_safetensors(path)
-
-
-def load_unimodal(model: LlavaManager, vision, language) -> None:
-    """Fill SigLIP and the LLM from HF's SiglipModel or SiglipVisionModel and Qwen2ForCausalLM: folders or files.
-    SigLIP's last layer, pooling head and text encoder are dropped. ValueError for a missing, unknown, misshapen key."""
-    state, layers = read_shards(vision), len(model.vision.blocks)
-    prefix = "vision_model." if any(k.startswith("vision_model.") for k in state) else ""
-    last = rf"{prefix}(encoder\.layers\.{layers}|head)\..*"
-    load_encoder(model.vision, state, hf_vision_table(layers, "", prefix, siglip=True),
-                 (last, r"text_model\..*", r"logit_\w+", r".*position_ids"), vision)
-    state = drop_tied_head(read_shards(language), model.config)
-    load_encoder(model.llm, state, qwen_table(model.config, ""), (r".*rotary_emb\.inv_freq",), language)
-
-
-def save_model(model: LlavaManager, folder) -> None:
-    """Write model.safetensors and config.json, atomically."""
-    save_folder(model.state_dict(), model.config, folder)
-
-
-def load_model(folder, dtype: torch.dtype = torch.float32, **official) -> LlavaManager:
-    """A checkpoint folder, ours or an official one (config.json; safetensors, sharded or not) -> model, on the CPU.
-    official: `vision` and `im_start_id` of LlavaManagerConfig.from_official."""
-    file = Path(folder) / "config.json"
-    if file.is_file() and '"model_type"' in file.read_text():
-        config = LlavaManagerConfig.from_official(json.loads(file.read_text()), **official)
-        state = from_official(read_shards(folder), config)
-    else:
-        config, state = read_config(folder, LlavaManagerConfig), read_safetensors(folder)
-    with torch.device("meta"):
-        model = LlavaManager(config)
-    shapes = {k: v.shape for k, v in model.state_dict().items()}
-    state = import_state(state, [(k, [k], "cat") for k in shapes], shapes)
-    model.load_state_dict({k: v.to(dtype) for k, v in state.items()}, strict=True, assign=True)
-    return model

@@ -1,34 +1,16 @@
-"""ManagerTower in plain PyTorch: two encoders, managers, cross-modal layers, heads, and the import of official weights.
-
-Papers: ManagerTower (ACL 2023) section 3, Manager (TCSVT 2025) section III. BridgeTower and METER live in the same
-frame, as values of `fusion`. Read manager.py first, then this file from `ManagerTower.fuse` on.
-
-    model = ManagerTower(ManagerTowerConfig.tiny())
-    features = model(pixels, input_ids, attention_mask)            # (B, 3, S, S), (B, Lt), (B, Lt; 1 = real token)
-    match_logits = model.heads["itm"](features.pooled)             # (B, 2)
-
-B batch, N experts (managed layers), L tokens (Lt text, Li image), D width, H heads, V vocabulary.
-"""
-import dataclasses
-import json
-import math
-import os
-import re
-import shutil
-import textwrap
+"""model.py"""
 from collections import OrderedDict
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
+from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+import dataclasses
+import torch
+from fields import check_fields, option
+from manager import AdaptiveManager, Manager, StaticManager, standardize
 
-from manager import AdaptiveManager, StaticManager, standardize
 
 HEADS = ("mlm", "itm", "itc", "vqa", "nlvr2", "snli_ve", "retrieval")
 
@@ -37,41 +19,41 @@ HEADS = ("mlm", "itm", "itc", "vqa", "nlvr2", "snli_ve", "retrieval")
 class ManagerTowerConfig:
     """The architecture. Defaults: the papers' base model (CLIP ViT-B/16 + RoBERTa-base, 6 cross-modal layers)."""
     # vision
-    image_size: int = 288  # pixels a side
-    patch_size: int = 16
-    vision_width: int = 768
-    vision_layers: int = 12
-    vision_heads: int = 12
+    image_size: int = option(288, "pixels a side", least=1)
+    patch_size: int = option(16, "patch size", least=1)
+    vision_width: int = option(768, "vision width", least=1)
+    vision_layers: int = option(12, "vision layers", least=1)
+    vision_heads: int = option(12, "vision heads", least=1)
     # text
-    vocab_size: int = 50265
-    max_positions: int = 514  # RoBERTa's positions start at pad_token_id + 1
-    text_width: int = 768
-    text_layers: int = 12
-    text_heads: int = 12
-    text_mlp_width: int = 3072
-    pad_token_id: int = 1
+    vocab_size: int = option(50265, "vocab size", least=1)
+    max_positions: int = option(514, "RoBERTa's positions start at pad_token_id + 1", least=1)
+    text_width: int = option(768, "text width", least=1)
+    text_layers: int = option(12, "text layers", least=1)
+    text_heads: int = option(12, "text heads", least=1)
+    text_mlp_width: int = option(3072, "text mlp width", least=1)
+    pad_token_id: int = option(1, "pad token id", least=0)
     # cross-modal
-    hidden_size: int = 768
-    num_layers: int = 6
-    num_heads: int = 12
-    mlp_ratio: int = 4
-    dropout: float = 0.1  # text encoder and cross-modal layers; CLIP, managers and heads have none
-    contrastive_size: int = 256
-    temperature: float = 0.07  # of ITC at the start, a divisor
-    initializer_range: float = 0.02  # standard deviation of new matrices, BERT's
+    hidden_size: int = option(768, "hidden size", least=1)
+    num_layers: int = option(6, "num layers", least=1)
+    num_heads: int = option(12, "num heads", least=1)
+    mlp_ratio: int = option(4, "mlp ratio", least=1)
+    dropout: float = option(0.1, "text encoder and cross-modal layers; CLIP, managers and heads have none", least=0, below=1)
+    contrastive_size: int = option(256, "contrastive size", least=1)
+    temperature: float = option(0.07, "of ITC at the start, a divisor", above=0)
+    initializer_range: float = option(0.02, "standard deviation of new matrices, BERT's", least=0)
     # managers
-    fusion: str = "manager"  # manager | bridge (BridgeTower) | last (METER)
-    manager_type: str = "aaue"  # aaue | saue | sae
-    manager_weight: str = "vector"  # vector | scalar
-    managed_layers_text: int = 6  # N: the last ones of the encoder
-    managed_layers_image: int = 6
-    mask_fused_query: bool = False  # mask padding in AAUE's attention; the released weights were trained without
-    manager_noise: bool = True  # in training mode
+    fusion: str = option("manager", "manager | bridge (BridgeTower) | last (METER)", choices=("manager", "bridge", "last"))
+    manager_type: str = option("aaue", "aaue | saue | sae", choices=("aaue", "saue", "sae"))
+    manager_weight: str = option("vector", "vector | scalar", choices=("vector", "scalar"))
+    managed_layers_text: int = option(6, "N: the last ones of the encoder", least=1)
+    managed_layers_image: int = option(6, "managed layers image", least=1)
+    mask_fused_query: bool = option(False, "mask padding in AAUE's attention; the released weights were trained without")
+    manager_noise: bool = option(True, "in training mode")
     # heads
-    heads: tuple[str, ...] = ("mlm", "itm")
-    num_answers: int = 3129
-    head_hidden_scale: int = 1  # hidden width of the classifiers, in units of 2 * hidden_size
-    max_text_len: int = 50  # text is padded to it: AAUE's results depend on the padded length
+    heads: tuple[str, ...] = option(("mlm", "itm"), "heads", choices=HEADS, flag=False)
+    num_answers: int = option(3129, "num answers", least=1, flag=False)
+    head_hidden_scale: int = option(1, "hidden width of the classifiers, in units of 2 * hidden_size", least=1)
+    max_text_len: int = option(50, "text is padded to it: AAUE's results depend on the padded length", least=1)
 
     @classmethod
     def base(cls, **overrides) -> "ManagerTowerConfig":
@@ -96,18 +78,7 @@ class ManagerTowerConfig:
 
     def __post_init__(self):
         self.heads = tuple(self.heads)
-        for name, value, allowed in (("fusion", self.fusion, ("manager", "bridge", "last")),
-                                     ("manager_type", self.manager_type, ("aaue", "saue", "sae")),
-                                     ("manager_weight", self.manager_weight, ("vector", "scalar")),
-                                     *(("heads", head, HEADS) for head in self.heads)):
-            if value not in allowed:
-                raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}")
-        for field in dataclasses.fields(self):
-            value, least = getattr(self, field.name), 0 if field.name == "pad_token_id" else 1
-            if field.type is int and (type(value) is not int or value < least):
-                raise ValueError(f"{field.name} is {value!r}; it must be a whole number from {least} on")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout is {self.dropout}; it must be from 0 on and below 1")
+        check_fields(self)
         for total, part in (("vision_width", "vision_heads"), ("text_width", "text_heads"),
                             ("hidden_size", "num_heads"), ("image_size", "patch_size")):
             if getattr(self, total) % getattr(self, part):
@@ -119,13 +90,21 @@ class ManagerTowerConfig:
             raise ValueError(f"max_text_len {self.max_text_len} does not fit into max_positions {self.max_positions} "
                              f"(positions start at {self.pad_token_id + 1})")
 
+    @staticmethod
+    def check_flags(flags: dict) -> None:
+        """Raises ValueError for flags of managers where there are none."""
+        if flags.get("fusion", "manager") == "manager":
+            return
+        for name in flags:
+            if name.startswith(("manager_", "managed_", "mask_fused")):
+                raise ValueError(f"--{name} means nothing with --fusion {flags['fusion']}: no managers")
+
     def num_experts(self, modality: str) -> int:
         """N: how many of the encoder's last layers reach the cross-modal layers; modality is "text" or "image"."""
         managed = self.managed_layers_text if modality == "text" else self.managed_layers_image
         return {"manager": managed, "bridge": self.num_layers, "last": 1}[self.fusion]
 
 
-# ---------------------------------------------------------------- encoders, cross-modal layers, heads
 def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None, dropout: float = 0.0) -> Tensor:
     """Multi-head attention (B, Lq, D), (B, Lk, D), (B, Lk, D) -> (B, Lq, D). mask: boolean, broadcastable to
     (B, H, Lq, Lk), True = attend. dropout applies in every mode, so the caller passes it in training only."""
@@ -300,7 +279,6 @@ def init_weights(module: nn.Module, std: float):
             nn.init.zeros_(module.bias)
 
 
-# ---------------------------------------------------------------- the model
 @dataclass
 class Features:
     text: Tensor  # (B, Lt, D)
@@ -310,6 +288,8 @@ class Features:
 
 class ManagerTower(nn.Module):
     """Two encoders, and num_layers pairs of cross-modal layers, each reading what its managers aggregate."""
+
+    blocks_to_compile = (ViTBlock, BertLayer, Manager)
 
     def __init__(self, config: ManagerTowerConfig):
         super().__init__()
@@ -401,271 +381,3 @@ def make_manager(i: int, modality: str, config: ManagerTowerConfig) -> nn.Module
     if config.manager_type == "aaue" and i > 0:
         return AdaptiveManager(width, n, config.manager_weight, config.manager_noise)
     return StaticManager(width, n, i if sae else min(i, 1), config.manager_weight, config.manager_noise, sae)
-
-
-# ---------------------------------------------------------------- weights
-# One table of rows (our key, their keys, how) for every foreign layout; `how` is the way from theirs to ours:
-# "cat" along the rows, "stack", or "scores" for a (1, n, 1, width) that is (n, width) here.
-SPLIT = {"cat": lambda tensor, count: tensor.chunk(count) if count > 1 else (tensor,),
-         "stack": lambda tensor, count: tensor.unbind(0), "scores": lambda tensor, count: (tensor[None, :, None],)}
-JOIN = {"cat": lambda parts: torch.cat(parts) if len(parts) > 1 else parts[0],
-        "stack": torch.stack, "scores": lambda parts: parts[0][0, :, 0]}
-
-
-def import_state(state: dict, table: list, shapes: dict, dropped: tuple[str, ...] = ()) -> dict:
-    """Foreign state -> ours, by renaming, concatenating and reshaping; no value is read, so meta tensors work too.
-
-    shapes: our key -> shape; dropped: patterns of keys that are known to be dead. Raises ValueError with the missing,
-    unknown and misshapen keys, the first ones where they are many."""
-    wanted = {key for _, keys, _ in table for key in keys}
-    unknown = [k for k in state if k not in wanted and not any(re.fullmatch(p, k) for p in dropped)]
-    on_meta = {ours: torch.empty(shape, device="meta") for ours, shape in shapes.items()}
-    misshapen = [f"{key} is {tuple(state[key].shape)}, should be {tuple(part.shape)}" for ours, keys, how in table
-                 for key, part in zip(keys, SPLIT[how](on_meta[ours], len(keys)), strict=True)
-                 if key in state and state[key].shape != part.shape]
-    problems = {"missing": sorted(wanted - set(state)), "unknown": unknown, "wrong shape": misshapen}
-    if any(problems.values()):
-        raise ValueError("the weights do not fit the config. " + ". ".join(
-            f"{name}: {textwrap.shorten('; '.join(items), 400)}" for name, items in problems.items() if items))
-    return {ours: JOIN[how]([state[k] for k in keys]) for ours, keys, how in table}
-
-
-def export_state(state: dict, table: list) -> dict:
-    """The inverse of import_state, for any dict keyed by our parameter names, also gradients and partial dicts."""
-    return {key: part for ours, keys, how in table if ours in state
-            for key, part in zip(keys, SPLIT[how](state[ours], len(keys)), strict=True)}
-
-
-def expand(names: dict, ours: str = "", theirs: str = "", layers: int = 0, how: str = "cat") -> list:
-    """{our key: their keys, divided by spaces} -> rows of a table. `ours` and `theirs` are prefixes; a {} in a name
-    stands for each layer number, a * for weight and bias."""
-    return [((ours + a.format(i)).replace("*", p), [(theirs + key.format(i)).replace("*", p) for key in b.split()], how)
-            for a, b in names.items() for i in range(layers if "{}" in a else 1)
-            for p in (("weight", "bias") if "*" in a else ("",))]
-
-
-BERT = {"qkv.*": "attention.self.query.* attention.self.key.* attention.self.value.*",
-        "proj.*": "attention.output.dense.*", "ln_1.*": "attention.output.LayerNorm.*",
-        "fc.*": "intermediate.dense.*", "fc_out.*": "output.dense.*", "ln_3.*": "output.LayerNorm.*"}
-CROSS = {"q.*": "crossattention.self.query.*", "kv.*": "crossattention.self.key.* crossattention.self.value.*",
-         "cross_proj.*": "crossattention.output.dense.*", "ln_2.*": "crossattention.output.LayerNorm.*", **BERT}
-ROBERTA = {  # HF's RobertaModel, also inside the official states
-    "word_embedding.weight": "embeddings.word_embeddings.weight", "ln.*": "embeddings.LayerNorm.*",
-    "position_embedding.weight": "embeddings.position_embeddings.weight",
-    "type_embedding": "embeddings.token_type_embeddings.weight",
-    **{f"layers.{{}}.{a}": " ".join(f"encoder.layer.{{}}.{key}" for key in b.split()) for a, b in BERT.items()}}
-CLIP = {  # OpenAI's, also inside the official states
-    "class_embedding": "class_embedding", "position_embedding": "positional_embedding", "patch.weight": "conv1.weight",
-    "blocks.{}.ln_1.*": "transformer.resblocks.{}.ln_1.*", "blocks.{}.ln_2.*": "transformer.resblocks.{}.ln_2.*",
-    "blocks.{}.qkv.*": "transformer.resblocks.{}.attn.in_proj_*", "ln_pre.*": "ln_pre.*", "ln_post.*": "ln_post.*",
-    "blocks.{}.proj.*": "transformer.resblocks.{}.attn.out_proj.*",
-    "blocks.{}.fc.*": "transformer.resblocks.{}.mlp.c_fc.*",
-    "blocks.{}.fc_out.*": "transformer.resblocks.{}.mlp.c_proj.*"}
-HF_VISION = {  # HF's CLIPVisionModel and SiglipVisionModel
-    "patch.weight": "embeddings.patch_embedding.weight", "position_embedding": "embeddings.position_embedding.weight",
-    "blocks.{}.ln_1.*": "encoder.layers.{}.layer_norm1.*", "blocks.{}.ln_2.*": "encoder.layers.{}.layer_norm2.*",
-    "blocks.{}.qkv.*": " ".join(f"encoder.layers.{{}}.self_attn.{x}_proj.*" for x in "qkv"),
-    "blocks.{}.proj.*": "encoder.layers.{}.self_attn.out_proj.*", "ln_post.*": "post_layernorm.*",
-    "blocks.{}.fc.*": "encoder.layers.{}.mlp.fc1.*", "blocks.{}.fc_out.*": "encoder.layers.{}.mlp.fc2.*"}
-HF_CLIP = {"class_embedding": "embeddings.class_embedding", "ln_pre.*": "pre_layrnorm.*"}
-HF_SIGLIP = {"patch.bias": "embeddings.patch_embedding.bias"}
-ADAPTIVE = {"norm_query.*": "extra_query_LayerNorm.*", "controller.*": "linear_controller.*",
-            "q_proj.*": "fusion_attention.q_proj.*", "k_proj.*": "fusion_attention.k_proj.*"}
-HEAD_KEYS = {
-    "mlm": {"dense.*": "mlm_score.transform.dense.*", "ln.*": "mlm_score.transform.LayerNorm.*",
-            "decoder.weight": "mlm_score.decoder.weight", "bias": "mlm_score.bias"},
-    "itc": {"text.*": "cross_modal_itc_text_head.fc.*", "image.*": "cross_modal_itc_image_head.fc.*",
-            "temperature": "temperature"},
-    "itm": {"*": "itm_score.fc.*"}, "retrieval": {"*": "rank_output.*"},
-    **{ours: {f"{layer}.*": f"{theirs}_classifier.{i}.*" for layer, i in (("fc", 0), ("ln", 1), ("fc_out", 3))}
-       for ours, theirs in (("vqa", "vqa"), ("nlvr2", "nlvr2"), ("snli_ve", "snli"))}}
-DEAD_KEYS = (  # in every official state, but not used by its model
-    r"vit_model\.(positional_embedding|ln_final\..*)", r"text_transformer\.(pooler\..*|embeddings\.position_ids)",
-    r".*\.softmax_temperature_cross")
-
-
-def hf_vision_table(layers: int, ours: str, theirs: str, siglip: bool = False) -> list:
-    return expand(HF_VISION | (HF_SIGLIP if siglip else HF_CLIP), ours, theirs, layers)
-
-
-def official_table(config: ManagerTowerConfig) -> list:
-    """The layout of the official ManagerTower, BridgeTower and METER states."""
-    if config.fusion == "manager" and config.manager_type == "sae":
-        raise ValueError("manager_type 'sae' has no official code, so there are no official weights of it")
-    rows = expand(CLIP, "image_encoder.", "vit_model.visual.", config.vision_layers)
-    rows += expand(ROBERTA, "text_encoder.", "text_transformer.", config.text_layers)
-    rows += expand({"type_embedding": "token_type_embeddings.weight"})
-    for m in ("text", "image"):
-        rows += expand({"transform.*": "transform.*", "pooler.*": "pooler.dense.*"}, f"{m}_", f"cross_modal_{m}_")
-        if config.fusion == "manager":
-            rows += expand({f"{m}_layer_embedding": f"layer_embeddings_{m}.weight"})
-        for i in range(config.num_layers):
-            rows += expand(CROSS, f"{m}_layers.{i}.", f"cross_modal_{m}_layers.{i}.")
-            if config.fusion == "manager":
-                rows += manager_rows(config, m, i)
-            elif config.fusion == "bridge":
-                theirs = f"cross_modal_{m}_link_tower.{i - 1}.LayerNorm" if i else f"cross_modal_{m}_layernorm"
-                rows += expand({f"{m}_bridges.{i}.*": f"{theirs}.*"})
-    return rows + [row for name in config.heads for row in expand(HEAD_KEYS[name], f"heads.{name}.")]
-
-
-def manager_rows(config: ManagerTowerConfig, modality: str, i: int) -> list:
-    prefixes = f"{modality}_managers.{i}.", f"cross_modal_{modality}_manager_tower.{i}.manager_layer."
-    norms = [f"LayerNorm.{n}." for n in range(config.num_experts(modality) + (i > 0))]
-    affine = {"scale": " ".join(f"{n}weight" for n in norms), "shift": " ".join(f"{n}bias" for n in norms)}
-    adaptive = config.manager_type == "aaue" and i > 0
-    scores = {"score_previous": "layer_scores_cross"} if adaptive else {"scores": "layer_scores"}
-    names = {"temperature": "softmax_temperature", **(ADAPTIVE if adaptive else {})}
-    return expand(affine, *prefixes, how="stack") + expand(scores, *prefixes, how="scores") + expand(names, *prefixes)
-
-
-def from_official(state_dict: dict, config: ManagerTowerConfig) -> dict:
-    """An official ManagerTower, BridgeTower or METER state -> ours, strictly; import_state raises the errors.
-    Load it with `model.load_state_dict(state, strict=True, assign=True)`."""
-    with torch.device("meta"):
-        shapes = {k: v.shape for k, v in ManagerTower(config).state_dict().items()}
-    dropped = DEAD_KEYS if "itc" in config.heads else (*DEAD_KEYS, "temperature")
-    return import_state(state_dict, official_table(config), shapes, dropped)
-
-
-def to_official(state_dict: dict, config: ManagerTowerConfig) -> dict:
-    """Ours -> official names: every key that the official model uses. Also for gradients by our parameter names."""
-    return export_state(state_dict, official_table(config))
-
-
-def read_safetensors(path) -> dict:
-    """A .safetensors file, or the model.safetensors of a folder, as a dict of CPU tensors; ValueError if unreadable."""
-    path = Path(path)
-    file = path / "model.safetensors" if path.is_dir() else path
-    if not file.is_file() or file.suffix != ".safetensors":
-        what = "is not a .safetensors file" if file.is_file() else "does not exist"
-        raise ValueError(f"{file} {what}; `python prepare.py weights` makes a folder with model.safetensors from "
-                         "PyTorch's .bin, .pt and .ckpt files")
-    try:
-        return load_file(file)
-    except SafetensorError as error:
-        raise ValueError(f"{file} is not a readable safetensors file ({error})") from error
-
-
-def load_unimodal(model: ManagerTower, vision, text) -> None:
-    """Fill both encoders from pre-trained ones: .safetensors files, or folders with model.safetensors.
-
-    vision: CLIP in HF's layout or OpenAI's, its position table resized to the model's image size; text: RoBERTa as HF's
-    RobertaModel or RobertaForMaskedLM. Raises ValueError for a missing, left-over or misshapen key."""
-    encoder, state = model.image_encoder, read_safetensors(vision)
-    if any(k.startswith("visual.") for k in state):
-        positions, table = "visual.positional_embedding", expand(CLIP, "", "visual.", len(encoder.blocks))
-        dropped = (r"(?!visual\.).*", r"visual\.proj")  # CLIP's own text encoder
-    else:
-        prefix = "vision_model." if any(k.startswith("vision_model.") for k in state) else ""
-        positions = f"{prefix}embeddings.position_embedding.weight"
-        table = hf_vision_table(len(encoder.blocks), "", prefix)
-        dropped = (r"text_model\..*", "logit_scale", r"(visual|text)_projection\.weight", r".*position_ids")
-    load_encoder(encoder, state, table, dropped, vision, positions)
-    encoder, state = model.text_encoder, read_safetensors(text)
-    prefix = "roberta." if any(k.startswith("roberta.") for k in state) else ""
-    dropped = (r"lm_head\..*", r".*pooler\..*", r".*position_ids")
-    load_encoder(encoder, state, expand(ROBERTA, "", prefix, len(encoder.layers)), dropped, text)
-
-
-def load_encoder(encoder: nn.Module, state: dict, table: list, dropped: tuple, source, positions: str = "") -> None:
-    """Load a foreign state into one encoder; positions: the key of a table to resize. Its errors name the source."""
-    try:
-        if positions in state:
-            grid = encoder.image_size // encoder.patch.kernel_size[0]
-            state = {**state, positions: resize_position_embedding(state[positions], grid)}
-        shapes = {k: v.shape for k, v in encoder.state_dict().items()}
-        encoder.load_state_dict(import_state(state, table, shapes, dropped))
-    except ValueError as error:
-        raise ValueError(f"{source}: {error}") from error
-
-
-def resize_position_embedding(table: Tensor, grid: int) -> Tensor:
-    """Class row + (g * g, D) -> class row + (grid * grid, D), bicubic without antialias; as it is for g = grid."""
-    old = math.isqrt(max(len(table) - 1, 0))
-    if old * old + 1 != len(table):
-        raise ValueError(f"a position table of shape {tuple(table.shape)} is not a class row and a square grid")
-    if old == grid:
-        return table
-    patches = table[1:].float().T.reshape(1, -1, old, old)
-    patches = F.interpolate(patches, size=(grid, grid), mode="bicubic", align_corners=False)
-    return torch.cat([table[:1], patches.flatten(2)[0].T.to(table.dtype)])
-
-
-# ---------------------------------------------------------------- checkpoint folders: model.safetensors + config.json
-def write_atomically(path, write) -> None:
-    """write(temporary path), flush to disk, rename: the file is either the old one or the whole new one. OSError."""
-    path, temporary = Path(path), Path(f"{path}.tmp{os.getpid()}")
-    try:
-        write(temporary)
-        with open(temporary, "rb") as f:
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    except (RuntimeError, SafetensorError) as error:  # what torch.save and save_file make of a full disk
-        free = shutil.disk_usage(path.parent).free / 2**20
-        raise OSError(f"{str(error).splitlines()[0]} ({free:.0f} MiB are free there)") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def save_folder(state: dict, config, folder) -> None:
-    """state -> folder/model.safetensors and the config dataclass -> folder/config.json, each written atomically."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    state = {k: v.detach().cpu().contiguous() for k, v in state.items()}
-    text = json.dumps({"model": type(config).__name__.removesuffix("Config"), **dataclasses.asdict(config)}, indent=1)
-    write_atomically(folder / "config.json", lambda path: path.write_text(text + "\n"))
-    write_atomically(folder / "model.safetensors", lambda path: save_file(state, path))
-
-
-def save_model(model: ManagerTower, folder) -> None:
-    """Write model.safetensors and config.json, atomically."""
-    save_folder(model.state_dict(), model.config, folder)
-
-
-def read_config(folder, kind=ManagerTowerConfig):
-    """folder/config.json -> the config dataclass `kind`; ValueError if it is missing, broken or another model's."""
-    file = Path(folder) / "config.json"
-    if not file.is_file():
-        raise ValueError(f"{folder} is not a checkpoint folder: it has no config.json")
-    try:
-        values = dict(json.loads(file.read_text()))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{file} is not a JSON object: {error}") from error
-    name = values.pop("model", None)
-    unknown = sorted(set(values) - {f.name for f in dataclasses.fields(kind)})
-    if f"{name}Config" != kind.__name__ or unknown:
-        raise ValueError(f"{file} is not the config of a {kind.__name__.removesuffix('Config')}: "
-                         f"model {name!r}, unknown fields {unknown}")
-    return kind(**values)
-
-
-def load_model(folder, **overrides) -> ManagerTower:
-    """A checkpoint folder -> model. overrides are config fields: other `heads`, another `image_size`, ...
-
-    What fits is kept; other tasks' heads are dropped and new ones initialised (both printed); the position table is
-    resized; NLVR2's third token type copies the second; a new rank head starts as the match row of the ITM head. Any
-    other difference raises ValueError."""
-    model = ManagerTower(dataclasses.replace(read_config(folder), **overrides))
-    state, own = read_safetensors(folder), model.state_dict()
-    positions, types = "image_encoder.position_embedding", "type_embedding"
-    if positions in state:
-        grid = model.config.image_size // model.config.patch_size
-        state[positions] = resize_position_embedding(state[positions], grid)
-    if types in state:
-        state[types] = torch.cat([state[types], state[types][1:2]])[: len(own[types])]
-    if "retrieval" in model.heads and "heads.retrieval.weight" not in state:
-        state |= {k.replace("itm", "retrieval"): v[1:2] for k, v in state.items() if k.startswith("heads.itm.")}
-    stored = {k.split(".")[1] for k in state if k.startswith("heads.")}
-    dropped, new = sorted(stored - set(model.heads)), sorted(set(model.heads) - stored)
-    state = {k: v for k, v in state.items() if not k.startswith(tuple(f"heads.{name}." for name in dropped))}
-    state |= {k: v for k, v in own.items() if k.startswith(tuple(f"heads.{name}." for name in new))}
-    theirs, ours = ({k: tuple(v.shape) for k, v in s.items()} for s in (state, own))
-    if theirs != ours:
-        wrong = [f"{k}: {theirs.get(k, 'missing')} in the file, {ours.get(k, 'missing')} in the model"
-                 for k in sorted({*theirs, *ours}) if theirs.get(k) != ours.get(k)]
-        raise ValueError(f"{folder} does not fit the model. {textwrap.shorten('; '.join(wrong), 800)}")
-    model.load_state_dict(state)
-    if (dropped or new) and os.environ.get("RANK", "0") == "0":
-        print(f"{folder}: heads dropped: {', '.join(dropped) or 'none'}; heads initialised: {', '.join(new) or 'none'}")
-    return model

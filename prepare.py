@@ -1,79 +1,29 @@
-"""What was downloaded -> what the other files read: official weights, and manifests of the raw datasets.
-
-    python prepare.py weights --source model.ckpt --out FOLDER   Lightning .ckpt, HF BridgeTower, OpenAI CLIP .pt
-    python prepare.py openclipart --out DIR                      drawings with captions; also: tuxpaint
-    python prepare.py vqav2 --root RAW --out DIR                 also: vgqa nlvr2 snli_ve flickr30k coco vg sbu cc3m
-
-Manifests are JSON Lines, DIR/<name>_<split>.jsonl; images stay where they are. Running it again gives the same bytes.
-The rules are those of the official preprocessing (src/utils/write_*.py) except where a comment says otherwise.
-"""
+"""prepare.py"""
+from PIL import Image
+from collections import Counter
+from collections.abc import Callable
+from collections.abc import Iterable
+from collections.abc import Iterator
+from pathlib import Path
+from tqdm import tqdm
+from typing import NamedTuple
 import argparse
-import dataclasses
-import functools
 import hashlib
 import html
 import io
 import json
 import math
 import os
-import pickle
 import re
 import struct
 import sys
 import tarfile
-import zipfile
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
-from typing import NamedTuple
+from data import load_answers
+from files import write_atomically, write_json
+from images import load_image
+from metrics import answer_score, normalize_answer
+from weights import convert_weights
 
-import torch
-from PIL import Image
-from safetensors.torch import save_file
-from tqdm import tqdm
-
-from data import load_answers, load_image, load_tokenizer
-from model import ManagerTowerConfig, from_official, read_safetensors, save_folder, write_atomically
-
-# ---------------- VQA answers: the normaliser of ViLT and METER, on the tables of VQA's official evaluator
-
-# a key is its contraction with one apostrophe left out: couldnt've and couldn'tve -> couldn't've
-CONTRACTIONS = {word[:i] + word[i + 1 :]: word for word in """
-    ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd
-    he'd've he's how'd how'll how's I'd've I'm I've isn't it'd it'd've it'll ma'am mightn't mightn't've might've
-    mustn't must've needn't not've o'clock oughtn't 'ow's'at shan't she'd've should've shouldn't shouldn't've
-    somebody'd've somebody'll somebody's someone'd someone'd've someone'll someone's something'd something'd've
-    something'll that's there'd there'd've there're there's they'd they'd've they'll they're they've 'twas
-    wasn't we'd've we've weren't what'll what're what's what've when's where'd where's where've who'd who'd've
-    who'll who's who've why'll why're why's won't would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd
-    you'd've you'll you're you've""".split()
-                for i, letter in enumerate(word) if letter == "'"}
-CONTRACTIONS["somebody'd"] = "somebodyd"  # the wrong way round in the official table
-DIGITS = {"none": "0", **{word: str(i) for i, word in enumerate(
-    "zero one two three four five six seven eight nine ten".split())}}
-ARTICLES = ("a", "an", "the")
-PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
-COMMA = re.compile(r"\d,\d")
-PERIOD = re.compile(r"(?!<=\d)\.(?!\d)")  # meant: (?<!\d); as it is, "3." loses its period. Kept
-
-
-@functools.cache
-def normalize_answer(text: str) -> str:
-    """An answer as the ViLT family writes it: 'The two-story house.' -> '2 story house'."""
-    out = text
-    for mark in PUNCTUATION:
-        alone = f"{mark} " in text or f" {mark}" in text or COMMA.search(text)
-        out = out.replace(mark, "" if alone else " ")
-    words = (DIGITS.get(word, word) for word in PERIOD.sub("", out, count=32).lower().split())  # 32: re.UNICODE
-    return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES).replace(",", "")
-
-
-def answer_score(count: int) -> float:
-    """Soft score of what `count` of ten annotators answered: the mean of min(n / 3, 1) with each left out in turn."""
-    return (0.0, 0.3, 0.6, 0.9, 1.0)[min(count, 4)]
-
-
-# ---------------- Raw files
 
 FOLDERS = ("annotations", "images", "data", "utils", "karpathy", "coco_splits", "coco", "flickr30k", "nlvr2/data")
 
@@ -84,17 +34,6 @@ class Dataset(NamedTuple):
     images: str  # where to get them
     published: dict[str, str] = {}  # split -> the counts of the papers or of the authors
     root: Path | None = None  # RAW, where it has a fixed place
-
-
-def read_json(path: Path, lines: bool = False):
-    """A JSON file, or JSON Lines as a list."""
-    values = []
-    for number, part in enumerate(path.read_bytes().split(b"\n") if lines else [path.read_bytes()], 1):
-        try:
-            values += [json.loads(part)] if part.strip() or not lines else []
-        except ValueError as error:  # JSONDecodeError or UnicodeDecodeError
-            raise ValueError(f"{path}, {f'line {number}' if lines else 'the file'} is not JSON: {error}") from error
-    return values if lines else values[0]
 
 
 def fields(path: Path, items, *keys: str) -> Iterator[tuple]:
@@ -127,7 +66,7 @@ class Raw:
 
     def entries(self, file: str, *keys: str, under: str | None = None, lines: bool = False) -> Iterator[tuple]:
         """`fields` of a JSON list, of the list `under` a key, or of JSON Lines."""
-        items = read_json(self.find(file), lines)
+        items = read_raw_json(self.find(file), lines)
         yield from fields(self.find(file), items.get(under) if under and isinstance(items, dict) else items, *keys)
 
     def image(self, *candidates: str) -> str | None:
@@ -155,13 +94,6 @@ def dedupe(texts: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(text for t in texts if (text := " ".join(t.split()))))
 
 
-def write_json(path: Path, values: list, lines: bool = False) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    parts = [json.dumps(value, ensure_ascii=False) for value in values]
-    text = "".join(f"{part}\n" for part in parts) if lines else "[" + ",\n".join(parts) + "]\n"
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
-
 def prepare_dataset(name: str, root: Path, out: Path) -> None:
     """Write the manifests of one dataset and print its counts beside the published ones."""
     raw = Raw(name, root, out)
@@ -178,9 +110,6 @@ def prepare_dataset(name: str, root: Path, out: Path) -> None:
         print(f"left out: {number:,} {what}")
     if raw.missing:
         print(f"left out: {len(raw.missing):,} missing images: {', '.join([*raw.missing][:3])} ... ({raw.spec.images})")
-
-
-# ---------------- The datasets
 
 
 def build_vqav2(raw: Raw) -> dict:
@@ -306,7 +235,7 @@ def build_vg(raw: Raw) -> dict:
 
 def build_sbu(raw: Raw) -> dict:
     path, rows = raw.find("sbu-captions-all.json"), []
-    (captions, urls), = fields(path, [read_json(path)], "captions", "image_urls")
+    (captions, urls), = fields(path, [read_raw_json(path)], "captions", "image_urls")
     if len(captions) != len(urls):
         raise ValueError(f"{path}: {len(captions)} captions, but {len(urls)} image_urls")
     for name, caption in zip((url.rpartition("/")[2] for url in urls), tqdm(captions, desc=path.name, leave=False)):
@@ -328,11 +257,13 @@ def build_cc3m(raw: Raw) -> dict:
     return splits
 
 
-# ---------------- Real pictures with captions in two Debian packages: drawings in the public domain, and stamps (GPL-2)
-
 SKIPPED_STAMPS = re.compile(r"_(mirror|flip)\b|symbols/alphabets")
+
+
 BOILERPLATE = re.compile(r"https?:|www\.|\.com\b|@|licen[sc]e|copyright|public domain|hash\(0x|clip ?arts?\b|theme|Ã"
                          r"|collection|icon ?set|inkscape|sodipodi|s[iu]bmission|convert|advertising|rollandin$", re.I)
+
+
 DULL_KEYWORD = re.compile(r".*(sym|national|travel)|.*\d.*|hash|unsorted|signs?( and symbols)?|symbols?|shapes?|icons?"
                           r"|united nations member|recreation|geometry|menu|equipment|activities|miscellany|computer")
 
@@ -429,11 +360,23 @@ def pack(file: Path, root: Path, names: list[str], side: int = 256) -> None:
 
 
 COCO, NLVR2, SHARE = "https://cocodataset.org", "https://github.com/lil-lab/nlvr", Path("/usr/share")
+
+
 SPLITS = "https://github.com/peteanderson80/bottom-up-attention/tree/master/data/genome/coco_splits"
+
+
 KARPATHY = "https://cs.stanford.edu/people/karpathy/deepimagesent/caption_datasets.zip"
+
+
 GENOME = "https://homes.cs.washington.edu/~ranjay/visualgenome/api.html"
+
+
 FLICKR, SNLI_VE = "https://shannon.cs.illinois.edu/DenotationGraph", "https://github.com/necla-ml/SNLI-VE"
+
+
 SBU, CC3M = "https://www.cs.rice.edu/~vo/sbucaptions", "https://ai.google.com/research/ConceptualCaptions/download"
+
+
 DATASETS = {
     "vqav2": Dataset(build_vqav2, dict.fromkeys([f"v2_{name}.json" for name in (
         "OpenEnded_mscoco_train2014_questions", "OpenEnded_mscoco_val2014_questions", "mscoco_train2014_annotations",
@@ -461,198 +404,6 @@ DATASETS = {
     "tuxpaint": Dataset(build_tuxpaint, {}, "apt-get install tuxpaint-stamps-default", {}, SHARE / "tuxpaint/stamps")}
 
 
-# ---------------- Weights: a pickle becomes inert records, from which tensors are rebuilt; nothing is executed
-
-
-class Inert(dict):
-    """What a pickle's globals and their instances become: it takes every call, state and item, and does nothing."""
-    name, args, state, __hash__ = "", (), None, object.__hash__
-
-    def __init__(self, *args, **kwargs):
-        self.args = args
-
-    def __setstate__(self, state):
-        self.state = state
-
-    def __call__(self, *args, **kwargs):
-        return Inert()
-
-    append = extend = add = __call__
-
-
-def as_dict(value) -> dict:
-    return value if isinstance(value, dict) else {}
-
-
-class InertUnpickler(pickle.Unpickler):
-    def find_class(self, module, name):
-        return type("Inert", (Inert,), {"name": f"{module}.{name}"})
-
-    def persistent_load(self, pid):
-        return pid  # ("storage", class, key, device, length)
-
-
-STORAGES = {"Float": torch.float32, "Half": torch.float16, "BFloat16": torch.bfloat16, "Double": torch.float64,
-            "Long": torch.int64, "Int": torch.int32, "Byte": torch.uint8, "Bool": torch.bool}
-BROKEN = (pickle.UnpicklingError, zipfile.BadZipFile, EOFError, LookupError, ValueError, TypeError, AttributeError,
-          RuntimeError, MemoryError, OverflowError)  # what a damaged or hostile file raises
-
-
-class TorchFile:
-    """A zip file of torch.save or torch.jit.save: its pickle as a `tree` of Inert records, and tensors on request."""
-
-    def __init__(self, path: Path):
-        if not zipfile.is_zipfile(path):
-            raise ValueError(f"{path} is no zip archive: broken, or from before PyTorch 1.6; then: python -c "
-                             f"\"import torch; torch.save(torch.load('{path}', weights_only=True), 'new.pt')\"")
-        self.path, self.zip, self.storages = path, zipfile.ZipFile(path), {}
-        try:
-            pkl = min((n for n in self.zip.namelist() if n.split("/")[-1] == "data.pkl"), key=len)
-            self.folder, self.tree = pkl.removesuffix("data.pkl"), InertUnpickler(self.zip.open(pkl)).load()
-        except BROKEN as error:
-            raise ValueError(f"{path} is not a readable PyTorch file: {error!r}") from error
-
-    def tensor(self, node) -> torch.Tensor | None:
-        """The tensor that a recorded call would make; None for anything else."""
-        call = getattr(node, "name", "")
-        if call in ("torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state"):
-            return self.tensor(node.args[0])
-        if call != "torch._utils._rebuild_tensor_v2":
-            return None
-        (_, kind, key, *_), offset, size, stride = node.args[:4]
-        if key not in self.storages:
-            content = bytearray(self.zip.read(f"{self.folder}data/{key}"))
-            content = torch.frombuffer(content, dtype=torch.uint8) if content else torch.empty(0, dtype=torch.uint8)
-            self.storages[key] = content.view(STORAGES[kind.name.removeprefix("torch.").removesuffix("Storage")])
-        if math.prod(size) > self.storages[key].numel():
-            raise ValueError(f"shape {size} is larger than its storage")
-        return self.storages[key].as_strided(size, stride, offset).clone(memory_format=torch.contiguous_format)
-
-    def tensors(self, tree) -> dict[str, torch.Tensor]:
-        """{dotted name: tensor} of nested dicts and TorchScript modules, each container once."""
-        found, seen, todo = {}, set(), [("", tree)]
-        for name, node in todo:  # it grows meanwhile
-            try:
-                tensor = self.tensor(node)
-            except BROKEN as error:
-                raise ValueError(f"{self.path}: tensor {name!r} cannot be read: {error!r}") from error
-            if tensor is not None:
-                found[name] = tensor
-            elif id(node) not in seen:
-                seen.add(id(node))
-                items = {**node, **as_dict(getattr(node, "state", None))}.items()
-                todo += [(f"{name}.{key}".lstrip("."), value) for key, value in items if isinstance(value, dict)]
-        return found
-
-
-def read_weights(source: Path) -> tuple[dict, dict]:
-    """(state, settings) of a file or a HF folder; settings: Lightning's hyper-parameters, HF's config.json or empty."""
-    if source.is_dir():
-        files = sorted(source.glob("*.safetensors")) or sorted(source.glob("pytorch_model*.bin"))
-        if not files:
-            raise ValueError(f"{source} has neither .safetensors files nor pytorch_model.bin")
-        settings = read_json(source / "config.json") if (source / "config.json").is_file() else {}
-        return {k: v for file in files for k, v in read_weights(file)[0].items()}, settings
-    if source.suffix == ".safetensors" or not source.is_file():
-        return read_safetensors(source), {}
-    file = TorchFile(source)
-    tree = as_dict(file.tree)
-    settings = as_dict(tree.get("hyper_parameters"))
-    plain = {k: v for k, v in as_dict(settings.get("config", settings)).items() if isinstance(v, (int, float, str))}
-    return file.tensors(as_dict(tree.get("state_dict", tree))), plain
-
-
-V, T, X, M = "vit_model.visual.", "text_transformer.", "cross_modal_text_", "manager_tower.0.manager_layer."
-HF_NAMES = {r"bridgetower\.": "", r"vision_model\.visual\.embeddings\.class_embedding": f"{V}class_embedding",
-            r"vision_model\.visual\.embeddings\.patch_embedding\.": f"{V}conv1.", r"vision_model\.": "vit_model.",
-            r"vit_model\.visual\.embeddings\.position_embedding\.weight": f"{V}positional_embedding",
-            r"text_model\.": T, r"itc_(text|image)_head\.": r"cross_modal_itc_\1_head."}
-HEAD_KEYS = {"mlm": "mlm_score.bias", "itm": "itm_score.fc.weight", "itc": "cross_modal_itc_text_head.fc.weight",
-             "vqa": "vqa_classifier.3.weight", "nlvr2": "nlvr2_classifier.3.weight",
-             "snli_ve": "snli_classifier.3.weight", "retrieval": "rank_output.weight"}
-SIZES = [("vision_width", f"{V}conv1.weight", 0), ("patch_size", f"{V}conv1.weight", 3),
-         ("image_size", f"{V}positional_embedding", 0), ("vocab_size", f"{T}embeddings.word_embeddings.weight", 0),
-         ("max_positions", f"{T}embeddings.position_embeddings.weight", 0),
-         ("text_mlp_width", f"{T}encoder.layer.0.intermediate.dense.weight", 0),
-         ("text_width", f"{X}transform.weight", 1), ("hidden_size", f"{X}transform.weight", 0),
-         ("mlp_ratio", f"{X}layers.0.intermediate.dense.weight", 0), ("num_answers", HEAD_KEYS["vqa"], 0),
-         ("contrastive_size", HEAD_KEYS["itc"], 0),
-         *(("head_hidden_scale", HEAD_KEYS[head], 1) for head in ("vqa", "nlvr2", "snli_ve"))]
-COUNTS = {"vision_layers": V + r"transformer\.resblocks\.\d+", "text_layers": T + r"encoder\.layer\.\d+",
-          "num_layers": X + r"layers\.\d+", "managed_layers_text": X + M + r"LayerNorm\.\d+",
-          "managed_layers_image": "cross_modal_image_" + M + r"LayerNorm\.\d+"}
-
-
-def bridgetower_to_official(state: dict) -> dict:
-    """transformers' BridgeTower layout -> the official one, less its contrastive head on the fused features."""
-    official = {}
-    for key, tensor in state.items():
-        if not re.search(r"(position|token_type)_ids$|^itc_cross_modal_head\.", key):
-            for pattern, name in HF_NAMES.items():
-                key = re.sub(f"^{pattern}", name, key)
-            official[key] = tensor
-    if "mlm_score.bias" in official:  # tied in transformers, so possibly not stored
-        official.setdefault("mlm_score.decoder.weight", official[f"{T}embeddings.word_embeddings.weight"])
-    if "logit_scale" in official:
-        official["temperature"] = (-official.pop("logit_scale")).exp()
-        # its image feature has passed the cross-modal transform and the type embedding: fold both into the linear head
-        head, transform = "cross_modal_itc_image_head.fc.", "cross_modal_image_transform."
-        shift = official[transform + "bias"] + official["token_type_embeddings.weight"][1]
-        official[head + "bias"] = official[head + "bias"] + official[head + "weight"] @ shift
-        official[head + "weight"] = official[head + "weight"] @ official[transform + "weight"]
-    return official
-
-
-def infer_config(state: dict, settings: dict) -> ManagerTowerConfig:
-    """The config of a state in the official layout: from shapes and keys, and from the settings what no shape shows."""
-    config = dataclasses.asdict(ManagerTowerConfig())  # an absent key leaves the default, and from_official names it
-    found = {field: state[key].shape[dim] for field, key, dim in SIZES if key in state}
-    counts = {field: len({m[0] for key in state if (m := re.match(pattern, key))}) for field, pattern in COUNTS.items()}
-    config |= found | {field: count for field, count in counts.items() if count}
-    config["image_size"] = math.isqrt(config["image_size"] - 1) * config["patch_size"]
-    config["mlp_ratio"] //= config["hidden_size"]
-    config["heads"] = tuple(head for head, key in HEAD_KEYS.items() if key in state)
-    config["head_hidden_scale"] = max(1, config["head_hidden_scale"] // (2 * config["hidden_size"]))
-    scores = state.get(X + M + "layer_scores")
-    if scores is None:
-        config["fusion"] = "bridge" if f"{X}layernorm.weight" in state else "last"
-    else:
-        config["manager_weight"] = "scalar" if scores.shape[-1] == 1 else "vector"
-        config["manager_type"] = "aaue" if any("linear_controller" in key for key in state) else "saue"
-    text = settings.get("text_config", {})  # transformers builds its cross-modal layers from it as well
-    heads = text.get("num_attention_heads")
-    config["vision_heads"] = max(1, config["vision_width"] // 64)
-    config["text_heads"] = heads or max(1, config["text_width"] // 64)
-    config["num_heads"] = heads or settings.get("num_heads", max(1, config["hidden_size"] // 64))
-    config["dropout"] = text.get("hidden_dropout_prob", settings.get("drop_rate", 0.1))
-    config["max_text_len"] = min(settings.get("max_text_len", 50), config["max_positions"] - 2)
-    return ManagerTowerConfig(**config)
-
-
-def prepare_weights(source: Path, out: Path, tokenizer: Path | None = None, answers: Path | None = None) -> None:
-    """Official ManagerTower, BridgeTower, METER or HF BridgeTower -> our folder; CLIP, RoBERTa -> model.safetensors."""
-    state, settings = read_weights(source)
-    if any(re.match(r"(bridgetower\.)?vision_model\.visual\.", key) for key in state):
-        state = bridgetower_to_official({key: tensor.float() for key, tensor in state.items()})
-    if f"{X}transform.weight" in state:
-        config, vocabulary = infer_config(state, settings), load_answers(answers) if answers else []
-        if answers and len(vocabulary) != config.num_answers:
-            raise ValueError(f"{answers} has {len(vocabulary)} answers, but the model has {config.num_answers}")
-        save_folder({k: v.float() for k, v in from_official(state, config).items()}, config, out)
-        if answers:
-            write_json(out / "answers.json", vocabulary)
-        print(f"{out}: {config}")
-    elif any(re.search(r"(^|\.)(class_embedding|word_embeddings\.weight)$", key) for key in state):
-        state = {k: v for k, v in state.items() if k.startswith("visual.")} or state  # CLIP's text encoder is not used
-        out.mkdir(parents=True, exist_ok=True)
-        write_atomically(out / "model.safetensors", lambda path: save_file(state, path))
-        print(f"{out / 'model.safetensors'}: {len(state)} tensors of an encoder, for --vision or --text")
-    else:
-        raise ValueError(f"{source} is no ManagerTower, BridgeTower, METER, CLIP or RoBERTa: {list(state)[:4]} ...")
-    if tokenizer:
-        load_tokenizer(tokenizer).save(out)
-
-
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True, metavar="NAME")
@@ -668,12 +419,19 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     try:
         if args.command == "weights":
-            prepare_weights(args.source, args.out, args.tokenizer, args.answers)
+            convert_weights(args.source, args.out, args.tokenizer, args.answers)
         else:
             prepare_dataset(args.command, args.root, args.out)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 
 
-if __name__ == "__main__":
-    main()
+def read_raw_json(path: Path, lines: bool = False):
+    """A JSON file, or JSON Lines as a list."""
+    values = []
+    for number, part in enumerate(path.read_bytes().split(b"\n") if lines else [path.read_bytes()], 1):
+        try:
+            values += [json.loads(part)] if part.strip() or not lines else []
+        except ValueError as error:  # JSONDecodeError or UnicodeDecodeError
+            raise ValueError(f"{path}, {f'line {number}' if lines else 'the file'} is not JSON: {error}") from error
+    return values if lines else values[0]

@@ -19,8 +19,8 @@ import torch
 import torch._dynamo  # every optimizer imports it, which takes longer than the training
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import model  # noqa: E402
-import train  # noqa: E402
+import model
+import train
 
 FLAGS = ["--max_steps", "3", "--save_every", "2", "--dropout", "0.1", "--device", "cpu", "--out_dir", "run"]
 DEATHS = {"exit": 9, "full": 3}  # kind -> exit status

@@ -15,7 +15,13 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 import data
-from data import GlobalBatchSampler, PairDataset, PretrainDataset, collate, demo_source, image_transform
+import files
+import images
+import scenes
+import tokenizer
+from data import GlobalBatchSampler, PairDataset, PretrainDataset, collate
+from images import image_transform
+from scenes import demo_source
 
 TOKENIZERS = GOLDEN.parent / "tokenizers"
 HARD = ["Hello world", "", "  double  spaces ", "naïve café — déjà vu", "雪が降る 🙂🙃", "I'd've said so",
@@ -26,7 +32,7 @@ CLIP = image_transform("clip", 16, True)
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return data.demo_tokenizer()
+    return scenes.demo_tokenizer()
 
 
 def write_lines(path, records):
@@ -67,10 +73,10 @@ def manifest(tmp_path):
 def test_tokenizer_gives_the_published_ids(name, tmp_path):
     if not (TOKENIZERS / name).is_dir():
         pytest.skip(f"no {TOKENIZERS / name}")
-    tokenizer = data.load_tokenizer(TOKENIZERS / name)
+    tokenizer = tokenizer.load_tokenizer(TOKENIZERS / name)
     tokenizer.save(tmp_path)
     for case in json.loads((TOKENIZERS / name / "expected_ids.json").read_text()):
-        assert tokenizer.encode(case["text"]) == data.load_tokenizer(tmp_path).encode(case["text"]) == case["ids"]
+        assert tokenizer.encode(case["text"]) == tokenizer.load_tokenizer(tmp_path).encode(case["text"]) == case["ids"]
 
 
 def test_vocab_and_merges_are_read_as_transformers_reads_them(tmp_path):
@@ -78,8 +84,8 @@ def test_vocab_and_merges_are_read_as_transformers_reads_them(tmp_path):
     folder = TOKENIZERS / "roberta-base"
     if not folder.is_dir():
         folder = tmp_path
-        data.train_tokenizer(HARD * 3 + ["the man and the dog"] * 9, 400).backend.model.save(str(folder))
-    ours, peer = data.load_tokenizer(folder), RobertaTokenizer.from_pretrained(folder)
+        tokenizer.train_tokenizer(HARD * 3 + ["the man and the dog"] * 9, 400).backend.model.save(str(folder))
+    ours, peer = tokenizer.load_tokenizer(folder), RobertaTokenizer.from_pretrained(folder)
     assert (ours.pad_id, ours.cls_id, ours.sep_id, ours.mask_id) == (
         peer.pad_token_id, peer.cls_token_id, peer.sep_token_id, peer.mask_token_id)
     assert ours.special_ids == set(peer.all_special_ids) and ours.vocab_size == len(peer)
@@ -92,10 +98,10 @@ def test_vocab_and_merges_are_read_as_transformers_reads_them(tmp_path):
 
 
 def test_trained_tokenizer_is_deterministic_lossless_and_whole_worded(tokenizer, tmp_path):
-    assert tokenizer.backend.to_str() == data.demo_tokenizer().backend.to_str()
+    assert tokenizer.backend.to_str() == scenes.demo_tokenizer().backend.to_str()
     assert (tokenizer.cls_id, tokenizer.pad_id, tokenizer.sep_id, tokenizer.mask_id) == (0, 1, 2, 4)
     tokenizer.save(tmp_path)
-    again = pickle.loads(pickle.dumps(data.load_tokenizer(tmp_path / "tokenizer.json")))
+    again = pickle.loads(pickle.dumps(tokenizer.load_tokenizer(tmp_path / "tokenizer.json")))
     for text in HARD:
         if "<" not in text:
             assert again.decode(again.encode(text)) == text
@@ -109,14 +115,14 @@ def test_sentencepiece_equals_the_library_and_adds_what_it_lacks(tmp_path):
     sentencepiece.SentencePieceTrainer.train(input=str(tmp_path / "text"), model_prefix=str(tmp_path / "spm"),
                                              vocab_size=36, minloglevel=2)
     peer = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "spm.model"))
-    ours = data.load_tokenizer(tmp_path)
+    ours = tokenizer.load_tokenizer(tmp_path)
     text = "a small red circle"
     assert ours.encode(text) == [peer.bos_id(), *peer.encode(text), peer.eos_id()]
     assert ours.decode(ours.encode(text)) == text
     assert (ours.pad_id, ours.mask_id, ours.vocab_size) == (36, 37, 38) and ours.special_ids == {0, 1, 2, 36, 37}
     (tmp_path / "out").mkdir()
     ours.save(tmp_path / "out")
-    assert pickle.loads(pickle.dumps(data.load_tokenizer(tmp_path / "out"))).encode(text) == ours.encode(text)
+    assert pickle.loads(pickle.dumps(tokenizer.load_tokenizer(tmp_path / "out"))).encode(text) == ours.encode(text)
 
 
 @pytest.mark.parametrize("files, message", [
@@ -127,7 +133,7 @@ def test_tokenizer_errors(files, message, tmp_path):
     for name, content in files.items():
         (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=message):
-        data.load_tokenizer(tmp_path)
+        tokenizer.load_tokenizer(tmp_path)
 
 
 # ---------------------------------------------------------------- pictures
@@ -155,17 +161,17 @@ def test_every_kind_of_picture_becomes_rgb(tmp_path):
              (encoded(Image.new("1", (2, 1), 1), "png"), [(255,) * 3] * 2)]
     for content, colors in cases:
         (tmp_path / "file").write_bytes(content)
-        for image in (data.load_image(content), data.load_image(tmp_path / "file")):
+        for image in (images.load_image(content), images.load_image(tmp_path / "file")):
             assert image.mode == "RGB" and image.size == (2, 1)
             assert colors is None or np.abs(np.array(image)[0].astype(int) - np.array(colors)).max() <= 1
-    assert data.load_image(cases[1][0]).getpixel((1, 0)) == (255, 255, 255)
+    assert images.load_image(cases[1][0]).getpixel((1, 0)) == (255, 255, 255)
 
 
 @pytest.mark.parametrize("content", [b"", b"not an image", png()[:60], png()[:-30]])
 def test_broken_pictures_are_named(content, tmp_path):
     (tmp_path / "broken.png").write_bytes(content)
-    with pytest.raises(data.BadSample, match="broken.png: not a readable image"):
-        data.load_image(tmp_path / "broken.png")
+    with pytest.raises(files.BadSample, match="broken.png: not a readable image"):
+        images.load_image(tmp_path / "broken.png")
 
 
 @pytest.mark.parametrize("size", [(50, 33), (33, 50), (16, 16), (41, 40), (7, 9), (100, 20)])
@@ -192,7 +198,7 @@ def test_random_crop_and_flip_have_the_published_ranges(monkeypatch):
     for name, flips in (("albef_randaug_wc", 0.5), ("albef_randaug_wohf", 0.0)):
         transform, areas, aspects, flipped = image_transform(name, 100, True), [], [], 0
         for seed in range(300):
-            pixels = transform(ramp, np.random.default_rng(seed)) * data.CLIP_STD + data.CLIP_MEAN
+            pixels = transform(ramp, np.random.default_rng(seed)) * images.CLIP_STD + images.CLIP_MEAN
             red, green = pixels[0].mean(0) * 255, pixels[1].mean(1) * 255
             width, height = (red[-1] - red[0]).item() * 100 / 99, (green[-1] - green[0]).item() * 100 / 99
             flipped += width < 0
@@ -209,17 +215,17 @@ def test_randaugment_magnitudes():
     dot.putpixel((20, 30), (255, 255, 255))
 
     def place(name, m):
-        values = np.array(data.RANDAUGMENT[name](dot, m))[..., 0].astype(float)
+        values = np.array(images.RANDAUGMENT[name](dot, m))[..., 0].astype(float)
         values[values == 128] = 0
         return np.round(np.argwhere(values == values.max()).mean(0)).tolist()  # y, x
     assert place("TranslateX", 0.7) == [30, 13] and place("TranslateY", -0.7) == [37, 20]
     assert place("ShearX", 0.7) == [30, 14] and place("ShearY", -0.7) == [34, 20]  # 0.21 * 30 = 6.3, 0.21 * 20 = 4.2
     assert place("Rotate", 0.7) == [29, 24]  # 21 degrees counter-clockwise: (0, 10) -> (3.6, 9.3)
     gray = Image.new("RGB", (4, 4), (100, 50, 0))
-    assert data.RANDAUGMENT["Brightness"](gray, -0.7).getpixel((1, 1)) == (136, 68, 0)  # 0.1 + 1.8 * 0.7 = 1.36
-    assert data.RANDAUGMENT["Sharpness"](gray, 0.7).getpixel((1, 1)) == (100, 50, 0)
+    assert images.RANDAUGMENT["Brightness"](gray, -0.7).getpixel((1, 1)) == (136, 68, 0)  # 0.1 + 1.8 * 0.7 = 1.36
+    assert images.RANDAUGMENT["Sharpness"](gray, 0.7).getpixel((1, 1)) == (100, 50, 0)
     ramp = np.tile(np.arange(50, 150, dtype=np.uint8), (4, 1))
-    stretched = np.array(data.RANDAUGMENT["AutoContrast"](Image.fromarray(ramp), 0.7)).astype(float)
+    stretched = np.array(images.RANDAUGMENT["AutoContrast"](Image.fromarray(ramp), 0.7)).astype(float)
     np.testing.assert_allclose(stretched, (ramp - 50.0) * 255 / 99, atol=1)
     transform = image_transform("albef_randaug_wc", 16, True)
     views = [transform(picture(3), np.random.default_rng(seed)) for seed in (1, 1, 2)]
@@ -227,7 +233,7 @@ def test_randaugment_magnitudes():
 
 
 # ---------------------------------------------------------------- demo data: read back from the pixels
-PALETTE = data.COLORS | {"gray": data.GRAY}
+PALETTE = scenes.COLORS | {"gray": images.GRAY}
 
 
 def look(image):
@@ -290,7 +296,7 @@ def test_demo_questions_have_the_answers_that_the_pixels_give():
             (b,) = matching(things, relation, words[words.index("the", 2) + 1:])
             told = things[a], " ".join(words[middle:words.index("the", 2)]), things[b]
             truth = "yes" if told in says(things, relation) else "no"
-        assert answer == truth and answer in data.DEMO_ANSWERS, row["text"]
+        assert answer == truth and answer in scenes.DEMO_ANSWERS, row["text"]
         yes += [answer == "yes"] if words[0] == "is" else []
     assert row["question_id"] == 449 and row["question_type"] in ("color", "size", "shape", "there", "the")
     assert abs(np.mean(yes) - 0.5) < 0.1
@@ -387,7 +393,7 @@ BROKEN = [("{", "not JSON"), ('"x"', "not a JSON object"), (b"\xff\xfe", "not JS
 def test_broken_lines_are_named(line, message, tmp_path):
     good = b'\n{"image": "a.png", "captions": ["fine"]}\n'
     (tmp_path / "x_train.jsonl").write_bytes(good + (line if isinstance(line, bytes) else line.encode()) + good)
-    with pytest.raises(data.BadSample, match=f"x_train.jsonl, line 3: .*{message}"):
+    with pytest.raises(files.BadSample, match=f"x_train.jsonl, line 3: .*{message}"):
         data.open_source("captions", tmp_path / "x_train.jsonl")
 
 
@@ -408,22 +414,22 @@ def test_broken_lines_are_named(line, message, tmp_path):
     ("chat", {"image": "a", "conversations": [{"from": "human", "value": "<image> <image>"}]}, "1 images but 2")])
 def test_wrong_fields_are_named(task, record, message, tmp_path):
     path = write_lines(tmp_path / "x.jsonl", [record])
-    with pytest.raises(data.BadSample, match=f"x.jsonl, line 1: .*{message}"):
+    with pytest.raises(files.BadSample, match=f"x.jsonl, line 1: .*{message}"):
         data.open_chat(path) if task == "chat" else data.open_source(task, path)
 
 
 def test_missing_pictures_name_manifest_line_and_file(manifest):
     (manifest.parent / "pictures/3.png").unlink()
     source = data.open_source("captions", manifest)
-    with pytest.raises(data.BadSample, match="coco_train.jsonl, line 4: .*pictures/3.png: no such file"):
+    with pytest.raises(files.BadSample, match="coco_train.jsonl, line 4: .*pictures/3.png: no such file"):
         source[6]
     records = [json.loads(line) for line in manifest.read_text().splitlines()]
     write_lines(manifest, [record | {"image": record["image"].replace("in/", "out/")} for record in records])
-    with pytest.raises(data.BadSample, match="line 13: .*more.tar::out/12.png: no such file or archive member"):
+    with pytest.raises(files.BadSample, match="line 13: .*more.tar::out/12.png: no such file or archive member"):
         data.open_source("captions", manifest)[24]
     (manifest.parent / "more.tar").write_bytes(b"\x1f\x8b" * 600)
-    data.tar_index.cache_clear()
-    with pytest.raises(data.BadSample, match="line 14: .*not an uncompressed tar"):
+    files.tar_index.cache_clear()
+    with pytest.raises(files.BadSample, match="line 14: .*not an uncompressed tar"):
         data.open_source("captions", manifest)[26]
 
 
@@ -440,7 +446,7 @@ def test_files_that_are_not_there(tmp_path):
 def test_skip_replaces_by_the_next_row_logs_and_counts(manifest, tokenizer, caplog):
     (manifest.parent / "pictures/3.png").write_bytes(png()[:70])
     make = lambda policy: PairDataset(data.open_source("captions", manifest), tokenizer, CLIP, 16, on_bad_sample=policy)  # noqa: E731
-    with pytest.raises(data.BadSample, match="line 4"):
+    with pytest.raises(files.BadSample, match="line 4"):
         make("error")[0, 0, 7]
     dataset = make("skip")
     with caplog.at_level(logging.WARNING):
@@ -491,7 +497,7 @@ def test_arrow_captions(text, name, extra, tmp_path):
     assert row["text"] == "three" and row["image_id"] == "b" and np.array_equal(row["images"][0], picture(1))
     write_arrow(tmp_path / f"{names[-1]}.arrow", {"image": [b"no"], "caption": pa.array([["x", " "]], pa.list_(text))})
     data._arrow_table.cache_clear()
-    with pytest.raises(data.BadSample, match=f"{names[-1]}.arrow, row 0: 'caption' must be"):
+    with pytest.raises(files.BadSample, match=f"{names[-1]}.arrow, row 0: 'caption' must be"):
         data.open_source("captions", tmp_path, "train", [name])
 
 
@@ -727,7 +733,7 @@ def test_chat_rows_and_their_published_inconsistencies(chats):
         "hi there", "<image>\nwhat is it", "<image> <image>\nsame?", "what\n<image>",
         "<image> <image>\nsame?"]
     assert [row["length"] for row in source.texts()][:4] == [-3, 6, 4, 4]
-    with pytest.raises(data.BadSample, match="x.jsonl, line 6: .*pictures/9.png: no such file"):
+    with pytest.raises(files.BadSample, match="x.jsonl, line 6: .*pictures/9.png: no such file"):
         PairDataset(source)[0, 0, 5]
     assert PairDataset(source)[0, 7, 3]["id"] == "late" and collate([rows[0], rows[1]])["id"] == ["text", "no tag"]
 
@@ -741,4 +747,4 @@ def test_demo_conversations_are_true():
         asked = [turn["value"] for turn in row["conversation"][::2]]
         assert len(row["conversation"]) == 6 and len(set(asked)) == 3
         assert [text.startswith("<image>\n") for text in asked] == [True, False, False]
-        assert all(turn["value"] in data.DEMO_ANSWERS for turn in row["conversation"][1::2])
+        assert all(turn["value"] in scenes.DEMO_ANSWERS for turn in row["conversation"][1::2])

@@ -12,21 +12,24 @@ from safetensors.torch import load_file
 from test_model import MT, close, golden, golden_model, golden_state, meta, present
 from torch.nn import functional as F
 
+import ask
+import chat
 import data
-import eval as evaluation
+import eval
+import figures
+import images
 import llava_manager
-from eval import (
-    Prediction,
-    class_logits,
-    main,
-    manager_statistics,
-    official_vqa_accuracy,
-    predict,
-    recall,
-    retrieval_scores,
-    visual_manager_statistics,
-)
-from model import ManagerTower, ManagerTowerConfig, load_model, save_model
+import multigrid
+import scenes
+import tasks
+import tokenizer
+import weights
+from eval import Prediction, predict, retrieval_scores
+from figures import manager_statistics, visual_manager_statistics
+from metrics import official_vqa_accuracy, recall
+from model import ManagerTower, ManagerTowerConfig
+from objectives import class_logits
+from weights import load_model, save_model
 
 FOLDER = {"vqav2": "vqa", "nlvr2": "nlvr2", "snli_ve": "snli_ve", "flickr30k": "retrieval"}
 
@@ -34,22 +37,22 @@ FOLDER = {"vqav2": "vqa", "nlvr2": "nlvr2", "snli_ve": "snli_ve", "flickr30k": "
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Checkpoints of random tiny models: vqa, nlvr2, snli_ve, retrieval (ITM and ITC), itm; and nine pictures."""
-    root, tokenizer = tmp_path_factory.mktemp("checkpoints"), data.demo_tokenizer()
+    root, tokenizer = tmp_path_factory.mktemp("checkpoints"), scenes.demo_tokenizer()
     for name in ("vqa", "nlvr2", "snli_ve", "retrieval", "itm"):
         torch.manual_seed(0)
         heads = {"retrieval": ("itm", "itc"), "itm": ("mlm", "itm")}.get(name, (name,))
         model = ManagerTower(ManagerTowerConfig.tiny(
             heads=heads, vocab_size=tokenizer.vocab_size, pad_token_id=tokenizer.pad_id, max_text_len=16, image_size=32,
-            num_answers=len(data.DEMO_ANSWERS), patch_size=8, vision_width=32, vision_heads=2, text_width=32,
+            num_answers=len(scenes.DEMO_ANSWERS), patch_size=8, vision_width=32, vision_heads=2, text_width=32,
             text_heads=2, text_mlp_width=64, hidden_size=32, num_heads=2, num_layers=3, contrastive_size=16))
         with torch.no_grad():
             for parameter in model.parameters():  # so that outputs differ from sample to sample
                 parameter += 0.2 * torch.randn_like(parameter)
         save_model(model, root / name)
         tokenizer.save(root / name)
-        (root / name / "answers.json").write_text(json.dumps(data.DEMO_ANSWERS))
+        (root / name / "answers.json").write_text(json.dumps(scenes.DEMO_ANSWERS))
     (root / "pictures").mkdir()
-    scenes = data.demo_source("captions", "heldout", 9)
+    scenes = scenes.demo_source("captions", "heldout", 9)
     for i in range(9):
         scenes.images(i)[0].save(root / "pictures" / f"{i}.png")
     return root
@@ -60,7 +63,7 @@ def run(*flags):
 
 
 def texts_of(tokenizer, number):
-    rows = data.demo_source("captions", "heldout", number).texts()
+    rows = scenes.demo_source("captions", "heldout", number).texts()
     return tokenizer([row["text"] for row in rows], 16)
 
 
@@ -105,7 +108,7 @@ def test_experts_are_computed_once_where_they_fit(monkeypatch):
 
 
 def test_without_an_itc_head_every_pair_is_scored(folder, capsys):
-    model, tokenizer = load_model(folder / "itm").eval(), data.load_tokenizer(folder / "itm")
+    model, tokenizer = load_model(folder / "itm").eval(), tokenizer.load_tokenizer(folder / "itm")
     (ids, mask), pixels = texts_of(tokenizer, 4), torch.randn(3, 3, 32, 32)
     scores = retrieval_scores(model, pixels.__getitem__, 3, ids, mask, k_test=1, batch_size=5)
     assert "without an ITC head all 12 pairs are scored" in capsys.readouterr().out
@@ -118,7 +121,7 @@ def test_without_an_itc_head_every_pair_is_scored(folder, capsys):
 
 
 def test_candidates_are_the_most_similar_ones(folder):
-    model, tokenizer = load_model(folder / "retrieval").eval(), data.load_tokenizer(folder / "retrieval")
+    model, tokenizer = load_model(folder / "retrieval").eval(), tokenizer.load_tokenizer(folder / "retrieval")
     (ids, mask), pixels = texts_of(tokenizer, 6), torch.randn(8, 3, 32, 32)
     with torch.no_grad():  # contrast takes any two batches
         texts, images = model.contrast(model.encode_text(ids, mask), model.encode_image(pixels))
@@ -144,10 +147,10 @@ def test_recall_by_hand():
 
 # ---------------------------------------------------------------- classification
 def dataset_of(folder, task, size=10):
-    kind = evaluation.KIND[task]
-    source = data.demo_source(kind, "heldout", size)
-    return data.PairDataset(source, data.load_tokenizer(folder / "vqa"), data.image_transform("albef", 32, False), 16,
-                            answers=data.DEMO_ANSWERS if kind == "vqa" else None)
+    kind = tasks.KIND[task]
+    source = scenes.demo_source(kind, "heldout", size)
+    return data.PairDataset(source, tokenizer.load_tokenizer(folder / "vqa"), images.image_transform("albef", 32, False), 16,
+                            answers=scenes.DEMO_ANSWERS if kind == "vqa" else None)
 
 
 @pytest.mark.parametrize("task", ["vqav2", "nlvr2", "snli_ve"])
@@ -155,28 +158,28 @@ def test_predictions_do_not_depend_on_the_batch_size(folder, task):
     model, dataset = load_model(folder / FOLDER[task]), dataset_of(folder, task)
     batch = data.collate([dataset[i] for i in range(len(dataset))])
     with torch.no_grad():  # a model that prefers no class, so that its answers differ
-        head = model.eval().heads[evaluation.KIND[task]]
-        head.fc_out.bias -= class_logits(model, evaluation.KIND[task], batch).mean(0)
+        head = model.eval().heads[tasks.KIND[task]]
+        head.fc_out.bias -= class_logits(model, tasks.KIND[task], batch).mean(0)
     model.train()
     one, many = predict(model, dataset, task, batch_size=1), predict(model, dataset, task, batch_size=7)
     assert one == many and len(one) == len(dataset) and model.training
     rows = [dataset.source[i] for i in range(len(dataset))]
     assert len({p.choice for p in one}) > 1
     if task == "vqav2":
-        scores = [row["answers"].get(data.DEMO_ANSWERS[p.choice], 0.0) for row, p in zip(rows, one)]
+        scores = [row["answers"].get(scenes.DEMO_ANSWERS[p.choice], 0.0) for row, p in zip(rows, one)]
         assert [p.question_id for p in one] == [row["question_id"] for row in rows]
     else:
         scores = [float(int(row["label"]) == p.choice) for row, p in zip(rows, one)]
     assert [p.score for p in one] == pytest.approx(scores)
-    assert evaluation.evaluate(model, dataset, task)["accuracy"] == pytest.approx(sum(scores) / len(scores))
+    assert eval.evaluate(model, dataset, task)["accuracy"] == pytest.approx(sum(scores) / len(scores))
 
 
 def test_soft_accuracy_by_type():
     rows = [Prediction(0, 0.3, 1, "what"), Prediction(2, 1.0, 2, "is"), Prediction(1, 0.9, 3, "what"),
             Prediction(1, 0.0, 4)]
-    assert evaluation.accuracy(rows) == {"accuracy": pytest.approx(0.55), "count": 4,
+    assert eval.accuracy(rows) == {"accuracy": pytest.approx(0.55), "count": 4,
                                          "per_question_type": {"is": 1.0, "what": pytest.approx(0.6)}}
-    assert evaluation.accuracy([*rows, Prediction(1, None, 5)]) == {"count": 5}  # a test set
+    assert eval.accuracy([*rows, Prediction(1, None, 5)]) == {"count": 5}  # a test set
 
 
 @pytest.mark.parametrize("name", present("main.head_vqa", "main.head_snli", "main.head_nlvr2"))
@@ -224,7 +227,7 @@ def write_lines(path, rows):
 def write_vqa(folder, labels: bool):
     """A VQA manifest of the nine pictures, three questions each, and the raw annotations."""
     lines, annotations = [], []
-    for i, row in enumerate(data.demo_source("vqa", "heldout", 27).texts()[:27]):
+    for i, row in enumerate(scenes.demo_source("vqa", "heldout", 27).texts()[:27]):
         if i % 3 == 0:
             lines.append({"image": f"pictures/{i // 3}.png", "questions": []})
         question = {"id": 1000 - i, "question": row["text"], "question_type": row["question_type"]}
@@ -262,7 +265,7 @@ def test_two_processes_equal_one(folder, tmp_path):
         assert (tmp_path / "one" / file).read_text() == (tmp_path / "two" / file).read_text(), file
     submission = json.loads((tmp_path / "two" / "submit.json").read_text())
     assert [row["question_id"] for row in submission] == [1000 - i for i in range(27)]
-    assert all(set(row) == {"question_id", "answer"} and row["answer"] in data.DEMO_ANSWERS for row in submission)
+    assert all(set(row) == {"question_id", "answer"} and row["answer"] in scenes.DEMO_ANSWERS for row in submission)
     report = json.loads((tmp_path / "two" / "vqav2.json").read_text())["splits"]["val"]
     assert report["official"]["overall"] == pytest.approx(report["accuracy"])  # all ten agree, so both are 0 or 1
     assert report["count"] == 27 and report["per_question_type"]
@@ -274,11 +277,11 @@ def test_a_question_alone_is_answered_as_in_a_batch(folder, capsys):
     rows, predictions = [dataset.source[i] for i in range(9)], predict(model, dataset, "vqav2", batch_size=9)
     for row, prediction in zip(rows, predictions):
         row["images"][0].save(folder / "one.png")
-        found = evaluation.ask(str(folder / "vqa"), str(folder / "one.png"), row["text"], top=4)
-        assert found[0][0] == data.DEMO_ANSWERS[prediction.choice]
+        found = ask.ask(str(folder / "vqa"), str(folder / "one.png"), row["text"], top=4)
+        assert found[0][0] == scenes.DEMO_ANSWERS[prediction.choice]
         assert sorted((p for _, p in found), reverse=True) == [p for _, p in found] and len(found) == 4
     assert capsys.readouterr().out.count("%") == 36
-    evaluation.ask(str(folder / "vqa"), str(folder / "one.png"), "is there a red circle " * 9)
+    ask.ask(str(folder / "vqa"), str(folder / "one.png"), "is there a red circle " * 9)
     assert "was cut to the model's text length 16" in capsys.readouterr().out
 
 
@@ -291,7 +294,7 @@ def test_unusual_pictures(folder, tmp_path):
     Image.new("CMYK", (40, 30), (55, 225, 165, 0)).save(tmp_path / "cmyk.tiff")
     frames = Image.new("RGB", (40, 30), (200, 30, 90)), Image.new("RGB", (40, 30), "blue")
     frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
-    answers = {p.stem: evaluation.ask(str(folder / "vqa"), str(p), "is there a circle?") for p in tmp_path.iterdir()}
+    answers = {p.stem: ask.ask(str(folder / "vqa"), str(p), "is there a circle?") for p in tmp_path.iterdir()}
     for name, plain in (("sixteen", "plain"), ("cmyk", "flat"), ("moving", "flat")):
         assert [a for a, _ in answers[name]] == [a for a, _ in answers[plain]]
         assert [p for _, p in answers[name]] == pytest.approx([p for _, p in answers[plain]], abs=1e-3)
@@ -300,20 +303,20 @@ def test_unusual_pictures(folder, tmp_path):
 def test_match_and_search(folder, tmp_path, capsys):
     checkpoint = str(folder / "retrieval")
     texts = ["a red circle", "two blue squares"]
-    together = evaluation.match(checkpoint, str(folder / "pictures" / "0.png"), texts)
+    together = ask.match(checkpoint, str(folder / "pictures" / "0.png"), texts)
     for text, (_, itm, itc) in zip(texts, together):
-        (_, alone, alone_itc), = evaluation.match(checkpoint, str(folder / "pictures" / "0.png"), [text])
+        (_, alone, alone_itc), = ask.match(checkpoint, str(folder / "pictures" / "0.png"), [text])
         assert (alone, alone_itc) == pytest.approx((itm, itc), abs=1e-5) and 0 < itm < 1 and -1 <= itc <= 1
-    assert math.isnan(evaluation.match(str(folder / "itm"), str(folder / "pictures" / "0.png"), texts)[0][2])
+    assert math.isnan(ask.match(str(folder / "itm"), str(folder / "pictures" / "0.png"), texts)[0][2])
     (folder / "pictures" / "broken.png").write_text("no picture")
     sheet = tmp_path / "sheet.png"
-    found = evaluation.search(checkpoint, texts[0], str(folder / "pictures"), 5, str(sheet), batch_size=4)
+    found = ask.search(checkpoint, texts[0], str(folder / "pictures"), 5, str(sheet), batch_size=4)
     (folder / "pictures" / "broken.png").unlink()
     assert "left out" in capsys.readouterr().out
     assert Image.open(sheet).size == (4 * 224, 2 * 240)
     model, batches = load_model(checkpoint).eval(), {}
     for file in (folder / "pictures").iterdir():
-        batches[file] = evaluation.open_picture(checkpoint, "itm", str(file), texts[:1], "cpu")[1]
+        batches[file] = ask.open_picture(checkpoint, "itm", str(file), texts[:1], "cpu")[1]
     with torch.no_grad():
         logits = {file: model.heads["itm"](model(**batch).pooled)[0, 1].item() for file, batch in batches.items()}
     assert [file for _, file in found] == sorted(logits, key=logits.get, reverse=True)[:5]
@@ -407,7 +410,7 @@ def official_parts(out, state, modality, i):
 
 
 def test_manager_figure(folder, tmp_path):
-    stats = evaluation.managers(str(folder / "vqa"), "demo", limit=8, out=str(tmp_path / "figure.png"))
+    stats = figures.managers(str(folder / "vqa"), "demo", limit=8, out=str(tmp_path / "figure.png"))
     assert json.loads((tmp_path / "figure.json").read_text()) == stats
     assert Image.open(tmp_path / "figure.png").size == (1650, 1260)
     with pytest.raises(ValueError, match="has no managers"):
@@ -420,7 +423,7 @@ def test_curves_of_runs(tmp_path):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found = evaluation.curves([str(tmp_path / "a"), str(tmp_path / "b")], str(tmp_path / "curves.png"))
+    found = figures.curves([str(tmp_path / "a"), str(tmp_path / "b")], str(tmp_path / "curves.png"))
     assert found["losses"] == {"a": ([1, 2], [3.0, 1.5]), "b": ([1, 2], [3.0, 1.5])}
     assert found["metrics"] == {"a: accuracy": ([2], [0.5]), "b: accuracy": ([2], [0.5])}
     assert Image.open(tmp_path / "curves.png").size == (1650, 630)
@@ -430,9 +433,9 @@ def test_curves_of_runs(tmp_path):
 @pytest.fixture(scope="module")
 def mllm(tmp_path_factory):
     """Folders of tiny models with static and with adaptive managers, and a picture."""
-    root, backend = tmp_path_factory.mktemp("mllm"), data.demo_tokenizer().backend
+    root, backend = tmp_path_factory.mktemp("mllm"), scenes.demo_tokenizer().backend
     backend.add_special_tokens([tokenizers.AddedToken(name, special=True) for name in ("<|im_start|>", "<|im_end|>")])
-    tokenizer = data.Tokenizer(backend)
+    tokenizer = tokenizer.Tokenizer(backend)
     for kind in ("static", "adaptive_last"):
         torch.manual_seed(0)
         config = llava_manager.LlavaManagerConfig.tiny(manager_type=kind, vocab_size=tokenizer.vocab_size, eos_ids=(),
@@ -440,19 +443,19 @@ def mllm(tmp_path_factory):
         model = llava_manager.LlavaManager(config)
         for manager in model.managers:
             torch.nn.init.normal_(manager.scores if hasattr(manager, "scores") else manager.gate)
-        llava_manager.save_model(model, root / kind)
+        weights.save_model(model, root / kind)
         tokenizer.save(root / kind)
-    data.demo_source("captions", "heldout", 1).images(0)[0].save(root / "a.png")
+    scenes.demo_source("captions", "heldout", 1).images(0)[0].save(root / "a.png")
     return root
 
 
 def test_chat(mllm, monkeypatch, capsys):
-    model, tokenizer = llava_manager.load_model(mllm / "static").eval(), data.load_tokenizer(mllm / "static")
-    assert not evaluation.load_mllm(str(mllm / "static"))[0].training  # managers are noisy in training
-    image = llava_manager.preprocess_image(Image.open(mllm / "a.png"), model.config)
+    model, tokenizer = weights.load_model(mllm / "static").eval(), tokenizer.load_tokenizer(mllm / "static")
+    assert not weights.load_mllm(str(mllm / "static"))[0].training  # managers are noisy in training
+    image = multigrid.preprocess_image(Image.open(mllm / "a.png"), model.config)
 
     def expected(turns):
-        ids = llava_manager.encode_prompt(turns, tokenizer, 1)
+        ids = chat.encode_prompt(turns, tokenizer, 1)
         return tokenizer.decode(model.generate(torch.tensor([ids]), images=[image], max_new_tokens=4)[0]).strip()
 
     answer = expected(["is there a red circle?"])
@@ -469,17 +472,17 @@ def test_chat(mllm, monkeypatch, capsys):
 
 
 def test_visual_manager_figure(mllm):
-    model = llava_manager.load_model(mllm / "static")
-    stats = evaluation.managers(str(mllm / "static"))
+    model = weights.load_model(mllm / "static")
+    stats = figures.managers(str(mllm / "static"))
     for k, manager in enumerate(model.managers):
         assert stats["weights"][k] == pytest.approx(manager.scores.mean(1).tolist(), abs=1e-6)
         assert stats["magnitudes"][k] == pytest.approx(manager.scores.abs().mean(1).tolist(), abs=1e-6)
     assert Image.open(mllm / "static" / "managers.png").size == (1650, 630)
     with pytest.raises(ValueError, match="adaptive managers need pictures"):
-        evaluation.managers(str(mllm / "adaptive_last"))
-    evaluation.managers(str(mllm / "adaptive_last"), image=[str(mllm / "a.png")])
-    model, tokenizer = llava_manager.load_model(mllm / "adaptive_last"), data.load_tokenizer(mllm / "adaptive_last")
-    prompts = [evaluation.encode_turns(model, tokenizer, ["what is it?"], [str(mllm / "a.png")])]
+        figures.managers(str(mllm / "adaptive_last"))
+    figures.managers(str(mllm / "adaptive_last"), image=[str(mllm / "a.png")])
+    model, tokenizer = weights.load_model(mllm / "adaptive_last"), tokenizer.load_tokenizer(mllm / "adaptive_last")
+    prompts = [ask.encode_turns(model, tokenizer, ["what is it?"], [str(mllm / "a.png")])]
     once, last = visual_manager_statistics(model, prompts), model.managers[-1]
     with torch.no_grad():
         last.gate *= 2  # nothing before the last manager depends on it
@@ -490,7 +493,7 @@ def test_visual_manager_figure(mllm):
 
 def test_grid(tmp_path, mllm):
     Image.new("RGB", (1000, 620), (90, 160, 220)).save(tmp_path / "wide.png")
-    info = evaluation.grid(str(tmp_path / "wide.png"), out=str(tmp_path / "grid.png"))
+    info = figures.grid(str(tmp_path / "wide.png"), out=str(tmp_path / "grid.png"))
     # 3 x 2 tiles of 27 x 27 patches; 81 * 620 / 1000 = 50.22 rows of patches are no padding; 729 + 50 * (81 + 1) tokens
     assert info == {"picture": (1000, 620), "tiles": (7,), "tokens of the base tile": (729,), "grid of tiles": (3, 2),
                     "patches without padding": (81, 50), "tokens of the grid, with newlines": (82, 50),
@@ -498,4 +501,4 @@ def test_grid(tmp_path, mllm):
     drawn = Image.open(tmp_path / "grid.png")
     assert [drawn.getpixel((8, 8)), drawn.getpixel((500, 400)), drawn.getpixel((500, 12))] == [
         (90, 160, 220), (90, 160, 220), (110, 0, 0)]
-    assert evaluation.grid(str(mllm / "a.png"), str(mllm / "static"), str(tmp_path / "grid.png"))["tiles"] == (5,)
+    assert figures.grid(str(mllm / "a.png"), str(mllm / "static"), str(tmp_path / "grid.png"))["tiles"] == (5,)

@@ -10,12 +10,16 @@ from safetensors.torch import load_file, save_file
 from test_model import MT, check_gradients, close, golden, golden_model, needs, present
 from test_train import free_port, join, losses, rows
 
-import data
-import eval as evaluation
+import eval
 import finetune
+import objectives
 import prepare
+import scenes
+import tasks
+import tokenizer
 import train
-from model import CLIP, ROBERTA, ManagerTower, ManagerTowerConfig, expand, export_state, save_model, to_official
+from model import ManagerTower, ManagerTowerConfig
+from weights import CLIP, ROBERTA, expand, export_state, save_model, to_official
 
 
 # ---------------------------------------------------------------- the table
@@ -46,7 +50,7 @@ def test_classification_losses_equal_the_official_ones(name):
         batch["targets"] = out["vqa_targets"]
     else:
         batch["label"] = torch.tensor([2, 0, 1]) if kind == "snli_ve" else out["nlvr2_labels"]
-    task = finetune.Classification(model, kind)
+    task = objectives.Classification(model, kind)
     loss = task(batch)[kind] / task.counts(batch)[kind]
     close(loss, out["total_loss"], 1e-5)
     loss.backward()
@@ -59,7 +63,7 @@ def test_retrieval_loss_equals_the_official_one(name, monkeypatch):
     monkeypatch.setattr(train, "draw_negatives", lambda weights, generator: out["multinomial_choices"])
     batch = {"pixels": inputs["image"], "input_ids": inputs["text_ids"], "attention_mask": inputs["text_masks"],
              "image_index": torch.tensor([4, 9, 4, 2])}
-    task = finetune.Retrieval(model)
+    task = objectives.Retrieval(model)
     sums, counts = task(batch), task.counts(batch)
     close(sums["itc"] / counts["itc"], out["itc_loss"], 1e-5)
     close(sums["itm"] / counts["itm"], out["itm_loss"], 1e-5)
@@ -72,13 +76,13 @@ def test_rank_loss_equals_the_official_one(name):
     model, (inputs, out) = golden_model(name), golden(name)
     texts = ["text", *(f"false_text_{i}" for i in range(2))]
     ids, mask = (torch.stack([inputs[f"{text}_{what}"] for text in texts], 1) for what in ("ids", "masks"))
-    close(finetune.rank_loss(model, inputs["image"], ids, mask), out["irtr_loss"], 1e-5)
+    close(objectives.rank_loss(model, inputs["image"], ids, mask), out["irtr_loss"], 1e-5)
 
 
 # ---------------------------------------------------------------- from raw downloads to submissions
 def scenes(folder, names):
     """Real pictures under the published names: demo scenes."""
-    source = data.demo_source("captions", "train", len(names))
+    source = scenes.demo_source("captions", "train", len(names))
     for i, name in enumerate(names):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         source.images(i)[0].save(folder / name)
@@ -159,7 +163,7 @@ def prepared(tmp_path_factory):
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pretrained")
-    tokenizer = data.demo_tokenizer()
+    tokenizer = scenes.demo_tokenizer()
     torch.manual_seed(0)
     save_model(ManagerTower(ManagerTowerConfig.tiny(vocab_size=tokenizer.vocab_size, **TINY)), folder)
     tokenizer.save(folder)
@@ -183,8 +187,8 @@ def test_raw_files_to_metrics_and_submission(name, prepared, pretrained, tmp_pat
     assert len(state["type_embedding"]) == (3 if name == "nlvr2" else 2)
     evaluation.main(["--task", name, "--checkpoint", str(out), "--data_root", str(prepared)])
     report = json.loads((out / "eval.json").read_text())["splits"]
-    assert list(report) == evaluation.SPLITS[name].split(",")
-    metrics = report[finetune.TASKS[name]["eval_split"]]
+    assert list(report) == tasks.SPLITS[name].split(",")
+    metrics = report[tasks.TASKS[name]["eval_split"]]
     logged = rows(out, "eval")[-1]["eval"]["score"]
     assert logged == pytest.approx(metrics["rmean" if "rmean" in metrics else "accuracy"])
     if name == "vqav2":
@@ -224,7 +228,7 @@ def encoders(folder, model):
         rows = expand(table, "", prefix, 2)
         state = {k: v.detach().contiguous() for k, v in export_state(encoder.state_dict(), rows).items()}
         save_file(state, folder / name / "model.safetensors")
-    data.demo_tokenizer().save(folder / "text")
+    scenes.demo_tokenizer().save(folder / "text")
     return "--vision", folder / "image" / "model.safetensors", "--text", folder / "text" / "model.safetensors"
 
 
@@ -234,11 +238,11 @@ def test_what_a_run_starts_from(init, prepared, tmp_path):
     torch.manual_seed(1)
     sizes = {**TINY, **dict.fromkeys(("vision_width", "text_width", "hidden_size"), 64),
              **dict.fromkeys(("vision_heads", "text_heads", "num_heads"), 1)}  # the official heads have 64 channels
-    model = ManagerTower(ManagerTowerConfig.tiny(vocab_size=data.demo_tokenizer().vocab_size, **sizes))
+    model = ManagerTower(ManagerTowerConfig.tiny(vocab_size=scenes.demo_tokenizer().vocab_size, **sizes))
     given, flags = str(tmp_path / "given"), ["--max_steps", 1, "--image_size", 32]
     if init == "folder":
         save_model(model, given)
-        data.demo_tokenizer().save(given)
+        scenes.demo_tokenizer().save(given)
     elif init == "unimodal":
         given = init
         flags += [*encoders(tmp_path, model), "--model", "tiny", *(x for k, v in sizes.items() for x in (f"--{k}", v))]
@@ -246,7 +250,7 @@ def test_what_a_run_starts_from(init, prepared, tmp_path):
     else:
         given = f"official:{tmp_path / 'x.ckpt'}"
         torch.save({"state_dict": to_official(model.state_dict(), model.config)}, tmp_path / "x.ckpt")
-        data.demo_tokenizer().save(tmp_path)
+        scenes.demo_tokenizer().save(tmp_path)
         flags += ["--tokenizer", tmp_path]
     run("snli_ve", given, tmp_path / "out", "--data_root", prepared, *flags)
     ours, theirs = load_file(tmp_path / "out" / "model.safetensors"), model.state_dict()
@@ -277,7 +281,7 @@ def test_errors(flags, message, tmp_path):
 
 
 def test_errors_of_data_and_weights(prepared, pretrained, tmp_path):
-    data.train_tokenizer(map(chr, range(0x4E00, 0x5E00)), 2000).save(tmp_path)
+    tokenizer.train_tokenizer(map(chr, range(0x4E00, 0x5E00)), 2000).save(tmp_path)
     (tmp_path / "x.ckpt").write_bytes(b"no")
     for init, message, flags in (
             (pretrained, "eval_split test of vqav2 has no labels", ["--eval_split", "test"]),
@@ -298,11 +302,11 @@ def test_text_only_guess_in_closed_form():
             return self
     known, asked = (Rows({"text": text, "label": int(label)} for text, label in pairs.split())
                     for pairs in ("a0 a0 b2 a1", "a0 b2 b0 c1"))
-    assert finetune.text_only_guess(known, asked) == {"majority": 2 / 4, "text_only": 2 / 4}
+    assert tasks.text_only_guess(known, asked) == {"majority": 2 / 4, "text_only": 2 / 4}
 
 
 def test_chance_of_retrieval():
     class Held:
         num_images = 8
-    assert finetune.baselines("captions", None, Held) == {"chance": {
+    assert tasks.baselines("captions", None, Held) == {"chance": {
         f"{d}_r{k}": value for d in ("ir", "tr") for k, value in ((1, 1 / 8), (5, 5 / 8), (10, 1.0))}}

@@ -15,8 +15,14 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 
-import llava_manager as lm
-from llava_manager import IMAGE_TOKEN, ImageTiles, LlavaManager, LlavaManagerConfig, from_official, to_official
+import chat
+import llava_manager
+import multigrid
+import weights
+from chat import IMAGE_TOKEN
+from llava_manager import LlavaManager, LlavaManagerConfig
+from multigrid import ImageTiles
+from weights import from_official, to_official
 
 LOV = GOLDEN / "llava_ov_manager"
 TINY = LOV / "tiny"
@@ -62,7 +68,7 @@ def golden_image(name):
 def golden_inputs(case, config):
     """input_ids, attention_mask, images and labels; text-only rows have no image here, a dummy in the official code."""
     names = [name for name in read("tiny/cases.json")["cases"][case]["images"] if name != "dummy"]
-    images = [lm.preprocess_image(golden_image(name), config, multi_image="multiimg" in case) for name in names]
+    images = [multigrid.preprocess_image(golden_image(name), config, multi_image="multiimg" in case) for name in names]
     tensors = read("tiny/features.safetensors")
     return {"input_ids": tensors[f"{case}/input_ids"], "attention_mask": tensors.get(f"{case}/attention_mask"),
             "images": images, "labels": tensors[f"{case}/labels"]}
@@ -137,7 +143,7 @@ def test_golden(variant):
         compared += 1
         check_outputs(variant, case, out)
         if not left:
-            plan = lm.plan_splice(inputs["input_ids"], inputs["attention_mask"], inputs["images"], model.config)
+            plan = llava_manager.plan_splice(inputs["input_ids"], inputs["attention_mask"], inputs["images"], model.config)
             assert torch.equal(plan.labels(inputs["labels"]), tensors[f"{case}/spliced_labels"].long())
             assert plan.lengths.clamp(max=plan.index.shape[1]).tolist() == description["valid_len"]
             if f"{case}/inputs_embeds" in tensors:
@@ -166,7 +172,7 @@ def test_what_each_manager_adds():
             manager.register_forward_hook(recorder(added, k))
         inputs = golden_inputs("c01_a9_100x60", model.config)
         model(**inputs)  # the static managers are not called one by one
-        plan = lm.plan_splice(inputs["input_ids"], None, inputs["images"], model.config)
+        plan = llava_manager.plan_splice(inputs["input_ids"], None, inputs["images"], model.config)
         added |= dict(enumerate(model.encode_images(inputs["images"], plan)[1][:, None]))
         for key, value in golden.items():
             close(added[int(key.split("/")[2])], value, 3e-4)
@@ -209,13 +215,13 @@ def test_image_tiles_bit_for_bit():
             config = dataclasses.replace(config, aspect="anyres", grid_pinpoints=read("tiny/cases.json")["pins5"])
         elif mode != "a9":
             config = dataclasses.replace(config, aspect=mode)
-        tiles = lm.preprocess_image(golden_image(name), config)
+        tiles = multigrid.preprocess_image(golden_image(name), config)
         expected = (tensors[key].float() / 255 - 0.5) / 0.5
         assert torch.equal(tiles.pixels, expected.reshape(tiles.pixels.shape)), key
         if mode == "pad":
-            multi = lm.preprocess_image(golden_image(name), official_config("none"), multi_image=True)
+            multi = multigrid.preprocess_image(golden_image(name), official_config("none"), multi_image=True)
             assert torch.equal(multi.pixels, tiles.pixels)
-    base_tile = lm.preprocess_image(golden_image("100x60"), official_config("none")).pixels[:1]
+    base_tile = multigrid.preprocess_image(golden_image("100x60"), official_config("none")).pixels[:1]
     assert torch.equal(base_tile, tensors["pixels_f32_tile0/100x60/a9"])
 
 
@@ -226,22 +232,22 @@ def test_real_size_grids():
                "anyres": dataclasses.replace(base, aspect="anyres", grid_pinpoints=golden["pins_anyres"])}
     for case in golden["cases"]:
         config, size = configs[case["mode"]], tuple(case["image_wh"])
-        best = lm.select_best_resolution(size, config.grid_pinpoints)
-        grid, keep, final = lm.grid_geometry(size, config)
+        best = multigrid.select_best_resolution(size, config.grid_pinpoints)
+        grid, keep, final = multigrid.grid_geometry(size, config)
         assert [list(best), list(grid), list(final)] == [case["best_resolution_wh"], case["grid_wh"], case["final_hw"]]
         assert [s.stop - s.start for s in keep] == case["unpadded_hw"]
         tiles = 1 + grid[0] * grid[1]
         assert tiles == case["n_tiles_incl_base"]
-        assert lm.count_image_tokens(tiles, size, config) == case["n_visual_tokens"]
+        assert multigrid.count_image_tokens(tiles, size, config) == case["n_visual_tokens"]
         features = torch.empty(tiles, 729, 2, device="meta")
-        assert lm.merge_grids(features, size, config).shape == (case["n_visual_tokens"], 2)
-        white = lm.resize_and_pad(Image.new("RGB", size, (255, 255, 255)), best)
+        assert multigrid.merge_grids(features, size, config).shape == (case["n_visual_tokens"], 2)
+        white = multigrid.resize_and_pad(Image.new("RGB", size, (255, 255, 255)), best)
         assert list(white.getbbox()) == case["pasted_box_xyxy"]
 
 
 def test_vision_tower():
     golden, model = read("tiny/vision_100x60.safetensors"), golden_model("static_all", "c01_a9_100x60")
-    pixels = lm.preprocess_image(golden_image("100x60"), model.config).pixels
+    pixels = multigrid.preprocess_image(golden_image("100x60"), model.config).pixels
     states = model.vision(pixels, range(6))
     for key, value in golden.items():
         if key.startswith("hidden_states/"):
@@ -281,7 +287,7 @@ def hf_configs():
 
 def random_tiles(size, config, seed=0):
     pixels = np.random.default_rng(seed).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
-    return lm.preprocess_image(Image.fromarray(pixels), config)
+    return multigrid.preprocess_image(Image.fromarray(pixels), config)
 
 
 def test_unimodal_parity_with_transformers(tmp_path):
@@ -293,7 +299,7 @@ def test_unimodal_parity_with_transformers(tmp_path):
     siglip.save_pretrained(tmp_path / "siglip")
     assert len(list((tmp_path / "qwen").glob("*.safetensors"))) > 1
     model = LlavaManager(small()).eval()
-    lm.load_unimodal(model, tmp_path / "siglip", tmp_path / "qwen")
+    weights.load_unimodal(model, tmp_path / "siglip", tmp_path / "qwen")
     ids, pixels = torch.randint(0, 98, (2, 12)), torch.randn(2, 3, 32, 32)
     close(model(ids).logits, qwen(ids).logits, 1e-4)
     states = siglip(pixels, output_hidden_states=True).hidden_states
@@ -304,9 +310,9 @@ def test_unimodal_parity_with_transformers(tmp_path):
     save_file({**both, "text_model.x": torch.zeros(1), "logit_scale": torch.zeros(1)}, tmp_path / "full.safetensors")
     save_file({k: v for k, v in both.items() if "fc1.bias" not in k}, tmp_path / "broken.safetensors")
     with pytest.raises(ValueError, match="broken.safetensors: .*missing: vision_model.encoder.layers.0.mlp.fc1.bias"):
-        lm.load_unimodal(model, tmp_path / "broken.safetensors", tmp_path / "qwen")
+        weights.load_unimodal(model, tmp_path / "broken.safetensors", tmp_path / "qwen")
     model.vision.blocks[0].fc.weight.data.zero_()
-    lm.load_unimodal(model, tmp_path / "full.safetensors", tmp_path / "qwen")
+    weights.load_unimodal(model, tmp_path / "full.safetensors", tmp_path / "qwen")
     close(model.vision(pixels, [3])[0], states[3], 1e-4)
 
 
@@ -331,7 +337,7 @@ def test_parity_with_llava_onevision_of_transformers():
     model.load_state_dict(from_official(state, config))
     for size in ((70, 40), (90, 85), (30, 96)):  # two of them shrunk to the budget
         image = random_tiles(size, config)
-        n = lm.count_image_tokens(len(image.pixels), size, config)
+        n = multigrid.count_image_tokens(len(image.pixels), size, config)
         ours = model(torch.tensor([[1, 2, IMAGE_TOKEN, 4, 5]]), images=[image]).logits
         ids = torch.tensor([[1, 2, *[99] * n, 4, 5]])
         expected = theirs(input_ids=ids, pixel_values=image.pixels[None], image_sizes=torch.tensor([size[::-1]])).logits
@@ -407,7 +413,7 @@ def test_sampling():
 
     def frequencies(temperature, top_p):
         logits = probabilities.log().expand(20000, -1)
-        return lm.sample(logits, temperature, top_p, generator).bincount(minlength=4) / 20000
+        return llava_manager.sample(logits, temperature, top_p, generator).bincount(minlength=4) / 20000
 
     close(frequencies(1.0, 1.0), probabilities[0], 0.015)
     close(frequencies(1.0, 0.75), torch.tensor([0.625, 0.375, 0, 0]), 0.015)
@@ -460,14 +466,14 @@ def test_loss_of_parts_adds_up():
     images = [random_tiles(size, model.config) for sizes in ROW_SIZES for size in sizes]
     out = model(ids, mask, images, labels)
     assert int(out.num_tokens) == model.count_labels(ids, mask, images, labels)
-    plan = lm.plan_splice(ids, mask, images, model.config)
+    plan = llava_manager.plan_splice(ids, mask, images, model.config)
     expected = torch.nn.functional.cross_entropy(out.logits[:, :-1].flatten(0, 1), plan.labels(labels)[:, 1:].flatten())
     close(out.loss, expected, 1e-5)
     parts = [model(ids[:2], mask[:2], images[:1], labels[:2], logits=False),
              model(ids[2:], mask[2:], images[1:], labels[2:])]
     assert parts[0].logits is None
     close(sum(p.loss * p.num_tokens for p in parts) / out.num_tokens, out.loss, 1e-5)
-    plan = lm.plan_splice(ids, mask, images, model.config)
+    plan = llava_manager.plan_splice(ids, mask, images, model.config)
     hidden = torch.randn(*plan.index.shape, 48)
     close(model.loss_sum(hidden, plan.labels(labels), chunk=3)[0], model.loss_sum(hidden, plan.labels(labels))[0], 1e-3)
     empty = model(ids, mask, images, torch.full_like(ids, -100))
@@ -533,7 +539,7 @@ def test_truncation(kind, grids):
     ids = torch.tensor([[98, 1, 2, 97, 2, 98, 3, 2, 5, 6, 2, IMAGE_TOKEN, 7, IMAGE_TOKEN, 97, 2]])
     images = [random_tiles((64, 40), model.config, seed) for seed in (0, 1)]
     whole = model(ids, images=images).logits
-    n = lm.count_image_tokens(len(images[0].pixels), (64, 40), model.config)
+    n = multigrid.count_image_tokens(len(images[0].pixels), (64, 40), model.config)
     for length in (4, 11, 20, 11 + n, 11 + n + 20):
         model.config.max_length = length
         cut = model(ids, images=images, labels=ids.clamp(min=-100)).logits
@@ -550,8 +556,8 @@ def test_managed_grids():
     model = busy_model(inject_layers=(0,), managed_layers=(0, 1, 2))
     ids, images = torch.tensor(ROWS[:1]), [random_tiles((64, 40), model.config)]
     start, n = ROWS[0].index(IMAGE_TOKEN), 16
-    total = lm.count_image_tokens(len(images[0].pixels), (64, 40), model.config)
-    plan = lm.plan_splice(ids, None, images, model.config)
+    total = multigrid.count_image_tokens(len(images[0].pixels), (64, 40), model.config)
+    plan = llava_manager.plan_splice(ids, None, images, model.config)
     inputs = model.embed(ids, images, plan)[0]
     touched = {}
     for grids in ("all", "base", "grids"):
@@ -566,19 +572,19 @@ def test_merge_grids():
     """Where each token comes from, on features that carry their own place."""
     config = LlavaManagerConfig.tiny(aspect="anyres")
     features = torch.arange(5 * 16.0).reshape(5, 16, 1)
-    merged = lm.merge_grids(features, (64, 64), config, newline=torch.tensor([-1.0]))[:, 0]
+    merged = multigrid.merge_grids(features, (64, 64), config, newline=torch.tensor([-1.0]))[:, 0]
     assert merged[:16].tolist() == list(range(16))
     rows = merged[16:].reshape(8, 9)
     assert rows[:, 8].eq(-1).all()
     assert rows[0, :8].tolist() == [16, 17, 18, 19, 32, 33, 34, 35]  # first rows of the upper two tiles
     assert rows[4, :8].tolist() == [48, 49, 50, 51, 64, 65, 66, 67]
-    flat = lm.merge_grids(features, (64, 64), dataclasses.replace(config, merge="flat"))[:, 0]
+    flat = multigrid.merge_grids(features, (64, 64), dataclasses.replace(config, merge="flat"))[:, 0]
     assert flat.tolist() == list(range(80))
-    stacked = lm.merge_grids(torch.stack([features, 2 * features], 1), (64, 64), config)
+    stacked = multigrid.merge_grids(torch.stack([features, 2 * features], 1), (64, 64), config)
     assert torch.equal(stacked[1], 2 * stacked[0]) and stacked[0, 16 + 8] == 0
-    assert lm.merge_grids(features[:1], (64, 64), config).shape == (16, 1)
+    assert multigrid.merge_grids(features[:1], (64, 64), config).shape == (16, 1)
     thin = config.image_size, 4096 * config.image_size  # a picture of one pixel's breadth keeps one column
-    assert lm.grid_geometry((1, 3000), config)[2][1] >= 1 and lm.grid_geometry(thin, config)[2][1] >= 1
+    assert multigrid.grid_geometry((1, 3000), config)[2][1] >= 1 and multigrid.grid_geometry(thin, config)[2][1] >= 1
 
 
 # ---- Weights and configs
@@ -651,24 +657,24 @@ def test_checkpoint_folders(tmp_path):
         save_file({k: state[k].to(torch.bfloat16) for k in keys}, folder / name)
     index = {"weight_map": {k: name for name, keys in shards.items() for k in keys}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    model = lm.load_model(folder, vision=official["tiny_vision_config"], im_start_id=318)
+    model = weights.load_model(folder, vision=official["tiny_vision_config"], im_start_id=318)
     assert model.config == dataclasses.replace(config, eos_ids=(319,))
     expected = from_official({k: v.bfloat16().float() for k, v in state.items()}, config)
     assert all(torch.equal(v, expected[k]) for k, v in model.state_dict().items())
     assert not model.vision.ln_post.weight.requires_grad and model.llm.norm.weight.requires_grad
-    lm.save_model(model, tmp_path / "ours")
-    again = lm.load_model(tmp_path / "ours")
+    weights.save_model(model, tmp_path / "ours")
+    again = weights.load_model(tmp_path / "ours")
     assert again.config == model.config
     assert all(torch.equal(v, expected[k]) for k, v in again.state_dict().items())
     (folder / "model-2.safetensors").unlink()
     with pytest.raises(ValueError, match="model-2.safetensors does not exist"):
-        lm.load_model(folder, vision=official["tiny_vision_config"])
+        weights.load_model(folder, vision=official["tiny_vision_config"])
     values = json.loads((tmp_path / "ours" / "config.json").read_text())
     (tmp_path / "ours" / "config.json").write_text(json.dumps({**values, "num_layers": 7}))
     with pytest.raises(ValueError, match="missing: llm.layers.6"):
-        lm.load_model(tmp_path / "ours")
+        weights.load_model(tmp_path / "ours")
     with pytest.raises(ValueError, match="no config.json"):
-        lm.load_model(tmp_path)
+        weights.load_model(tmp_path)
 
 
 def test_config_from_official():
@@ -746,23 +752,23 @@ def test_chats():
     golden, tokenizer = read("chat/chat_goldens.json"), golden_tokenizer()
     encoded = {}
     for case in golden["training"]:
-        ids, labels = lm.encode_chat(case["conversations"], tokenizer, case["template"], has_image=case["has_image"])
+        ids, labels = chat.encode_chat(case["conversations"], tokenizer, case["template"], has_image=case["has_image"])
         assert (ids, labels) == (case["input_ids"], case["labels"]), case["name"]
         encoded[case["name"]] = ids, labels
-    batch = lm.collate_chat([encoded[name] for name in golden["collator"]["rows"]], pad_id=452)
+    batch = chat.collate_chat([encoded[name] for name in golden["collator"]["rows"]], pad_id=452)
     assert {k: v.tolist() for k, v in batch.items()} == {k: golden["collator"][k] for k in batch}
-    assert lm.collate_chat([encoded["image_single"]], max_length=9)["input_ids"].shape == (1, 9)
+    assert chat.collate_chat([encoded["image_single"]], max_length=9)["input_ids"].shape == (1, 9)
     for case in golden["eval_prompts"]:
-        assert lm.encode_prompt(case["turns"], tokenizer) == case["input_ids"], case["name"]
+        assert chat.encode_prompt(case["turns"], tokenizer) == case["input_ids"], case["name"]
     two = next(case for case in golden["eval_prompts"] if "two_images" in case["name"])
-    assert lm.encode_prompt([two["turns"][0].partition("\n")[2]], tokenizer, num_images=2) == two["input_ids"]
+    assert chat.encode_prompt([two["turns"][0].partition("\n")[2]], tokenizer, num_images=2) == two["input_ids"]
 
 
 def test_strict_labels_are_the_assistant_turns():
     tokenizer = golden_tokenizer()
     conversation = [{"from": "human", "value": "<image>\nWhat\nis shown?"}, {"from": "gpt", "value": "Two dogs."},
                     {"from": "human", "value": "Where?"}, {"from": "gpt", "value": "On\nthe field."}]
-    ids, labels = lm.encode_chat(conversation, tokenizer, strict_labels=True)
+    ids, labels = chat.encode_chat(conversation, tokenizer, strict_labels=True)
     shown = tokenizer.decode([x for x in labels if x != -100], skip_special_tokens=False)
     assert shown == "".join(f"<|im_start|>assistant\n{text}<|im_end|>\n" for text in ("Two dogs.", "On\nthe field."))
     assert all(label in (-100, token) for token, label in zip(ids, labels))
@@ -777,8 +783,8 @@ def test_chat_errors():
             ([human, {"from": "gpt"}], "qwen_1_5", "turn 1"),
             ([{"from": "human", "value": "no tag"}, gpt], "plain", "style plain")):
         with pytest.raises(ValueError, match=message):
-            lm.encode_chat(conversation, tokenizer, style)
+            chat.encode_chat(conversation, tokenizer, style)
     with pytest.raises(ValueError, match="odd, not 2"):
-        lm.encode_prompt(["a", "b"], tokenizer)
+        chat.encode_prompt(["a", "b"], tokenizer)
     with pytest.raises(ValueError, match="lacks <|im_start|>"):
-        lm.encode_prompt(["a"], tokenizers.Tokenizer(tokenizers.models.BPE()))
+        chat.encode_prompt(["a"], tokenizers.Tokenizer(tokenizers.models.BPE()))

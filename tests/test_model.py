@@ -11,19 +11,10 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import manager
-import model as model_module
+import model
+from model import ManagerTower, ManagerTowerConfig
+from weights import from_official, load_model, load_unimodal, read_safetensors, resize_position_embedding, save_model, to_official
 from manager import AdaptiveManager, StaticManager, standardize
-from model import (
-    ManagerTower,
-    ManagerTowerConfig,
-    from_official,
-    load_model,
-    load_unimodal,
-    read_safetensors,
-    resize_position_embedding,
-    save_model,
-    to_official,
-)
 
 MT = GOLDEN / "manager_tower"
 SMALL_SET = GOLDEN == ROOT / "tests" / "golden"  # leaves large tensors and some cases out

@@ -17,9 +17,13 @@ from test_model import golden, golden_config, golden_state, present
 from torch import nn
 
 import prepare
-from data import load_image, train_tokenizer
-from model import ManagerTower, ManagerTowerConfig, load_model, load_unimodal, to_official
-from prepare import answer_score, infer_config, main, normalize_answer
+import weights
+from images import load_image
+from metrics import answer_score, normalize_answer
+from model import ManagerTower, ManagerTowerConfig
+from prepare import main
+from tokenizer import train_tokenizer
+from weights import infer_config, load_model, load_unimodal, to_official
 
 MT = GOLDEN / "manager_tower"
 
@@ -372,7 +376,7 @@ def test_a_pickle_is_read_without_executing_anything(tmp_path):
              "strided": base[::3],
              "parameter": nn.Parameter(torch.randn(2, 2)), "bool": torch.tensor([True, False])}
     lightning_checkpoint(tmp_path / "x.ckpt", state, {"num_heads": 4}, Evil(mark))
-    read, settings = prepare.read_weights(tmp_path / "x.ckpt")
+    read, settings = weights.read_weights(tmp_path / "x.ckpt")
     assert not mark.exists() and settings == {"num_heads": 4} and set(read) == set(state)
     for key, tensor in state.items():
         assert read[key].dtype == tensor.dtype and torch.equal(read[key], tensor) and read[key].is_contiguous(), key
@@ -393,7 +397,7 @@ def test_no_opcode_calls_anything(tmp_path, monkeypatch, content):
     monkeypatch.chdir(tmp_path)
     raw_pickle(tmp_path / "x.pt", content)
     with pytest.raises(ValueError, match="x.pt"):
-        prepare.prepare_weights(tmp_path / "x.pt", tmp_path / "out")
+        weights.convert_weights(tmp_path / "x.pt", tmp_path / "out")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["x.pt"]
 
 
@@ -401,20 +405,20 @@ def test_broken_files_are_named(tmp_path):
     state = {"a": torch.randn(100)}
     torch.save(state, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
     with pytest.raises(ValueError, match="before PyTorch 1.6"):
-        prepare.read_weights(tmp_path / "old.pt")
+        weights.read_weights(tmp_path / "old.pt")
     raw_pickle(tmp_path / "cut.pt", pickle.dumps({"a": 1}, 2)[:-3])
     with pytest.raises(ValueError, match="cut.pt is not a readable PyTorch file"):
-        prepare.read_weights(tmp_path / "cut.pt")
+        weights.read_weights(tmp_path / "cut.pt")
     torch.save(state, tmp_path / "good.pt")
     with zipfile.ZipFile(tmp_path / "good.pt") as good, zipfile.ZipFile(tmp_path / "short.pt", "w") as short:
         for name in good.namelist():
             short.writestr(name, good.read(name)[:-8] if "/data/" in name else good.read(name))
     with pytest.raises(ValueError, match="tensor 'a' cannot be read"):
-        prepare.read_weights(tmp_path / "short.pt")
+        weights.read_weights(tmp_path / "short.pt")
     with pytest.raises(ValueError, match="is no ManagerTower"):
-        prepare.prepare_weights(tmp_path / "good.pt", tmp_path / "out")
+        weights.convert_weights(tmp_path / "good.pt", tmp_path / "out")
     with pytest.raises(ValueError, match="does not exist"):
-        prepare.prepare_weights(tmp_path / "none.pt", tmp_path / "out")
+        weights.convert_weights(tmp_path / "none.pt", tmp_path / "out")
 
 
 @pytest.mark.parametrize("name", present("main.mt_aaue_vector", "main.mt_saue_scalar", "main.bt", "main.meter",

@@ -21,9 +21,18 @@ from test_model import MT, check_gradients, close, golden, golden_model, meta, p
 from torch.nn import functional as F
 
 import data
+import images
+import loop
+import objectives
+import scenes
+import tokenizer
 import train
-from model import ManagerTower, ManagerTowerConfig, to_official
-from train import TrainConfig, World, contrastive_logits, itc_loss, lr_multiplier, negative_weights, param_groups
+from loop import lr_multiplier, param_groups
+from model import ManagerTower, ManagerTowerConfig
+from objectives import contrastive_logits, itc_loss, negative_weights
+from train import TrainConfig
+from weights import to_official
+from world import World
 
 SMALL = ("--image_size 16 --patch_size 8 --vision_width 16 --vision_layers 2 --vision_heads 2 --text_width 16 "
          "--text_layers 2 --text_heads 2 --text_mlp_width 32 --hidden_size 16 --num_heads 2 --num_layers 2 "
@@ -36,7 +45,7 @@ def small(tmp_path_factory):
     """Flags of a small run on real files: 112 scenes for 14 steps of 8, and 8 that are held out."""
     folder = tmp_path_factory.mktemp("pictures")
     for split, name, size in (("train", "train", 112), ("val", "heldout", 8)):
-        source, rows = data.demo_source("captions", name, size, image_size=16), []
+        source, rows = scenes.demo_source("captions", name, size, image_size=16), []
         for i, row in enumerate(source.texts()):
             source.images(i)[0].save(folder / f"{split}{i}.png")
             rows.append({"image": f"{split}{i}.png", "captions": [row["text"]]})
@@ -87,7 +96,7 @@ def test_contrastive_objectives(name, monkeypatch):
         weights = torch.cat([negative_weights(logits, same), negative_weights(logits_t, same)])
         close(weights, out["multinomial_weights"], 1e-5)
         monkeypatch.setattr(train, "draw_negatives", lambda weights, generator: out["multinomial_choices"])
-        itm, labels = train.hard_negative_itm(model, text, image, inputs["text_masks"], (logits, logits_t), same, rows_)
+        itm, labels = objectives.hard_negative_itm(model, text, image, inputs["text_masks"], (logits, logits_t), same, rows_)
         close(itm, out["itm_logits"], 2e-5)
         assert torch.equal(labels, out["itm_labels"])
         close(F.cross_entropy(itm, labels), out["itm_loss"], 1e-5)
@@ -134,7 +143,7 @@ def test_pretraining_task_is_the_sum_of_the_official_losses():
     mlm = F.cross_entropy(model.heads["mlm"](model(pixels, ids, mask).text).flatten(0, 1), labels.flatten())
     itm = F.cross_entropy(model.heads["itm"](model(batch["itm_pixels"], ids, mask).pooled), match)
     for share in (False, True):
-        task = train.Pretraining(model, ("mlm", "itm"), share_images=share)
+        task = objectives.Pretraining(model, ("mlm", "itm"), share_images=share)
         counts, sums = task.counts(batch), task(batch)
         close(sums["mlm"] / counts["mlm"], mlm, 1e-5)
         close(sums["itm"] / counts["itm"], itm, 1e-5)  # the partners of 1 and 2 are 0 and 3
@@ -182,7 +191,7 @@ def test_gradients_are_clipped_to_their_norm():
     for clip, change in ((0.0, 8.0), (0.5, 0.5), (9.0, 8.0)):
         before = layer.weight.item()
         layer(torch.tensor([[8.0]])).sum().backward()
-        assert train.apply_gradients(layer, optimizer, scaler, TrainConfig(grad_clip=clip)) == 8
+        assert loop.apply_gradients(layer, optimizer, scaler, TrainConfig(grad_clip=clip)) == 8
         assert before - layer.weight.item() == pytest.approx(change, rel=1e-4) and layer.weight.grad is None
 
 
@@ -192,9 +201,9 @@ def test_five_optimizer_steps():
     model, (inputs, out) = golden_model(name), golden(name)
     run = TrainConfig(learning_rate=2e-4, weight_decay=0.06, lr_mult_head=50.0, lr_mult_cross_modal=5.0, max_steps=10,
                       warmup=0.2)
-    optimizer = train.make_optimizer(param_groups(model, run), run, torch.device("cpu"))
+    optimizer = loop.make_optimizer(param_groups(model, run), run, torch.device("cpu"))
     for step in range(5):
-        train.set_learning_rate(optimizer, run, step)
+        loop.set_learning_rate(optimizer, run, step)
         rates, theirs = {g["lr"] for g in optimizer.param_groups}, set(j["group_lrs_at_each_step"][step])
         assert sorted(rates) == pytest.approx(sorted(theirs))
         logits = model.heads["vqa"](model(inputs["image"], inputs["text_ids"], inputs["text_masks"]).pooled)
@@ -222,18 +231,18 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 def first_gradients(world, objectives, micro, dtype):
     """Losses and gradients of a tiny model at the first step of 8 rows."""
     run = TrainConfig(batch_size=8, micro_batch_size=micro, objectives=objectives, max_steps=2)
-    tokenizer = data.train_tokenizer(["a small red circle is left of a large blue square"] * 3, 400)
+    tokenizer = tokenizer.train_tokenizer(["a small red circle is left of a large blue square"] * 3, 400)
     config = ManagerTowerConfig.tiny(heads=objectives, manager_noise=False, vocab_size=tokenizer.vocab_size,
                                      image_size=16, patch_size=8)
     torch.manual_seed(0)
-    task = train.Pretraining(ManagerTower(config).to(dtype), objectives)
-    dataset = data.PretrainDataset(data.demo_source("captions", "train", 64, image_size=16), tokenizer,
-                                   data.image_transform("clip", 16, True), 16, batch_size=run.batch_size)
-    batches = list(train.make_loader(dataset, run, world, 0))[: 8 // micro // world.size]
+    task = objectives.Pretraining(ManagerTower(config).to(dtype), objectives)
+    dataset = data.PretrainDataset(scenes.demo_source("captions", "train", 64, image_size=16), tokenizer,
+                                   images.image_transform("clip", 16, True), 16, batch_size=run.batch_size)
+    batches = list(loop.make_loader(dataset, run, world, 0))[: 8 // micro // world.size]
     for batch in batches:
         batch.update({k: v.to(dtype) for k, v in batch.items() if k.endswith("pixels")})
     off = torch.amp.GradScaler("cpu", enabled=False)
-    means = train.train_step(task, train.wrap(task, run, world), batches, 0, run, world, off)
+    means = loop.train_step(task, loop.wrap(task, run, world), batches, 0, run, world, off)
     return means, {n: p.grad for n, p in task.model.named_parameters() if p.grad is not None}
 
 
@@ -337,7 +346,7 @@ class Terminate:
 def test_sigterm_saves_and_the_run_goes_on(small, tmp_path, capsys, monkeypatch):
     flags = [*small, "--max_steps", "6", "--out_dir", str(tmp_path)]
     with monkeypatch.context() as patch:
-        original = train.fit
+        original = loop.fit
         patch.setattr(train, "fit", lambda run, task, rows, *args: original(run, task, Terminate(rows), *args))
         run(flags)
     assert "SIGTERM: saved step 3" in capsys.readouterr().out

@@ -15,12 +15,18 @@ from safetensors.torch import load_file
 from test_llava import LOV, golden_inputs, golden_model, read
 from test_train import free_port, rows
 
+import chat
 import data
-import llava_manager as lm
+import files
+import llava_manager
+import loop
+import multigrid
+import tokenizer
 import train
 import train_llava
-from train import World
+import weights
 from train_llava import LLAVA_RECIPES
+from world import World
 
 TINY = {"image_size": 16, "patch_size": 8, "vision_width": 16, "vision_layers": 3, "vision_heads": 2,
         "vision_mlp_width": 32, "hidden_size": 32, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "mlp_width": 32,
@@ -32,19 +38,19 @@ TAGS = "", "<image>\n", "<image> <image>\n"
 
 
 def tokenizer():
-    return data.load_tokenizer(LOV / "chat")
+    return tokenizer.load_tokenizer(LOV / "chat")
 
 
 def tiny_model(**fields):
     torch.manual_seed(0)
-    model = lm.LlavaManager(lm.LlavaManagerConfig.tiny(**{**TINY, "vocab_size": tokenizer().vocab_size, **fields}))
+    model = llava_manager.LlavaManager(llava_manager.LlavaManagerConfig.tiny(**{**TINY, "vocab_size": tokenizer().vocab_size, **fields}))
     for manager in model.managers:
         torch.nn.init.normal_(manager.scores, std=0.5)
     return model
 
 
 def save_start(folder, **fields):
-    lm.save_model(tiny_model(aspect="square", merge="flat", **fields), folder)
+    weights.save_model(tiny_model(aspect="square", merge="flat", **fields), folder)
     tokenizer().save(folder)
     return folder
 
@@ -83,7 +89,7 @@ def official_rates(model, run):
     names, rates = {id(p): name for name, p in model.named_parameters()}, {}
     for group in train_llava.llava_groups(model, run):
         for parameter in group["params"]:
-            for name in lm.to_official({names[id(parameter)]: parameter}, model.config):
+            for name in weights.to_official({names[id(parameter)]: parameter}, model.config):
                 assert name not in rates
                 rates[name] = [group["peak_lr"], group["weight_decay"]]
     return rates
@@ -92,7 +98,7 @@ def official_rates(model, run):
 def full_size(recipe, monkeypatch, **fields):
     """The 0.5B model, on the meta device, as `recipe` trains it."""
     with torch.device("meta"):
-        start = lm.LlavaManager(lm.LlavaManagerConfig.base(**fields))
+        start = llava_manager.LlavaManager(llava_manager.LlavaManagerConfig.base(**fields))
     monkeypatch.setattr(lm, "load_model", lambda folder: start)
     run, own = LLAVA_RECIPES[recipe]
     return train_llava.make_llava(dataclasses.replace(run, init="start"), own, tokenizer())
@@ -130,7 +136,7 @@ def test_schedule_equals_the_official_one():
         run = dataclasses.replace(LLAVA_RECIPES["llava_stage2"][0], max_steps=int(steps))
         optimizer = torch.optim.SGD([{"params": [torch.zeros(1)], "peak_lr": 3.0}])
         for step, factor in golden["lr_factor_by_step"].items():
-            train.set_learning_rate(optimizer, run, int(step))
+            loop.set_learning_rate(optimizer, run, int(step))
             assert optimizer.param_groups[0]["lr"] == pytest.approx(3 * factor, abs=1e-12)
 
 
@@ -144,7 +150,7 @@ def test_loss_equals_the_official_one(case):
 
 
 def test_stages_prepare_images_as_the_paper():
-    one, middle, two = (lm.LlavaManagerConfig.base(**LLAVA_RECIPES[f"llava_stage{s}"][1]) for s in ("1", "1_5", "2"))
+    one, middle, two = (llava_manager.LlavaManagerConfig.base(**LLAVA_RECIPES[f"llava_stage{s}"][1]) for s in ("1", "1_5", "2"))
     assert (one.aspect, one.merge, one.max_length) == ("square", "flat", 8192)
     assert (middle.aspect, middle.merge, middle.max_length) == ("anyres", "spatial_unpad", 16384)
     assert [list(size) for size in middle.grid_pinpoints] == read("preprocess/real_size_grids.json")["pins_anyres"]
@@ -157,7 +163,7 @@ def test_stages_prepare_images_as_the_paper():
 
 def chat_dataset(folder, path="chat.json", **kwargs):
     source = data.open_chat(folder / path)
-    return train_llava.ChatDataset(source, range(len(source)), tiny_model().config, tokenizer=tokenizer(), **kwargs)
+    return data.ChatDataset(source, range(len(source)), tiny_model().config, tokenizer=tokenizer(), **kwargs)
 
 
 def test_rows_are_encoded_as_stage_and_images_say(files):
@@ -166,13 +172,13 @@ def test_rows_are_encoded_as_stage_and_images_say(files):
     assert len(dataset[1]["images"][0].pixels) > 1  # a grid
     assert [len(image.pixels) for image in dataset[2]["images"]] == [1, 1]  # several images: padded, one tile each
     for i in range(3):
-        expected = lm.encode_chat(turns(f"{TAGS[i]}what is {i}?", i), tokenizer(), has_image=i > 0)
+        expected = chat.encode_chat(turns(f"{TAGS[i]}what is {i}?", i), tokenizer(), has_image=i > 0)
         assert dataset[i]["tokens"] == expected
     plain = chat_dataset(files, "captions.json", plain=7)
-    assert plain[0, 6, 1]["tokens"][0] == [lm.IMAGE_TOKEN, *tokenizer().encode("a picture of it\n")]
-    assert plain[0, 7, 1]["tokens"] == lm.encode_chat(turns("<image>\nDescribe.", 1), tokenizer())
+    assert plain[0, 6, 1]["tokens"][0] == [chat.IMAGE_TOKEN, *tokenizer().encode("a picture of it\n")]
+    assert plain[0, 7, 1]["tokens"] == chat.encode_chat(turns("<image>\nDescribe.", 1), tokenizer())
     strict, loose = chat_dataset(files, strict_labels=True)[1]["tokens"], dataset[1]["tokens"]
-    assert strict[0] == loose[0] and strict[1].count(lm.IGNORE) > loose[1].count(lm.IGNORE)
+    assert strict[0] == loose[0] and strict[1].count(chat.IGNORE) > loose[1].count(chat.IGNORE)
 
 
 def test_images_that_do_not_fit_the_turns_raise(tmp_path):
@@ -180,9 +186,9 @@ def test_images_that_do_not_fit_the_turns_raise(tmp_path):
     chat = [{"from": "gpt", "value": "<image> hello"}, *turns("hi", 0)]  # a leading gpt turn is not trained on
     rows_ = [{"image": "a.png", "conversations": chat}, {"conversations": chat[1:]}]
     (tmp_path / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows_))
-    with pytest.raises(data.BadSample, match=r"chat.jsonl, line 1: 1 images, but 0 <image> in the turns"):
+    with pytest.raises(files.BadSample, match=r"chat.jsonl, line 1: 1 images, but 0 <image> in the turns"):
         chat_dataset(tmp_path, "chat.jsonl")[0]
-    with pytest.raises(data.BadSample, match=r"chat.jsonl, line 2: style plain needs"):
+    with pytest.raises(files.BadSample, match=r"chat.jsonl, line 2: style plain needs"):
         chat_dataset(tmp_path, "chat.jsonl", plain=2)[1]
     assert chat_dataset(tmp_path, "chat.jsonl", on_bad_sample="skip")[0]["images"] == []  # the next row
 
@@ -192,7 +198,7 @@ def test_batches_are_of_one_modality(files):
     dataset.lengths = [row["length"] for row in dataset.source.texts()]
     run = dataclasses.replace(LLAVA_RECIPES["llava_stage2"][0], batch_size=2, micro_batch_size=1, max_steps=5,
                               num_workers=0)
-    batches = list(train.make_loader(dataset, run, World("cpu"), 0, train_llava.collate))
+    batches = list(loop.make_loader(dataset, run, World("cpu"), 0, data.collate_conversations))
     kinds = [[bool(batch["images"]) for batch in batches[i : i + 2]] for i in range(0, 10, 2)]
     # of 6 rows with pictures and 4 without, the last 2 of each kind come mixed at the end
     assert all(a == b for a, b in kinds[:3]) and sum(map(sum, kinds)) == 6
@@ -203,12 +209,12 @@ def test_too_long_rows_are_cut_not_dropped(files):
     dataset, model = chat_dataset(files), tiny_model(max_length=25)
     for i in range(3):
         item, (ids, labels) = dataset[i], dataset[i]["tokens"]
-        sizes = iter([lm.count_image_tokens(len(image.pixels), image.size, model.config) for image in item["images"]])
+        sizes = iter([multigrid.count_image_tokens(len(image.pixels), image.size, model.config) for image in item["images"]])
         spliced = [x for token, label in zip(ids, labels)
-                   for x in ([label] if token != lm.IMAGE_TOKEN else [lm.IGNORE] * next(sizes))]
-        task, batch = train_llava.Chat(model), train_llava.collate([item])
+                   for x in ([label] if token != chat.IMAGE_TOKEN else [chat.IGNORE] * next(sizes))]
+        task, batch = train_llava.Chat(model), data.collate_conversations([item])
         assert len(spliced) > 25 and task(batch)["lm"].isfinite()
-        assert task.counts(batch)["lm"] == sum(label != lm.IGNORE for label in spliced[1:25])
+        assert task.counts(batch)["lm"] == sum(label != chat.IGNORE for label in spliced[1:25])
 
 
 # ---------------------------------------------------------------- processes
@@ -223,9 +229,9 @@ def first_gradients(rank, world_size, port, files, micro, out):
     world, task, dataset = World("cpu"), train_llava.Chat(tiny_model().double()), chat_dataset(files)
     run = dataclasses.replace(LLAVA_RECIPES["llava_stage2"][0], batch_size=4, micro_batch_size=micro, max_steps=1,
                               num_workers=0, seed=1)
-    batches = list(train.make_loader(dataset, run, world, 0, train_llava.collate))
+    batches = list(loop.make_loader(dataset, run, world, 0, data.collate_conversations))
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    losses = train.train_step(task.train(), train.wrap(task, run, world), batches, 0, run, world, scaler)
+    losses = loop.train_step(task.train(), loop.wrap(task, run, world), batches, 0, run, world, scaler)
     if rank == 0:
         gradients = {name: p.grad for name, p in task.model.named_parameters() if p.grad is not None}
         torch.save({"losses": losses, **gradients}, out)
@@ -279,16 +285,16 @@ def test_three_stages(files, tmp_path):
 def test_resumed_equals_uninterrupted(files, tmp_path, monkeypatch):
     flags = ("--init", files / "start", "--max_steps", 5, "--save_every", 2)
     run_main("llava_stage2", files, tmp_path / "whole", *flags)
-    save = train.Checkpoint.save
+    save = loop.Checkpoint.save
 
     def save_and_die(self, *args):
         save(self, *args)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train.Checkpoint, "save", save_and_die)
+    monkeypatch.setattr(loop.Checkpoint, "save", save_and_die)
     with pytest.raises(KeyboardInterrupt):
         run_main("llava_stage2", files, tmp_path / "killed", *flags)
-    monkeypatch.setattr(train.Checkpoint, "save", save)
+    monkeypatch.setattr(loop.Checkpoint, "save", save)
     run_main("llava_stage2", files, tmp_path / "killed", *flags)
     whole, killed = weights(tmp_path / "whole"), weights(tmp_path / "killed")
     assert all(torch.equal(whole[name], killed[name]) for name in whole)
@@ -335,7 +341,7 @@ def run_demo(out, *flags):
 
 
 def test_demo_goes_from_captions_to_conversations(tmp_path, monkeypatch):
-    styles, encode = [], lm.encode_chat
+    styles, encode = [], chat.encode_chat
     monkeypatch.setattr(lm, "encode_chat", lambda chat, tokenizer, style, *args, **kwargs: (
         styles.append(style) or encode(chat, tokenizer, style, *args, **kwargs)))
     run_demo(tmp_path, "--max_steps", 4, "--manager_type", "none")
@@ -343,7 +349,7 @@ def test_demo_goes_from_captions_to_conversations(tmp_path, monkeypatch):
     assert 0 < captions < 16 and styles == ["plain"] * captions + ["qwen_1_5"] * (16 - captions)
     known = rows(tmp_path, "baselines")[0]["baselines"]
     assert 0.3 < known["text_only"]["accuracy"] < 0.55 and known["untrained"]["accuracy"] < 0.3
-    assert rows(tmp_path, "eval")[-1]["step"] == 4 and lm.load_model(tmp_path).config.manager_type is None
+    assert rows(tmp_path, "eval")[-1]["step"] == 4 and weights.load_model(tmp_path).config.manager_type is None
 
 
 def test_accuracy_counts_exact_answers():

@@ -1,0 +1,311 @@
+"""The fields of configs: their type, their range and their help; one checker and one command line for all scripts.
+
+A config is a dataclass. Each of its fields is declared once, with everything that is to be known about it:
+
+    batch_size: int = option(64, "rows of an optimizer update, over all processes", least=1)
+
+`check_fields` tests the values of a config, wherever they came from (a flag, a config.json, Python), and `add_flags`
+makes a flag of every field, so that `-h` lists all of them with type, default and help.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import sys
+import types
+import typing
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+
+class FieldError(ValueError):
+    """A field's value is not allowed. The message begins with the name of the field."""
+
+
+class FlagError(ValueError):
+    """A command line that cannot be read: an unknown flag, a value of another type, a flag that is missing."""
+
+
+def option(
+    default: Any = dataclasses.MISSING,
+    help: str = "",
+    *,
+    least: float | None = None,
+    most: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    choices: Sequence[str] = (),
+    flag: bool = True,
+) -> Any:
+    """A field of a config. Without a default it has to be given.
+
+    least, most: the range of a number, ends included; above, below: without the ends; choices: the texts that are
+    allowed (in a tuple: each of its items); flag=False: the field follows from others, so it is no flag.
+    """
+    metadata = {
+        "help": help,
+        "least": least,
+        "most": most,
+        "above": above,
+        "below": below,
+        "choices": tuple(choices),
+        "flag": flag,
+    }
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+# ---------------------------------------------------------------- the checker
+NUMBERS = {int: "a whole number", float: "a finite number"}
+TYPE_NAMES = {bool: "true or false", str: "a text", **NUMBERS}
+
+
+def field_types(config_class: type) -> dict[str, Any]:
+    """The declared type of each field: int, float, bool, str, `str | None`, `tuple[int, ...]`, `list[str]` ..."""
+    hints = typing.get_type_hints(config_class)
+    return {field.name: hints[field.name] for field in dataclasses.fields(config_class)}
+
+
+def item_type(declared: Any) -> Any:
+    """`int` of `tuple[int, ...]`, `str` of `list[str]`; None for a type that is no list."""
+    if typing.get_origin(declared) in (tuple, list):
+        return typing.get_args(declared)[0]
+    return None
+
+
+def may_be_none(declared: Any) -> bool:
+    return isinstance(declared, types.UnionType) and type(None) in typing.get_args(declared)
+
+
+def is_of_type(value: Any, declared: Any) -> bool:
+    """Whether a value has exactly this simple type. A bool is no number; a float is finite, and may be given as an int."""
+    if declared is float:
+        return type(value) in (int, float) and math.isfinite(value)
+    return type(value) is declared
+
+
+def in_range(value: float, rule: dict) -> bool:
+    """Whether a number lies in the range of its field."""
+    if rule["least"] is not None and not value >= rule["least"]:
+        return False
+    if rule["most"] is not None and not value <= rule["most"]:
+        return False
+    if rule["above"] is not None and not value > rule["above"]:
+        return False
+    return rule["below"] is None or value < rule["below"]
+
+
+def describe_rule(declared: Any, rule: dict) -> str:
+    """What is allowed, in words: "a whole number from 1 on", "one of linear, cosine"."""
+    if rule["choices"]:
+        return f"one of {', '.join(rule['choices'])}"
+    parts = [TYPE_NAMES.get(declared, "another value")]
+    if rule["least"] is not None:
+        parts.append(f"from {rule['least']:g} on" if rule["most"] is None else f"from {rule['least']:g}")
+    if rule["above"] is not None:
+        parts.append(f"above {rule['above']:g}")
+    if rule["most"] is not None:
+        parts.append(f"to {rule['most']:g}" if rule["least"] is not None else f"up to {rule['most']:g}")
+    if rule["below"] is not None:
+        parts.append(f"and below {rule['below']:g}" if len(parts) > 1 else f"below {rule['below']:g}")
+    return " ".join(parts)
+
+
+def check_value(name: str, value: Any, declared: Any, rule: dict) -> None:
+    """Raises FieldError unless the value of a simple type is allowed."""
+    allowed = is_of_type(value, declared)
+    if allowed and declared in NUMBERS:
+        allowed = in_range(value, rule)
+    if allowed and rule["choices"]:
+        allowed = value in rule["choices"]
+    if not allowed:
+        raise FieldError(f"{name} is {value!r:.80}; it must be {describe_rule(declared, rule)}")
+
+
+def check_fields(config: Any) -> None:
+    """Test every field of a config that was declared with `option`: type, range, choices. Raises FieldError.
+
+    A field of another type than those in `field_types` is left to the config itself.
+    """
+    declared_types = field_types(type(config))
+    for field in dataclasses.fields(config):
+        if "choices" not in field.metadata:
+            continue
+        value = getattr(config, field.name)
+        declared = declared_types[field.name]
+        if may_be_none(declared):
+            if value is None:
+                continue
+            declared = typing.get_args(declared)[0]
+        if declared in TYPE_NAMES:
+            check_value(field.name, value, declared, field.metadata)
+        elif item_type(declared) in TYPE_NAMES:
+            if not isinstance(value, tuple | list):
+                raise FieldError(f"{field.name} is {value!r:.80}; it must be a list")
+            for item in value:
+                check_value(field.name, item, item_type(declared), field.metadata)
+
+
+# ---------------------------------------------------------------- the command line
+class Parser(argparse.ArgumentParser):
+    """argparse with errors of one sentence, and with a help page that only the first of several processes prints."""
+
+    def error(self, message: str) -> NoReturn:
+        raise FlagError(f"{message}; `python {self.prog} -h` lists all flags")
+
+
+def parse_bool(text: str) -> bool:
+    values = {"true": True, "1": True, "false": False, "0": False}
+    if text.lower() not in values:
+        raise argparse.ArgumentTypeError(f"{text!r} is not true or false")
+    return values[text.lower()]
+
+
+def parse_optional(text: str) -> str | None:
+    return None if text.lower() == "none" else text
+
+
+def parse_texts(text: str) -> tuple[str, ...]:
+    return tuple(text.split(","))
+
+
+def parse_integers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list like 1,2,3") from None
+
+
+def parse_text_or_json(text: str) -> Any:
+    """A text, or what begins with [ as JSON: --grid_pinpoints."""
+    if not text.startswith("["):
+        return text
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not JSON: {error}") from None
+
+
+PARSERS: dict[Any, tuple[Any, str]] = {  # declared type -> how to read a flag, and its name in the help
+    int: (int, "INT"),
+    float: (float, "FLOAT"),
+    str: (str, "TEXT"),
+    bool: (parse_bool, "BOOL"),
+    str | None: (parse_optional, "TEXT"),
+    tuple[str, ...]: (parse_texts, "A,B,..."),
+    tuple[int, ...]: (parse_integers, "1,2,..."),
+    tuple | str: (parse_text_or_json, "TEXT"),
+    list[str]: (str, "TEXT"),
+}
+
+
+def show_default(value: Any) -> str:
+    """A default as it would be typed."""
+    if isinstance(value, tuple):
+        return ",".join(str(item) for item in value)
+    if value == "" or value == []:
+        return "none"
+    return str(value)
+
+
+def add_flags(
+    parser: argparse.ArgumentParser,
+    config_class: type,
+    defaults: dict[str, Any] | None = None,
+    skip: Collection[str] = (),
+) -> None:
+    """A flag for each field of a config class. defaults: what the help page shows instead of the fields' own.
+
+    A flag that is not given leaves no trace in the parser's result.
+    """
+    declared_types = field_types(config_class)
+    for field in dataclasses.fields(config_class):
+        if field.name in skip or not field.metadata.get("flag", True):
+            continue
+        declared = declared_types[field.name]
+        reader, metavar = PARSERS[declared]
+        default = (defaults or {}).get(field.name, field.default)
+        help_text = field.metadata.get("help", "")
+        if field.metadata.get("choices"):
+            help_text += f"; {'some' if item_type(declared) else 'one'} of {', '.join(field.metadata['choices'])}"
+        if default is not dataclasses.MISSING:
+            help_text += f" [{show_default(default)}]"
+        settings: dict[str, Any] = {"type": reader, "metavar": metavar}
+        if declared is bool:
+            settings |= {"nargs": "?", "const": True}  # --compile alone means true
+        if declared == list[str]:
+            settings["action"] = "append"
+            help_text += "; may be repeated"
+        parser.add_argument(
+            f"--{field.name}",
+            default=argparse.SUPPRESS,
+            required=default is dataclasses.MISSING,
+            help=help_text.replace("%", "%%"),
+            **settings,
+        )
+
+
+def make_parser(description: str, command: str = "", add_help: bool = True) -> Parser:
+    """A parser of this script, or of one of its commands."""
+    script = Path(sys.argv[0]).name
+    prog = f"{script} {command}".strip()
+    return Parser(
+        prog=prog,
+        usage=f"{prog} [--FLAG VALUE ...]",
+        description=description,
+        allow_abbrev=False,
+        add_help=add_help,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def make_config(config_class: type, values: dict[str, Any]) -> Any:
+    """config_class(**values) from flags: an error names the flag."""
+    try:
+        return config_class(**values)
+    except FieldError as error:
+        raise FieldError(f"--{error}") from None
+
+
+def parse_flags(config_class: type, argv: list[str], description: str = "", command: str = "") -> Any:
+    """The command line of a script, or of one of its commands -> its config."""
+    parser = make_parser(description, command)
+    add_flags(parser, config_class)
+    return make_config(config_class, vars(parser.parse_args(argv)))
+
+
+def parse_recipe(argv: list[str], recipes: dict[str, tuple[Any, dict]], key: str) -> tuple[str, Any, dict]:
+    """The command line of a training script. --{key} names one of the recipes; the other flags override its values.
+
+    recipes: name -> (config of the run, fields of the model's config). Returns the recipe's name, the config of the
+    run, and the fields of the model that differ from its preset.
+    """
+    # first the recipe alone, for it decides which other flags there are
+    first = make_parser("", add_help=False)
+    first.add_argument(f"--{key}", choices=list(recipes), default=next(iter(recipes)))
+    name = getattr(first.parse_known_args(argv)[0], key)
+    run, model_fields = recipes[name]
+    architecture = run.architecture
+
+    parser = make_parser(
+        f"The flags of --{key} {name}, with their defaults in brackets. Other values of --{key}: "
+        f"{', '.join(other for other in recipes if other != name)}."
+    )
+    parser.add_argument(f"--{key}", metavar="NAME", default=name, help=f"which {key} [{name}]")
+    of_run = parser.add_argument_group("the run")
+    add_flags(of_run, type(run), {f.name: getattr(run, f.name) for f in dataclasses.fields(run)})
+    of_model = parser.add_argument_group("the model")
+    run_names = {field.name for field in dataclasses.fields(run)}
+    add_flags(of_model, architecture, run.model_defaults(model_fields), skip=run_names)
+
+    given = vars(parser.parse_args(argv))
+    del given[key]
+    run_values = {name: value for name, value in given.items() if name in run_names}
+    model_values = {name: value for name, value in given.items() if name not in run_names}
+    architecture.check_flags(model_values)
+    try:
+        run = dataclasses.replace(run, **run_values)
+    except FieldError as error:
+        raise FieldError(f"--{error}") from None
+    return name, run, {**model_fields, **model_values}

@@ -1,0 +1,212 @@
+"""Files: atomic writes, JSON and JSON Lines, the log of a run, archives, and the lock of a folder.
+
+A file is either the old one or the whole new one: it is written under a temporary name, flushed to the disk and
+renamed. What cannot be read is an error that names the file.
+"""
+
+import contextlib
+import functools
+import io
+import json
+import os
+import re
+import shutil
+import socket
+import tarfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+VERSION = "2.0"  # of the format of checkpoints and logs; it stands in config.json and in the first row of a log
+
+
+class BadSample(ValueError):
+    """A sample that cannot be used. The message names the file and the line."""
+
+
+# ---------------------------------------------------------------- writing
+def write_atomically(path: str | Path, write: Callable[[Path], Any]) -> None:
+    """write(temporary path), flush to the disk, rename. Raises OSError, also where a library says it otherwise."""
+    path = Path(path)
+    temporary = Path(f"{path}.tmp{os.getpid()}")
+    try:
+        write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (RuntimeError, SafetensorError) as error:  # what torch.save and save_file make of a full disk
+        free = shutil.disk_usage(path.parent).free / 2**20
+        first_line = str(error).splitlines()[0]
+        raise OSError(f"{first_line} ({free:.0f} MiB are free there)") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def remove_temporary_files(folder: Path, names: tuple[str, ...]) -> None:
+    """Remove what `write_atomically` left behind when its process died: NAME.tmp<digits> for exactly these names."""
+    if not folder.is_dir():
+        return
+    pattern = re.compile(rf"({'|'.join(re.escape(name) for name in names)})\.tmp\d+")
+    for path in folder.iterdir():
+        if pattern.fullmatch(path.name) and path.is_file():
+            path.unlink()
+
+
+def write_text(path: str | Path, text: str) -> None:
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_json_lines(path: str | Path, rows: list) -> None:
+    """One row a line."""
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def save_result(path: str | Path, write: Callable[[Path], Any]) -> None:
+    """Write what the user asked for, and say where it is. Raises ValueError if that fails."""
+    try:
+        write_atomically(path, write)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be written ({error})") from error
+    print(f"written: {path}")
+
+
+def save_json(path: str | Path, value: Any) -> None:
+    text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+    save_result(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def save_picture(path: str | Path, picture: Any) -> None:
+    """A Pillow image as PNG."""
+    save_result(path, lambda temporary: picture.save(temporary, "PNG"))
+
+
+# ---------------------------------------------------------------- reading
+@functools.lru_cache(maxsize=256)
+def open_once(path: str) -> io.BufferedReader:
+    """A file that stays open, as parts of it are read again and again."""
+    return open(path, "rb")  # noqa: SIM115
+
+
+def read_at(path: str, offset: int, size: int) -> bytes:
+    """A part of a file. It moves no file position, so that forked workers may share the handle."""
+    return os.pread(open_once(path).fileno(), size, offset)
+
+
+@functools.cache
+def tar_index(path: str) -> dict[str, tuple[int, int]]:
+    """Of each member of an uncompressed tar archive its (offset, size)."""
+    try:
+        with tarfile.open(path, "r:") as archive:
+            return {member.name: (member.offset_data, member.size) for member in archive if member.isfile()}
+    except tarfile.TarError as error:
+        raise BadSample(f"{path} is not an uncompressed tar archive: {error}") from None
+
+
+def read_bytes(path: str | Path) -> bytes:
+    """The content of a file, or of `archive.tar::member`. Raises BadSample if there is none."""
+    archive, _, member = str(path).partition("::")
+    if not os.path.isfile(archive):
+        raise BadSample(f"{path}: no such file or archive member")
+    if not member:
+        return Path(path).read_bytes()
+    if member not in tar_index(archive):
+        raise BadSample(f"{path}: no such file or archive member")
+    offset, size = tar_index(archive)[member]
+    return read_at(archive, offset, size)
+
+
+def parse_json(content: bytes, name: str) -> Any:
+    """JSON from a file called `name`; ValueError if it is none."""
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:  # broken JSON or UTF-8, or brackets in brackets without end
+        raise ValueError(f"{name} is not JSON: {error}") from None
+
+
+def read_json(path: str | Path, *kinds: type) -> Any:
+    """A JSON file that holds one of `kinds` (dict, list; none given: anything). Raises ValueError."""
+    value = parse_json(read_bytes(path), str(path))
+    if kinds and not isinstance(value, kinds):
+        wanted = " or ".join(kind.__name__ for kind in kinds)
+        raise ValueError(f"{path} must hold a {wanted}, found {value!r:.80}")
+    return value
+
+
+def read_json_lines(path: str | Path) -> list:
+    """The rows of a JSON Lines file; blank lines are left out. Raises ValueError with file and line."""
+    rows = []
+    for number, line in enumerate(read_bytes(path).split(b"\n"), 1):
+        if line.strip():
+            rows.append(parse_json(line, f"{path}, line {number},"))
+    return rows
+
+
+def read_log(path: Path) -> list[dict]:
+    """The rows of a run's log.jsonl, less a last one that a death cut short."""
+    rows = []
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
+        if line.endswith(b"\n") and line.strip():
+            rows.append(parse_json(line, f"{path}, line {number},"))
+    return rows
+
+
+# ---------------------------------------------------------------- one run a folder
+def is_alive(process_id: int) -> bool:
+    try:
+        os.kill(process_id, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True
+
+
+def lock_owner(file: Path) -> tuple[int, str] | None:
+    """(process id, host) in a lock file; None if there is none, or one that a death cut short."""
+    try:
+        owner = json.loads(file.read_text())
+        return int(owner["process"]), str(owner["host"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def take_lock(file: Path) -> None:
+    """Create the lock file of this process. One that a dead process of this host left is taken over.
+
+    Raises ValueError if a process that may be alive holds it.
+    """
+    host = socket.gethostname()
+    owner = lock_owner(file)
+    if owner is not None:
+        owner_process, owner_host = owner
+        is_dead = owner_host == host and (owner_process == os.getpid() or not is_alive(owner_process))
+        if not is_dead:
+            raise ValueError(
+                f"{file.parent} is in use by process {owner_process} on {owner_host}; choose another --out_dir, "
+                f"or, if that process is gone, remove {file}"
+            )
+    file.unlink(missing_ok=True)
+    try:
+        with open(file, "x") as lock:
+            json.dump({"process": os.getpid(), "host": host}, lock)
+    except FileExistsError:
+        raise ValueError(f"{file.parent} is in use by another process that has just started") from None
+
+
+@contextlib.contextmanager
+def folder_lock(folder: Path, needed: bool = True) -> Iterator[None]:
+    """Hold folder/run.lock; needed=False: this process leaves it to another one. ValueError if it is taken."""
+    file = folder / "run.lock"
+    if needed:
+        take_lock(file)
+    try:
+        yield
+    finally:
+        if needed:
+            file.unlink(missing_ok=True)

@@ -1,0 +1,640 @@
+"""The one training loop of the project: DDP, mixed precision, exact resume. Every training script uses it.
+
+Three rules make runs exact. All randomness is a function of (seed, step) and of the position in the global batch.
+Losses are means over the global batch, not means of means. `training_state.pt` is replaced atomically and is the only
+truth: after any death the same command goes on, and ends with the same bits (on the CPU).
+
+Read `fit` first, then `train_step` and `Checkpoint`.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import re
+import signal
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from data import BatchPlan, GlobalBatchSampler, collate, largest_divisor
+from fields import check_fields, option
+from files import VERSION, folder_lock, read_log, remove_temporary_files, write_atomically, write_text
+from tokenizer import Tokenizer, load_tokenizer
+from weights import save_folder
+from world import World, autocast, resolve_precision, seed_all, seed_of, to_device
+
+
+# ---------------------------------------------------------------- the config of a run
+@dataclass
+class RunConfig:
+    """What every training script has. Every field is a flag, and so is every field of the model's config."""
+
+    architecture: ClassVar[Any] = None  # the class of the model's config
+    # the fields that change the numbers of a run: only with the same ones it can be resumed
+    identity: ClassVar[tuple[str, ...]] = (
+        "max_steps",
+        "batch_size",
+        "learning_rate",
+        "weight_decay",
+        "beta2",
+        "warmup",
+        "schedule",
+        "grad_clip",
+        "seed",
+        "precision",
+    )
+
+    # data and weights
+    out_dir: str = option("out/demo", "folder of the run: checkpoint, log.jsonl, best/")
+    data_root: str = option("", "folder of manifests or .arrow files; none = the built-in scenes")
+    vision: str = option("", "pre-trained image encoder: a folder or .safetensors; none = random weights")
+    text: str = option("", "pre-trained text encoder or LLM: a folder or .safetensors; none = random weights")
+    tokenizer: str = option("", "a folder or file; none = the one beside the weights, or a new one for the data")
+    on_bad_sample: str = option(
+        "error", "a sample that cannot be read ends the run, or is skipped and counted", choices=("error", "skip")
+    )
+    # optimisation
+    max_steps: int = option(600, "optimizer updates", least=1)
+    batch_size: int = option(64, "rows of an update, over all processes", least=1)
+    micro_batch_size: int = option(64, "most rows of a process in one backward pass", least=1)
+    learning_rate: float = option(1e-3, "highest learning rate", least=0)
+    weight_decay: float = option(0.01, "of AdamW", least=0)
+    beta2: float = option(0.98, "of AdamW", least=0, below=1)
+    warmup: float = option(0.1, "part of max_steps in which the learning rate rises", least=0, most=1)
+    schedule: str = option("linear", "how it falls to zero", choices=("linear", "cosine"))
+    grad_clip: float = option(0.0, "largest norm of the gradient; 0 = none, as in the papers' two-tower runs", least=0)
+    seed: int = option(0, "of everything random", least=0)
+    # running
+    log_every: int = option(50, "steps between two rows of the log", least=1)
+    save_every: int = option(200, "steps between two checkpoints", least=1)
+    eval_every: int = option(300, "steps between two evaluations; 0 = only at the end", least=0)
+    eval_size: int = option(512, "held-out samples", least=1)
+    num_workers: int = option(0, "processes that load data, for each training process", least=0)
+    precision: str = option(
+        "auto", "auto = bf16 on CUDA, fp32 elsewhere", choices=("auto", "fp32", "bf16", "fp16")
+    )
+    device: str = option("auto", "auto, cpu, cuda or cuda:N")
+    compile: bool = option(False, "compile the layers with torch.compile")
+    checkpointing: bool = option(False, "compute activations again in the backward pass: less memory")
+    fresh: bool = option(False, "start anew instead of resuming")
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    def model_defaults(self, model_fields: dict) -> dict:
+        """The model's fields as the help page shows them."""
+        return dataclasses.asdict(self.architecture()) | model_fields
+
+    def unit(self) -> int:
+        """How many neighbouring rows of a batch must stay in one process."""
+        return 1
+
+    def group_size(self) -> int:
+        """How many rows a dataset with `lengths` groups."""
+        return largest_divisor(self.batch_size, self.micro_batch_size)
+
+
+@dataclass
+class TowerRunConfig(RunConfig):
+    """What pre-training and fine-tuning of ManagerTower have in common."""
+
+    identity: ClassVar[tuple[str, ...]] = (
+        *RunConfig.identity,
+        "lr_mult_head",
+        "lr_mult_cross_modal",
+        "transform",
+    )
+
+    model: str = option("tiny", "preset of the architecture; each of its fields is a flag", choices=("tiny", "base", "large"))
+    transform: str = option(
+        "clip",
+        "what a picture goes through",
+        choices=("clip", "albef", "albef_randaug_wc", "albef_randaug_wohf"),
+    )
+    lr_mult_head: float = option(1.0, "learning rate of the heads, in units of learning_rate", least=0)
+    lr_mult_cross_modal: float = option(1.0, "learning rate of the cross-modal part, in the same units", least=0)
+
+    def model_defaults(self, model_fields: dict) -> dict:
+        return dataclasses.asdict(getattr(self.architecture, self.model)()) | model_fields
+
+
+# ---------------------------------------------------------------- what is trained
+class Task(nn.Module):
+    """What `fit` trains: forward(batch) -> {name: sum of a loss}, counts(batch) -> {name: its number of terms}.
+
+    Before each forward pass `train_step` sets `shares`, the rows of every process in this micro-step, and seeds
+    `negatives`, which draws the same numbers on every process.
+    """
+
+    leaves_parameters_unused = False
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+        self.negatives = torch.Generator(next(model.parameters()).device)
+        self.shares: list[int] = [0]
+
+    def counts(self, batch: dict) -> dict[str, int]:
+        raise NotImplementedError("a task says how many terms its losses have")
+
+
+# ---------------------------------------------------------------- optimizer and schedule
+# Names of norm weights that the official code's substring rule leaves without weight decay. It misses CLIP's norms, the
+# managers' norms of experts and the classifiers' norms, whose names do not hold "LayerNorm.weight": these are decayed.
+UNDECAYED = re.compile(
+    r".*\.bias"
+    r"|.*\.shift"
+    r"|(text_encoder|text_layers|image_layers|heads\.mlm)\.(.*\.)?ln(_\d)?\.weight"
+    r"|.*\.norm_query\.weight"
+    r"|(text|image)_bridges\.\d+\.weight"
+)
+CROSS_MODAL = re.compile(r"(text|image)_(transform|pooler|layers|managers|bridges)\.|heads\.itc\.(text|image)\.")
+HEADS_AT_BASE_RATE = ("itc", "retrieval")  # the official code gives these two no rate of their own
+
+
+def make_groups(model: nn.Module, rule: Callable[[str], tuple[float, float]]) -> list[dict]:
+    """AdamW's groups of the trainable parameters; rule(name) -> (learning rate, weight decay)."""
+    groups = defaultdict(list)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups[rule(name)].append(parameter)
+    return [
+        {"params": parameters, "lr": rate, "peak_lr": rate, "weight_decay": decay}
+        for (rate, decay), parameters in groups.items()
+    ]
+
+
+def param_groups(model: nn.Module, run: TowerRunConfig) -> list[dict]:
+    """ManagerTower's three learning rates (encoders, heads, cross-modal), each with and without weight decay."""
+
+    def rule(name: str) -> tuple[float, float]:
+        scale = 1.0
+        if name.startswith("heads.") and name.split(".")[1] not in HEADS_AT_BASE_RATE:
+            scale = run.lr_mult_head
+        elif CROSS_MODAL.match(name):
+            scale = run.lr_mult_cross_modal
+        decay = 0.0 if UNDECAYED.fullmatch(name) else run.weight_decay
+        return scale * run.learning_rate, decay
+
+    return make_groups(model, rule)
+
+
+def lr_multiplier(step: int, max_steps: int, warmup: int, schedule: str) -> float:
+    """Linear from 0 over `warmup` updates, then linear or cosine to 0. Update 0 has 0, as in the official code."""
+    if step < warmup:
+        return step / warmup
+    rest = max(0.0, (max_steps - step) / max(1, max_steps - warmup))
+    if schedule == "linear":
+        return rest
+    return 0.5 * (1 + math.cos(math.pi * (1 - rest)))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, run: RunConfig, step: int) -> float:
+    """Give every group its rate of this step. Returns the multiplier of the peak rates."""
+    warmup_steps = math.ceil(run.max_steps * run.warmup)
+    multiplier = lr_multiplier(step, run.max_steps, warmup_steps, run.schedule)
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * multiplier
+    return multiplier
+
+
+def make_optimizer(groups: list[dict], run: RunConfig, device: torch.device) -> torch.optim.AdamW:
+    # HF's AdamW, which the official code uses, adds eps before the bias correction and decays after the update: with
+    # eps 1e-8 the updates agree to 1e-3 relative
+    fused = device.type in ("cuda", "cpu")
+    return torch.optim.AdamW(groups, betas=(0.9, run.beta2), eps=1e-8, fused=fused)
+
+
+# ---------------------------------------------------------------- checkpoints
+FILES = (  # what a run writes into out_dir and out_dir/best
+    "training_state.pt",
+    "model.safetensors",
+    "config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "answers.json",
+    "log.jsonl",
+)
+
+
+def find_tokenizer_of(run: RunConfig, find: Callable[[], Tokenizer]) -> Tokenizer:
+    """The tokenizer of the checkpoint that the run goes on from; without one, find().
+
+    So a resumed run keeps its ids, whatever has become of the data. A tokenizer that the user names is always taken,
+    and `Checkpoint` refuses it if it is another one.
+    """
+    resumes = (Path(run.out_dir) / "training_state.pt").exists() and not run.fresh
+    if resumes and not run.tokenizer:
+        return load_tokenizer(run.out_dir)
+    return find()
+
+
+class Checkpoint:
+    """out_dir: training_state.pt (the truth), the files for users (its weights), best/, log.jsonl.
+
+    identity: what else than `run.identity` changes the numbers: the model's config, the digests of data and tokenizer.
+    save_extras(folder) writes what belongs to the model besides its weights.
+    """
+
+    def __init__(
+        self,
+        run: RunConfig,
+        model: nn.Module,
+        save_extras: Callable[[Path], None],
+        identity: dict,
+        world: World,
+    ):
+        self.run = run
+        self.model = model
+        self.save_extras = save_extras
+        self.world = world
+        self.folder = Path(run.out_dir)
+        self.state_file = self.folder / "training_state.pt"
+        self.log_file = self.folder / "log.jsonl"
+        self.step = 0  # of the last training state
+        self.best: float | None = None  # the highest score so far
+        fields = {name: getattr(run, name) for name in run.identity}
+        self.identity = json.loads(json.dumps({**fields, **identity}))  # as it comes back: lists for tuples
+
+    def guard(self, action: Callable[[], Any], what: Path) -> None:
+        """Run it on rank 0; a disk error is one sentence, and a failed write leaves the file that was there."""
+        if self.world.rank > 0:
+            return
+        try:
+            action()
+        except OSError as error:
+            reason = getattr(error, "strerror", None) or error
+            kept = f"The last good checkpoint, of step {self.step}, is untouched" if self.step else "Nothing is lost"
+            raise ValueError(f"cannot write {what}: {reason}. {kept}") from error
+
+    def make_folder(self) -> None:
+        self.guard(lambda: self.folder.mkdir(parents=True, exist_ok=True), self.folder)
+        self.world.barrier()
+
+    def resume(self, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> int:
+        """Load training_state.pt if it is there. Returns the step to go on from. ValueError: another run's."""
+        if self.run.fresh:
+            self.guard(lambda: self.state_file.unlink(missing_ok=True), self.state_file)
+            self.guard(lambda: self.log_file.unlink(missing_ok=True), self.log_file)
+        self.world.barrier()
+        if self.state_file.exists():
+            self.load(optimizer, scaler)
+        elif (self.folder / "config.json").exists() and not self.run.fresh:
+            raise ValueError(
+                f"{self.folder} has a checkpoint but no training_state.pt; choose another --out_dir, or --fresh"
+            )
+        # now that the folder is known to be this run's: what a death amid a write has left
+        for folder in (self.folder, self.folder / "best"):
+            self.guard(lambda folder=folder: remove_temporary_files(folder, FILES), folder)
+        self.guard(self.cut_log, self.log_file)
+        return self.step
+
+    def load(self, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
+        try:
+            state = torch.load(self.state_file, map_location="cpu", weights_only=True, mmap=True)
+        except (RuntimeError, EOFError, OSError) as error:
+            raise ValueError(
+                f"{self.state_file} is not a readable training state ({error}); --fresh starts anew"
+            ) from error
+        differences = different_values(json.loads(state["identity"]), self.identity)
+        if differences:
+            raise ValueError(
+                f"{self.folder} holds another run ({'; '.join(differences[:4])}); choose another --out_dir, or "
+                "--fresh starts anew"
+            )
+        self.model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+        self.best = state["best"]
+        self.step = state["step"]
+
+    def cut_log(self) -> None:
+        """Drop what was logged after the state was saved: it will be logged again. A new log gets its header."""
+        if self.log_file.exists():
+            kept = [row for row in read_log(self.log_file) if row.get("step", 0) <= self.step]
+            write_text(self.log_file, "".join(json.dumps(row) + "\n" for row in kept))
+        else:
+            self.log({"step": 0, "header": self.header()})
+
+    def header(self) -> dict:
+        """What the numbers of a log depend on besides the flags."""
+        return {
+            "version": VERSION,
+            "torch": torch.__version__,
+            "device": self.world.device.type,
+            "precision": resolve_precision(self.run.precision, self.world.device),
+            "identity": self.identity,
+        }
+
+    def log(self, row: dict) -> None:
+        def append() -> None:
+            with open(self.log_file, "a") as file:
+                file.write(json.dumps(row) + "\n")
+
+        self.guard(append, self.log_file)
+
+    def record(self, step: int, metrics: dict, bar: tqdm) -> None:
+        """Log an evaluation, and keep the weights in best/ if they score higher than all before."""
+        self.log({"step": step, "eval": metrics})
+        if self.world.rank == 0:
+            numbers = [f"{name} {value:.4g}" for name, value in metrics.items() if isinstance(value, float)]
+            bar.write(f"step {step}: {', '.join(numbers)}")
+        if self.best is None or metrics["score"] > self.best:
+            self.best = metrics["score"]
+            best = self.folder / "best"
+            self.guard(lambda: self.export(best), best)
+
+    def save(self, step: int, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
+        """training_state.pt, then the users' files; a death in between is mended by the next save or start."""
+
+        def write() -> None:
+            # every random number is drawn from (seed, step): the step is all the random state there is
+            state = {
+                "step": step,
+                "best": self.best,
+                "identity": json.dumps(self.identity),
+                "model": self.model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "scaler": scaler.state_dict(),
+            }
+            write_atomically(self.state_file, lambda path: torch.save(state, path))
+            self.step = step
+            self.export(self.folder)
+
+        self.guard(write, self.state_file)
+        self.step = step
+
+    def export(self, folder: Path) -> None:
+        transform = getattr(self.run, "transform", None)
+        save_folder(self.model.state_dict(), self.model.config, folder, transform)
+        self.save_extras(folder)
+
+
+def different_values(theirs: dict, ours: dict) -> list[str]:
+    """Where two identities differ, compared where both have the key; the config of the model key by key."""
+    differences = []
+    for name, value in ours.items():
+        if name not in theirs or theirs[name] == value:
+            continue
+        if isinstance(value, dict) and isinstance(theirs[name], dict):
+            differences += different_values(theirs[name], value)
+        else:
+            differences.append(f"{name} was {theirs[name]!r}, is {value!r}")
+    return differences
+
+
+# ---------------------------------------------------------------- the loop
+def make_plan(run: RunConfig, world: World) -> BatchPlan:
+    return BatchPlan(run.batch_size, run.micro_batch_size, world.size, run.unit())
+
+
+def make_loader(
+    dataset: Any,
+    run: RunConfig,
+    world: World,
+    start_step: int,
+    collate: Callable = collate,
+) -> DataLoader:
+    """This process' micro-batches from start_step on; dataset.lengths, where it has them, group the rows (LLaVA)."""
+    sampler = GlobalBatchSampler(
+        len(dataset),
+        make_plan(run, world),
+        world.rank,
+        run.seed,
+        start_step,
+        run.max_steps,
+        getattr(dataset, "lengths", None),
+        run.group_size(),
+    )
+    return DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        collate_fn=collate,
+        num_workers=run.num_workers,
+        pin_memory=world.device.type == "cuda",
+        persistent_workers=run.num_workers > 0,
+    )
+
+
+def wrap(task: Task, run: RunConfig, world: World) -> nn.Module:
+    """The task compiled, and in DDP, if so wished."""
+    if run.compile:
+        for module in task.model.modules():
+            # block by block, in place: quick, and no key of the state is renamed
+            if isinstance(module, task.model.blocks_to_compile):
+                module.compile()
+    if world.size == 1:
+        return task
+    device_ids = [world.device.index] if world.device.type == "cuda" else None
+    return DistributedDataParallel(
+        task, device_ids=device_ids, find_unused_parameters=task.leaves_parameters_unused
+    )
+
+
+def count_terms(task: Task, batches: list[dict], world: World) -> tuple[list[str], Tensor]:
+    """(names of the losses, how many terms each has in the global batch: (losses,) float64, at least 1)."""
+    counts = [task.counts(batch) for batch in batches]
+    names = list(counts[0])
+    table = torch.tensor([[float(count[name]) for name in names] for count in counts], dtype=torch.float64)
+    totals = table.sum(0).to(world.device)
+    return names, world.sum(totals).clamp(min=1)
+
+
+def train_step(
+    task: Task,
+    module: nn.Module,
+    batches: list[dict],
+    step: int,
+    run: RunConfig,
+    world: World,
+    scaler: torch.amp.GradScaler,
+) -> dict[str, float]:
+    """Forward and backward of one global batch; the mean losses over it. `module` is the task as `wrap` gives it.
+
+    The denominators are known before the first forward pass, so that each loss is a mean over the whole global batch.
+    """
+    names, counts = count_terms(task, batches, world)
+    sizes = make_plan(run, world).sizes
+    totals = torch.zeros_like(counts)
+    for i, batch in enumerate(batches):
+        seed_all(run.seed, step, i, world.rank)  # dropout, manager noise
+        task.negatives.manual_seed(seed_of(run.seed, step, i))
+        task.shares = sizes[i]
+        # no synchronisation of the gradients before the last micro-batch
+        is_last = i == len(batches) - 1
+        synchronisation = contextlib.nullcontext() if is_last or module is task else module.no_sync()
+        with synchronisation:
+            with autocast(run.precision, world.device):
+                sums = module(to_device(batch, world.device))
+            # DDP averages the gradients over the processes: hence world.size
+            loss = sum(sums[name] * (world.size / counts[k]) for k, name in enumerate(names))
+            scaler.scale(loss).backward()
+        totals += torch.stack([sums[name].detach() for name in names]).double()
+    means = (world.sum(totals) / counts).tolist()
+    return dict(zip(names, means, strict=True))
+
+
+def apply_gradients(
+    task: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, run: RunConfig
+) -> float:
+    """Clip, update, clear. Returns the gradients' norm before clipping; without a finite norm there is no update."""
+    scaler.unscale_(optimizer)
+    trained = [parameter for parameter in task.parameters() if parameter.grad is not None]
+    norm = nn.utils.get_total_norm([parameter.grad for parameter in trained])
+    if run.grad_clip:
+        nn.utils.clip_grads_with_norm_(trained, run.grad_clip, norm)
+    if scaler.is_enabled() or torch.isfinite(norm):
+        scaler.step(optimizer)
+        scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return norm.item()
+
+
+def check_finite(
+    numbers: dict[str, float], step: int, batches: list[dict], dataset: Any, checkpoint: Checkpoint
+) -> None:
+    """Raises ValueError, with the names of the samples, where a loss or the gradient's norm is not finite."""
+    if all(math.isfinite(number) for number in numbers.values()):
+        return
+    names = []
+    for batch in batches:
+        for index in batch["image_index"]:
+            names.append(dataset.source.name(int(index)))
+    samples = ", ".join(names[:16])
+    if len(names) > 16:
+        samples += f" and {len(names) - 16} more"
+    raise ValueError(
+        f"the loss is not finite at step {step}: {numbers}. Samples: {samples}. "
+        f"The checkpoint of step {checkpoint.step} is kept"
+    )
+
+
+def announce(run: RunConfig, world: World, start: int) -> None:
+    """Say what is going to run."""
+    begin = f"resuming after step {start}" if start else f"{run.max_steps} steps"
+    plan = make_plan(run, world)
+    smallest = min(min(sizes) for sizes in plan.sizes)
+    largest = max(max(sizes) for sizes in plan.sizes)
+    rows = f"{largest}" if smallest == largest else f"{smallest} to {largest} rows"
+    world.print(
+        f"{run.out_dir}: {begin}, batch {run.batch_size} = {rows} x {world.size} processes x {len(plan.sizes)} "
+        f"micro-batches, {world.device}, torch {torch.__version__}"
+    )
+
+
+def fit(
+    run: RunConfig,
+    task: Task,
+    dataset: Any,
+    evaluate: Callable[[], dict],
+    checkpoint: Checkpoint,
+    world: World,
+    groups: list[dict],
+    collate: Callable = collate,
+) -> bool:
+    """Train task.model to run.max_steps, going on from what lies in run.out_dir. False if it left early, at SIGTERM.
+
+    evaluate(): metrics on held-out data, computed by all ranks; "score" (higher is better) decides what is best/.
+    """
+    checkpoint.make_folder()
+    with folder_lock(checkpoint.folder, needed=world.rank == 0):
+        optimizer = make_optimizer(groups, run, world.device)
+        scaler = torch.amp.GradScaler(world.device.type, enabled=run.precision == "fp16")
+        start = checkpoint.resume(optimizer, scaler)
+        if start >= run.max_steps:
+            # had the last save died between the state and the users' files
+            checkpoint.guard(lambda: checkpoint.export(checkpoint.folder), checkpoint.folder)
+            world.print(f"{run.out_dir} is finished: {start} of {run.max_steps} steps. --fresh starts anew.")
+            return True
+        announce(run, world, start)
+        loader = make_loader(dataset, run, world, start, collate)
+        bar = tqdm(total=run.max_steps, initial=start, unit="step", disable=world.rank > 0, mininterval=1)
+        with bar:
+            done = run_steps(run, task, loader, evaluate, checkpoint, world, optimizer, scaler, start, bar)
+    if done < run.max_steps:
+        world.print(f"SIGTERM: saved step {done} in {run.out_dir}; the same command goes on from there.")
+    return done == run.max_steps
+
+
+def run_steps(
+    run: RunConfig,
+    task: Task,
+    loader: DataLoader,
+    evaluate: Callable[[], dict],
+    checkpoint: Checkpoint,
+    world: World,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    start: int,
+    bar: tqdm,
+) -> int:
+    """The steps from `start` on. Returns how many are done: all, or those before a SIGTERM."""
+    module = wrap(task, run, world)
+    batches = iter(loader)
+    micro_steps = len(make_plan(run, world).sizes)
+    # SIGTERM, which clusters send before they take a machine away, sets a flag that the loop looks at after each step
+    terminated = torch.zeros(1, device=world.device)
+    signal.signal(signal.SIGTERM, lambda *_: terminated.fill_(1))
+    began = time.time()
+    for step in range(start, run.max_steps):
+        # 1. this process' micro-batches of one global batch
+        global_batch = [next(batches) for _ in range(micro_steps)]
+        # 2. forward, backward, update
+        rate = run.learning_rate * set_learning_rate(optimizer, run, step)
+        task.train()
+        losses = train_step(task, module, global_batch, step, run, world, scaler)
+        norm = apply_gradients(task, optimizer, scaler, run)
+        done = step + 1
+        # 3. stop before a broken update is saved; fp16's scaler has its own way with a norm that is not finite
+        numbers = losses if scaler.is_enabled() else {**losses, "grad_norm": norm}
+        check_finite(numbers, done, global_batch, loader.dataset, checkpoint)
+        # 4. show and log
+        loss = sum(losses.values())
+        speed = (done - start) * run.batch_size / (time.time() - began)
+        bar.set_postfix_str(f"loss {loss:.3f}, lr {rate:.1e}, {speed:.0f} samples/s", refresh=False)
+        bar.update()
+        if done % run.log_every == 0 or done in (1, run.max_steps):
+            checkpoint.log({"step": done, "loss": loss, **losses, "lr": rate, "grad_norm": norm})
+        # 5. measure on held-out data
+        if done == run.max_steps or (run.eval_every and done % run.eval_every == 0):
+            checkpoint.record(done, evaluate(), bar)
+        # 6. save; all processes leave at the same step
+        leave = world.sum(terminated.clone()).item() > 0
+        if leave or done == run.max_steps or done % run.save_every == 0:
+            checkpoint.save(done, optimizer, scaler)
+        if leave:
+            return done
+    return run.max_steps
+
+
+# ---------------------------------------------------------------- the end of a run
+def summarize(run: RunConfig, checkpoint: Checkpoint, baselines: dict[str, dict], commands: list[str]) -> None:
+    """Held-out metrics beside those of the baselines, where the checkpoint is, what to type next."""
+    log = read_log(checkpoint.log_file)
+    metrics = [row["eval"] for row in log if "eval" in row][-1]
+    if not any("baselines" in row for row in log):
+        checkpoint.log({"step": run.max_steps, "baselines": baselines})
+    titles = "".join(f"{name.replace('_', ' '):>12s}" for name in baselines)
+    print(f"{'held out':15s}{'this run':>12s}{titles}")
+    for name in metrics:
+        if name != "score" and any(name in values for values in baselines.values()):
+            cells = [format_metric(name, column) for column in (metrics, *baselines.values())]
+            print(f"{name:15s}{''.join(cells)}")
+    print(f"The checkpoint is in {run.out_dir}, the best one in {run.out_dir}/best. Next:", *commands, sep="\n  ")
+
+
+def format_metric(name: str, column: dict) -> str:
+    """A cell of the table: a percentage, a loss as it is, or empty where a column lacks the metric."""
+    if name not in column:
+        return " " * 12
+    return f"{column[name]:12.4f}" if name == "loss" else f"{column[name]:12.1%}"
