@@ -413,7 +413,15 @@ def is_mllm(checkpoint: str) -> bool:
     return '"LlavaManager"' in text or '"mm_projector_type"' in text
 
 
-def load_two_tower(checkpoint: str, head: str = "", device: str = "auto") -> tuple:
+class Loaded(NamedTuple):
+    """A checkpoint folder, ready to be used."""
+
+    model: Any
+    tokenizer: Any
+    transform: Callable | None  # of pictures, as in evaluation; None for the MLLM, see multigrid.preprocess_image
+
+
+def load_two_tower(checkpoint: str, head: str = "", device: str = "auto") -> Loaded:
     """(model, tokenizer, image transform) of a ManagerTower folder; ValueError if it lacks the head that is needed."""
     if is_mllm(checkpoint):
         raise ValueError(f"{checkpoint} is a LLaVA-OV-Manager, for ask.py chat, figures.py managers and grid")
@@ -421,7 +429,7 @@ def load_two_tower(checkpoint: str, head: str = "", device: str = "auto") -> tup
     if head and head not in model.heads:
         raise ValueError(f"{checkpoint} has no {head} head, only {', '.join(model.heads)}")
     transform = image_transform(stored_transform(checkpoint), model.config.image_size, False)
-    return model, load_tokenizer(checkpoint), transform
+    return Loaded(model, load_tokenizer(checkpoint), transform)
 
 
 def stored_transform(folder: str | Path) -> str:
@@ -433,13 +441,14 @@ def stored_transform(folder: str | Path) -> str:
     return values.get("transform") or ("clip" if "mlm" in values.get("heads", ()) else "albef")
 
 
-def load_mllm(checkpoint: str, tokenizer: str = "", device: str = "auto") -> tuple:
+def load_mllm(checkpoint: str, tokenizer: str = "", device: str = "auto") -> Loaded:
     """(model, tokenizer) of a LLaVA-OV-Manager folder, in bf16 on CUDA."""
     if not is_mllm(checkpoint):
         raise ValueError(f"{checkpoint} is not a LLaVA-OV-Manager; ask.py question, match, search and figures.py managers take it")
     device = World(device).device
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    return load_llava(checkpoint, dtype).to(device).eval(), load_tokenizer(tokenizer or checkpoint)
+    model = load_llava(checkpoint, dtype).to(device).eval()
+    return Loaded(model, load_tokenizer(tokenizer or checkpoint), None)
 
 
 class Inert(dict):

@@ -24,16 +24,9 @@ from llava_manager import LlavaManager, LlavaManagerConfig
 from multigrid import ImageTiles
 from weights import from_official, to_official
 
-LOV = GOLDEN / "llava_ov_manager"
-TINY = LOV / "tiny"
-VARIANTS = sorted(path.stem[7:] for path in TINY.glob("config_*.json"))
 MANIFEST = LOV / "manifest" / "llava_ov_manager_0p5b_static_all_grid.json"
 
 
-@functools.cache
-def read(name):
-    path = LOV / name
-    return json.loads(path.read_text()) if path.suffix == ".json" else load_file(path)
 
 
 def close(ours, golden, tolerance):
@@ -43,35 +36,14 @@ def close(ours, golden, tolerance):
 # ---- The official code's numbers
 
 
-def official_config(variant, case=None):
-    official = read(f"tiny/config_{variant}.json")
-    overrides = read("tiny/cases.json")["cases"][case]["config"] if case else {}
-    return LlavaManagerConfig.from_official({**official, **overrides}, official["tiny_vision_config"], im_start_id=318)
 
 
-def official_state(variant):
-    kind = read(f"tiny/config_{variant}.json").get("mm_manager_type")
-    return {**read("tiny/weights_base.safetensors"), **(read(f"tiny/weights_{kind}.safetensors") if kind else {})}
 
 
-def golden_model(variant, case):
-    config = official_config(variant, case)
-    model = LlavaManager(config)
-    model.load_state_dict(from_official(official_state(variant), config))
-    return model.eval()
 
 
-def golden_image(name):
-    return Image.fromarray(read("tiny/images.safetensors")[f"image/{name}"].numpy())
 
 
-def golden_inputs(case, config):
-    """input_ids, attention_mask, images and labels; text-only rows have no image here, a dummy in the official code."""
-    names = [name for name in read("tiny/cases.json")["cases"][case]["images"] if name != "dummy"]
-    images = [multigrid.preprocess_image(golden_image(name), config, multi_image="multiimg" in case) for name in names]
-    tensors = read("tiny/features.safetensors")
-    return {"input_ids": tensors[f"{case}/input_ids"], "attention_mask": tensors.get(f"{case}/attention_mask"),
-            "images": images, "labels": tensors[f"{case}/labels"]}
 
 
 def check_outputs(variant, case, out):

@@ -16,94 +16,28 @@ from model import ManagerTower, ManagerTowerConfig
 from weights import from_official, load_model, load_unimodal, read_safetensors, resize_position_embedding, save_model, to_official
 from manager import AdaptiveManager, StaticManager, standardize
 
-MT = GOLDEN / "manager_tower"
-SMALL_SET = GOLDEN == ROOT / "tests" / "golden"  # leaves large tensors and some cases out
-HEADS = {"mlm": "mlm", "itm": "itm", "itc": "itc", "itm_itc": "itc itm", "irtr_itm_itc": "itc itm", "vqa": "vqa",
-         "nlvr2": "nlvr2", "snli": "snli_ve", "irtr": "retrieval"}
-VARIANTS = ["main.mt_aaue_vector", "main.mt_saue_vector", "main.mt_aaue_scalar", "main.mt_saue_scalar", "main.bt",
-            "main.meter"]
 
 
-def meta(name):
-    return json.loads((MT / f"{name}.json").read_text())
 
 
-def present(*names):
-    """The golden cases that this golden set holds (the full set has them all), then the others, to be skipped."""
-    found = [n for n in names if (MT / f"{n}.json").exists() and (MT / f"{n}.out.safetensors").exists()]
-    skip = pytest.mark.skip(reason="only the full golden set has this case")
-    return found + [pytest.param(n, marks=skip) for n in names if n not in found]
 
 
-def needs(file):
-    return pytest.mark.skipif(not (MT / file).exists(), reason=f"only the full golden set has {file}")
 
 
-def golden_state(name):
-    state = meta(name)["state"]
-    out = {k: v for k, v in load_file(MT / state["base"]).items() if k not in set(state["base_keys_not_in_model"])}
-    out.update(load_file(MT / state["delta"]) if state["delta"] else {})
-    assert len(out) == state["n_keys"]
-    return out
 
 
-def golden_config(name):
-    j = meta(name)
-    c, v, t = j["config"], j["vision"], j["text"]
-    heads = {h for task, on in c["loss_names"].items() if on for h in HEADS[task].split()}
-    fusion = "last" if c["meter_fusion"] else {"MT": "manager", "BT": "bridge", "METER": "last"}[j["model_type"]]
-    return ManagerTowerConfig(
-        image_size=c["image_size"], patch_size=c["patch_size"], vision_width=v["width"], vision_layers=v["layers"],
-        vision_heads=v["heads"], vocab_size=t["vocab"], max_positions=t["max_pos"], text_width=t["hidden"],
-        text_layers=t["layers"], text_heads=t["heads"], text_mlp_width=t["intermediate"], hidden_size=c["hidden_size"],
-        num_layers=c["num_layers"], num_heads=c["num_heads"], contrastive_size=c["contrastive_hidden_size"],
-        fusion=fusion, manager_type=c["manager_type"].lower(), manager_weight=c["manager_weight_type"],
-        managed_layers_text=c["managed_layers_text"], managed_layers_image=c["managed_layers_image"],
-        heads=tuple(sorted(heads)), num_answers=c["vqav2_label_size"], head_hidden_scale=c["head_hidden_scale"],
-        max_text_len=c["max_text_len"])
 
 
-def golden_model(name):
-    config = golden_config(name)
-    model = ManagerTower(config)
-    model.load_state_dict(from_official(golden_state(name), config), strict=True, assign=True)
-    return model.eval()
 
 
-def golden(name):
-    return load_file(MT / f"{name.split('.')[0]}.inputs.safetensors"), load_file(MT / f"{name}.out.safetensors")
 
 
-def close(ours, theirs, atol):
-    torch.testing.assert_close(ours, theirs, atol=atol, rtol=0)
 
 
-def compare(ours, out, atol, rtol=0):
-    """Each value against the golden number of its name. Only the small set may lack some."""
-    stored = ours.keys() & out.keys()
-    assert stored and (SMALL_SET or stored == ours.keys())
-    for key in stored:
-        torch.testing.assert_close(ours[key], out[key], atol=atol, rtol=rtol)
 
 
-def check_gradients(model, out, prefix, atol=2e-5):
-    """Every stored gradient, under its official name; `NAME[:k]` holds the first k rows."""
-    ours = to_official({k: p.grad for k, p in model.named_parameters() if p.grad is not None}, model.config)
-    stored = [k for k in out if k.startswith(prefix)]
-    assert stored
-    for key in stored:
-        name, _, rows = key.removeprefix(prefix).partition("[:")
-        grad = ours[name][: int(rows[:-1])] if rows else ours[name]
-        close(grad, out[key], max(atol, 1e-4 * out[key].abs().max().item()))
 
 
-def tiny_batch(config, seed=0):
-    """Two images and two captions; the second caption is half padding."""
-    g = torch.Generator().manual_seed(seed)
-    ids = torch.randint(3, config.vocab_size, (2, config.max_text_len), generator=g)
-    ids[1, config.max_text_len // 2 :] = config.pad_token_id
-    pixels = torch.randn(2, 3, config.image_size, config.image_size, generator=g)
-    return pixels, ids, (ids != config.pad_token_id).long()
 
 
 # ---------------------------------------------------------------- the official code's numbers

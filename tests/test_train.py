@@ -34,10 +34,6 @@ from train import TrainConfig
 from weights import to_official
 from world import World
 
-SMALL = ("--image_size 16 --patch_size 8 --vision_width 16 --vision_layers 2 --vision_heads 2 --text_width 16 "
-         "--text_layers 2 --text_heads 2 --text_mlp_width 32 --hidden_size 16 --num_heads 2 --num_layers 2 "
-         "--managed_layers_text 2 --managed_layers_image 2 --batch_size 8 --micro_batch_size 8 --eval_size 8 "
-         "--log_every 1 --eval_every 0 --num_workers 0").split()
 
 
 @pytest.fixture(scope="module")
@@ -53,16 +49,10 @@ def small(tmp_path_factory):
     return [*SMALL, "--data_root", str(folder), "--datasets", "coco"]
 
 
-def run(small, *flags):
-    train.main([*small, *map(str, flags)])
 
 
-def rows(out_dir, key):
-    return [r for r in map(json.loads, (Path(out_dir) / "log.jsonl").read_text().splitlines()) if key in r]
 
 
-def losses(out_dir):
-    return [row["loss"] for row in rows(out_dir, "loss")]
 
 
 # ---------------------------------------------------------------- objectives
@@ -246,18 +236,8 @@ def first_gradients(world, objectives, micro, dtype):
     return means, {n: p.grad for n, p in task.model.named_parameters() if p.grad is not None}
 
 
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
-def join(rank, port):
-    """This process among two."""
-    torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
-                      MASTER_PORT=str(port))
-    return World("cpu")
 
 
 def gradients_of_two(rank, port, out):

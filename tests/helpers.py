@@ -1,0 +1,203 @@
+"""What several test files need: golden numbers, small models and runs, and processes.
+
+The environment variable MANAGER_GOLDEN points the parity tests at the full golden set.
+"""
+import functools
+import json
+import os
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parent.parent
+GOLDEN = Path(os.environ.get("MANAGER_GOLDEN", ROOT / "tests" / "golden")).resolve()
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import multigrid  # noqa: E402
+import train  # noqa: E402
+from llava_manager import LlavaManager, LlavaManagerConfig  # noqa: E402
+from model import ManagerTower, ManagerTowerConfig  # noqa: E402
+from weights import from_official, to_official  # noqa: E402
+from world import World  # noqa: E402
+
+# ---------------------------------------------------------------- golden numbers of ManagerTower
+MT = GOLDEN / "manager_tower"
+
+
+SMALL_SET = GOLDEN == ROOT / "tests" / "golden"  # leaves large tensors and some cases out
+
+
+HEADS = {"mlm": "mlm", "itm": "itm", "itc": "itc", "itm_itc": "itc itm", "irtr_itm_itc": "itc itm", "vqa": "vqa",
+         "nlvr2": "nlvr2", "snli": "snli_ve", "irtr": "retrieval"}
+
+
+VARIANTS = ["main.mt_aaue_vector", "main.mt_saue_vector", "main.mt_aaue_scalar", "main.mt_saue_scalar", "main.bt",
+            "main.meter"]
+
+
+def meta(name):
+    return json.loads((MT / f"{name}.json").read_text())
+
+
+def present(*names):
+    """The golden cases that this golden set holds (the full set has them all), then the others, to be skipped."""
+    found = [n for n in names if (MT / f"{n}.json").exists() and (MT / f"{n}.out.safetensors").exists()]
+    skip = pytest.mark.skip(reason="only the full golden set has this case")
+    return found + [pytest.param(n, marks=skip) for n in names if n not in found]
+
+
+def needs(file):
+    return pytest.mark.skipif(not (MT / file).exists(), reason=f"only the full golden set has {file}")
+
+
+def golden_state(name):
+    state = meta(name)["state"]
+    out = {k: v for k, v in load_file(MT / state["base"]).items() if k not in set(state["base_keys_not_in_model"])}
+    out.update(load_file(MT / state["delta"]) if state["delta"] else {})
+    assert len(out) == state["n_keys"]
+    return out
+
+
+def golden_config(name):
+    j = meta(name)
+    c, v, t = j["config"], j["vision"], j["text"]
+    heads = {h for task, on in c["loss_names"].items() if on for h in HEADS[task].split()}
+    fusion = "last" if c["meter_fusion"] else {"MT": "manager", "BT": "bridge", "METER": "last"}[j["model_type"]]
+    return ManagerTowerConfig(
+        image_size=c["image_size"], patch_size=c["patch_size"], vision_width=v["width"], vision_layers=v["layers"],
+        vision_heads=v["heads"], vocab_size=t["vocab"], max_positions=t["max_pos"], text_width=t["hidden"],
+        text_layers=t["layers"], text_heads=t["heads"], text_mlp_width=t["intermediate"], hidden_size=c["hidden_size"],
+        num_layers=c["num_layers"], num_heads=c["num_heads"], contrastive_size=c["contrastive_hidden_size"],
+        fusion=fusion, manager_type=c["manager_type"].lower(), manager_weight=c["manager_weight_type"],
+        managed_layers_text=c["managed_layers_text"], managed_layers_image=c["managed_layers_image"],
+        heads=tuple(sorted(heads)), num_answers=c["vqav2_label_size"], head_hidden_scale=c["head_hidden_scale"],
+        max_text_len=c["max_text_len"])
+
+
+def golden_model(name):
+    config = golden_config(name)
+    model = ManagerTower(config)
+    model.load_state_dict(from_official(golden_state(name), config), strict=True, assign=True)
+    return model.eval()
+
+
+def golden(name):
+    return load_file(MT / f"{name.split('.')[0]}.inputs.safetensors"), load_file(MT / f"{name}.out.safetensors")
+
+
+def close(ours, theirs, atol):
+    torch.testing.assert_close(ours, theirs, atol=atol, rtol=0)
+
+
+def compare(ours, out, atol, rtol=0):
+    """Each value against the golden number of its name. Only the small set may lack some."""
+    stored = ours.keys() & out.keys()
+    assert stored and (SMALL_SET or stored == ours.keys())
+    for key in stored:
+        torch.testing.assert_close(ours[key], out[key], atol=atol, rtol=rtol)
+
+
+def check_gradients(model, out, prefix, atol=2e-5):
+    """Every stored gradient, under its official name; `NAME[:k]` holds the first k rows."""
+    ours = to_official({k: p.grad for k, p in model.named_parameters() if p.grad is not None}, model.config)
+    stored = [k for k in out if k.startswith(prefix)]
+    assert stored
+    for key in stored:
+        name, _, rows = key.removeprefix(prefix).partition("[:")
+        grad = ours[name][: int(rows[:-1])] if rows else ours[name]
+        close(grad, out[key], max(atol, 1e-4 * out[key].abs().max().item()))
+
+
+def tiny_batch(config, seed=0):
+    """Two images and two captions; the second caption is half padding."""
+    g = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, config.vocab_size, (2, config.max_text_len), generator=g)
+    ids[1, config.max_text_len // 2 :] = config.pad_token_id
+    pixels = torch.randn(2, 3, config.image_size, config.image_size, generator=g)
+    return pixels, ids, (ids != config.pad_token_id).long()
+
+
+# ---------------------------------------------------------------- golden numbers of LLaVA-OV-Manager
+LOV = GOLDEN / "llava_ov_manager"
+
+
+LLAVA_TINY = LOV / "tiny"
+
+
+LLAVA_VARIANTS = sorted(path.stem[7:] for path in LLAVA_TINY.glob("config_*.json"))
+
+
+@functools.cache
+def read_llava(name):
+    path = LOV / name
+    return json.loads(path.read_text()) if path.suffix == ".json" else load_file(path)
+
+
+def llava_config(variant, case=None):
+    official = read_llava(f"tiny/config_{variant}.json")
+    overrides = read_llava("tiny/cases.json")["cases"][case]["config"] if case else {}
+    return LlavaManagerConfig.from_official({**official, **overrides}, official["tiny_vision_config"], im_start_id=318)
+
+
+def llava_state(variant):
+    kind = read_llava(f"tiny/config_{variant}.json").get("mm_manager_type")
+    return {**read_llava("tiny/weights_base.safetensors"), **(read_llava(f"tiny/weights_{kind}.safetensors") if kind else {})}
+
+
+def llava_golden_model(variant, case):
+    config = llava_config(variant, case)
+    model = LlavaManager(config)
+    model.load_state_dict(from_official(llava_state(variant), config))
+    return model.eval()
+
+
+def llava_image(name):
+    return Image.fromarray(read_llava("tiny/images.safetensors")[f"image/{name}"].numpy())
+
+
+def llava_inputs(case, config):
+    """input_ids, attention_mask, images and labels; text-only rows have no image here, a dummy in the official code."""
+    names = [name for name in read_llava("tiny/cases.json")["cases"][case]["images"] if name != "dummy"]
+    images = [multigrid.preprocess_image(llava_image(name), config, multi_image="multiimg" in case) for name in names]
+    tensors = read_llava("tiny/features.safetensors")
+    return {"input_ids": tensors[f"{case}/input_ids"], "attention_mask": tensors.get(f"{case}/attention_mask"),
+            "images": images, "labels": tensors[f"{case}/labels"]}
+
+
+# ---------------------------------------------------------------- small runs and processes
+SMALL = ("--image_size 16 --patch_size 8 --vision_width 16 --vision_layers 2 --vision_heads 2 --text_width 16 "
+         "--text_layers 2 --text_heads 2 --text_mlp_width 32 --hidden_size 16 --num_heads 2 --num_layers 2 "
+         "--managed_layers_text 2 --managed_layers_image 2 --batch_size 8 --micro_batch_size 8 --eval_size 8 "
+         "--log_every 1 --eval_every 0 --num_workers 0").split()
+
+
+def log_rows(out_dir, key):
+    return [r for r in map(json.loads, (Path(out_dir) / "log.jsonl").read_text().splitlines()) if key in r]
+
+
+def losses(out_dir):
+    return [row["loss"] for row in log_rows(out_dir, "loss")]
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def join(rank, port):
+    """This process among two."""
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
+                      MASTER_PORT=str(port))
+    return World("cpu")
+
+
+def run_small(small, *flags):
+    train.main([*small, *map(str, flags)])
