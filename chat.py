@@ -1,69 +1,186 @@
-"""chat.py"""
-from torch import nn
+"""Conversations -> token ids, labels and image placeholders, for the MLLM.
+
+Paper: Manager (TCSVT 2025), section V, which trains as LLaVA-OneVision does. Official counterpart:
+`preprocess_qwen` and `preprocess_plain` of LLaVA-NeXT's train.py, and its `tokenizer_image_token`.
+
+A text holds one tag <image> for each picture. Its ids hold the placeholder IMAGE_TOKEN in that
+place; llava_manager.py expands it to as many tokens as the picture has. A label is the token
+itself, or IGNORE where there is no loss.
+
+Shapes: B rows of a batch, L ids of the longest one.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
 import torch
+from torch import Tensor, nn
+
+IMAGE_TOKEN = -200  # the id of an image's placeholder, and of each of its tokens
+IGNORE = -100  # the label of a token without loss
+IMAGE_TAG = "<image>"
+SYSTEM = "You are a helpful assistant."
+TURN_START = "<|im_start|>"
+TURN_END = "<|im_end|>"
+ROLES = {"human": "user", "gpt": "assistant"}  # in LLaVA's JSON, and in Qwen's chats
 
 
-IMAGE_TOKEN, IGNORE = -200, -100  # the id of an image placeholder; the label of a token without loss
+def tokenize(text: str, tokenizer: Any, has_image: bool = True) -> list[int]:
+    """Token ids of a text. Every <image> becomes a placeholder, unless has_image is False; the
+    pieces around it are encoded one by one.
 
-
-IMAGE_TAG, SYSTEM = "<image>", "You are a helpful assistant."
-
-
-def tokenize(text: str, tokenizer, has_image: bool = True) -> list[int]:
-    """Token ids. Every <image> is a placeholder, unless has_image is False; the pieces around it are encoded alone."""
-    backend, ids = getattr(tokenizer, "backend", tokenizer), []
-    if "<|im_start|>" in text and None in map(backend.token_to_id, ("<|im_start|>", "<|im_end|>")):
-        raise ValueError("the tokenizer lacks <|im_start|> or <|im_end|>, which chats need; Qwen2's has both")
-    for i, piece in enumerate(text.split(IMAGE_TAG) if has_image else [text]):
-        ids += [IMAGE_TOKEN] * (i > 0) + backend.encode(piece, add_special_tokens=False).ids
+    tokenizer: one of tokenizer.py, or a tokenizers.Tokenizer. Raises ValueError if the text needs
+    the special tokens of chats and the tokenizer lacks them.
+    """
+    backend = getattr(tokenizer, "backend", tokenizer)
+    if TURN_START in text:
+        for special in (TURN_START, TURN_END):
+            if backend.token_to_id(special) is None:
+                raise ValueError(
+                    f"the tokenizer lacks {TURN_START} or {TURN_END}, which chats need; Qwen2's "
+                    "has both"
+                )
+    pieces = text.split(IMAGE_TAG) if has_image else [text]
+    ids: list[int] = []
+    for number, piece in enumerate(pieces):
+        if number > 0:
+            ids.append(IMAGE_TOKEN)
+        ids.extend(backend.encode(piece, add_special_tokens=False).ids)
     return ids
 
 
-def encode_chat(conversation: list[dict], tokenizer, style: str = "qwen_1_5", strict_labels: bool = False,
-                has_image: bool = True) -> tuple[list[int], list[int]]:
-    """A training conversation -> input_ids, labels.
-    qwen_1_5: the system's turn, then each turn as <|im_start|>role, newline, text, <|im_end|>, newline. A leading gpt
-    turn is dropped; the only <image> of a turn moves to its front; with has_image=False the tag is text. Labels: the
-    assistant's turns, and, as in the official code, every newline, <|im_start|>, <|im_end|>, unless strict_labels.
-    plain (stage 1): a placeholder, the caption, a newline; the placeholder alone has no label."""
-    turns = [({"human": "user", "gpt": "assistant"}.get(x.get("from")), x.get("value")) for x in conversation]
-    for i, (role, text) in enumerate(turns):
-        if role is None or not isinstance(text, str):
-            raise ValueError(f'turn {i}: {str(conversation[i])[:80]} is not {{"from": "human" | "gpt", "value": text}}')
+# ---------------------------------------------------------------- conversations to train on
+def read_turns(conversation: list[dict]) -> list[tuple[str, str]]:
+    """The turns of LLaVA's JSON as (role, text); the role is "user" or "assistant". Raises
+    ValueError for anything else.
+    """
+    turns = []
+    for number, turn in enumerate(conversation):
+        speaker = turn.get("from") if isinstance(turn, dict) else None
+        text = turn.get("value") if isinstance(turn, dict) else None
+        if speaker not in tuple(ROLES) or not isinstance(text, str):
+            raise ValueError(
+                f'turn {number}: {str(turn)[:80]} is not {{"from": "human" | "gpt", "value": text}}'
+            )
+        turns.append((ROLES[speaker], text))
+    return turns
+
+
+def encode_plain(turns: list[tuple[str, str]], tokenizer: Any) -> tuple[list[int], list[int]]:
+    """A placeholder, the caption, a newline. The text of the human turn is not used: official."""
+    roles = [role for role, _ in turns]
+    if roles != ["user", "assistant"] or IMAGE_TAG not in turns[0][1]:
+        raise ValueError(
+            f"style plain needs a human turn with {IMAGE_TAG}, then gpt, not {str(turns)[:80]}"
+        )
+    caption = tokenize(turns[1][1] + "\n", tokenizer, has_image=False)
+    return [IMAGE_TOKEN, *caption], [IGNORE, *caption]
+
+
+def image_first(text: str) -> str:
+    """The only <image> of a turn moves to its front, with a newline behind it."""
+    if text.count(IMAGE_TAG) != 1 or text.startswith(IMAGE_TAG):
+        return text
+    rest = text.replace(IMAGE_TAG, "").strip()
+    return f"{IMAGE_TAG}\n{rest}".strip()
+
+
+def label_turn(ids: list[int], role: str, always: set[int]) -> list[int]:
+    """The labels of one turn: all tokens of the assistant but placeholders, and the ids in `always`
+    of any role.
+    """
+    labels = []
+    for token in ids:
+        is_answer = role == "assistant" and token != IMAGE_TOKEN
+        labels.append(token if is_answer or token in always else IGNORE)
+    return labels
+
+
+def encode_chat(
+    conversation: list[dict],
+    tokenizer: Any,
+    style: str = "qwen_1_5",
+    strict_labels: bool = False,
+    has_image: bool = True,
+) -> tuple[list[int], list[int]]:
+    """A conversation to train on, in LLaVA's JSON -> its input_ids and labels, of one length.
+
+    qwen_1_5: the turn of the system, then each turn as <|im_start|>role, newline, text, <|im_end|>,
+    newline. A leading gpt turn is dropped; the only <image> of a turn moves to its front; with
+    has_image=False the tag is ordinary text. Labels are the assistant's turns and, as in the
+    official code, every newline, <|im_start|> and <|im_end|>, unless strict_labels.
+
+    plain (stage 1): a placeholder, the caption, a newline; only the placeholder has no label.
+
+    Raises ValueError for turns that cannot be read, and for another style.
+    """
+    turns = read_turns(conversation)
     if style == "plain":
-        if [role for role, _ in turns] != ["user", "assistant"] or IMAGE_TAG not in turns[0][1]:
-            raise ValueError(f"style plain needs a human turn with {IMAGE_TAG}, then gpt, not {str(conversation)[:80]}")
-        caption = tokenize(turns[1][1] + "\n", tokenizer, has_image=False)
-        return [IMAGE_TOKEN, *caption], [IGNORE, *caption]
-    turns = turns[1:] if turns and turns[0][0] == "assistant" else turns
+        return encode_plain(turns, tokenizer)
+    if turns and turns[0][0] == "assistant":
+        turns = turns[1:]
     if style != "qwen_1_5" or not turns:
-        raise ValueError(f"style {style!r} with {len(turns)} turns; it must be qwen_1_5 or plain, with a human turn")
-    always = set(tokenize("<|im_start|><|im_end|>\n", tokenizer))
-    ids, labels = [], []
+        raise ValueError(
+            f"style {style!r} with {len(turns)} turns; it must be qwen_1_5 or plain, with a human "
+            "turn"
+        )
+
+    always: set[int] = set()
+    if not strict_labels:
+        always = set(tokenize(f"{TURN_START}{TURN_END}\n", tokenizer))
+    ids: list[int] = []
+    labels: list[int] = []
     for role, text in [("system", SYSTEM), *turns]:
-        if has_image and text.count(IMAGE_TAG) == 1 and not text.startswith(IMAGE_TAG):
-            text = f"{IMAGE_TAG}\n{text.replace(IMAGE_TAG, '').strip()}".strip()
-        turn = tokenize(f"<|im_start|>{role}\n{text}<|im_end|>\n", tokenizer, has_image)
-        shown = {*turn} - {IMAGE_TOKEN} if role == "assistant" else set() if strict_labels else always
-        ids, labels = ids + turn, labels + [token if token in shown else IGNORE for token in turn]
+        if has_image:
+            text = image_first(text)
+        turn_ids = tokenize(f"{TURN_START}{role}\n{text}{TURN_END}\n", tokenizer, has_image)
+        ids += turn_ids
+        labels += label_turn(turn_ids, role, always)
     return ids, labels
 
 
-def encode_prompt(turns: list[str], tokenizer, num_images: int = 0) -> list[int]:
-    """The prompt for an answer. turns: user, assistant, user, ...; in front of the first go num_images times <image>,
-    joined by spaces, and a newline."""
+# ---------------------------------------------------------------- prompts
+def encode_prompt(turns: Sequence[str], tokenizer: Any, num_images: int = 0) -> list[int]:
+    """The ids of a prompt that asks for an answer.
+
+    turns: the texts of user, assistant, user ... in turn, so their number is odd. In front of the
+    first one go num_images times <image>, joined by spaces, and a newline. Raises ValueError if the
+    last turn is not the user's.
+    """
     if len(turns) % 2 == 0:
-        raise ValueError(f"a prompt ends with a turn of the user, so their number is odd, not {len(turns)}")
-    roles = ["system", *["user", "assistant"] * len(turns)]
-    images = " ".join([IMAGE_TAG] * num_images) + "\n" * (num_images > 0)
-    texts = [SYSTEM, images + turns[0], *turns[1:]]
-    chat = "".join(f"<|im_start|>{role}\n{text}<|im_end|>\n" for role, text in zip(roles, texts))
-    return tokenize(chat + "<|im_start|>assistant\n", tokenizer)
+        raise ValueError(
+            f"a prompt ends with a turn of the user, so their number is odd, not {len(turns)}"
+        )
+    first = turns[0]
+    if num_images > 0:
+        tags = " ".join([IMAGE_TAG] * num_images)
+        first = f"{tags}\n{first}"
+
+    chat = f"{TURN_START}system\n{SYSTEM}{TURN_END}\n"
+    for number, text in enumerate([first, *turns[1:]]):
+        role = "user" if number % 2 == 0 else "assistant"
+        chat += f"{TURN_START}{role}\n{text}{TURN_END}\n"
+    return tokenize(f"{chat}{TURN_START}assistant\n", tokenizer)
 
 
-def collate_chat(rows: list[tuple[list[int], list[int]]], pad_id: int = 0, max_length: int | None = None) -> dict:
-    """Rows of (input_ids, labels) -> input_ids, labels, attention_mask (B, L), cut at max_length and padded."""
-    columns = {"input_ids": ([ids for ids, _ in rows], pad_id), "labels": ([labels for _, labels in rows], IGNORE),
-               "attention_mask": ([[1] * len(ids) for ids, _ in rows], 0)}
-    return {k: nn.utils.rnn.pad_sequence([torch.tensor(x[:max_length]) for x in column], True, pad)
-            for k, (column, pad) in columns.items()}
+# ---------------------------------------------------------------- batches
+def pad_right(sequences: list[list[int]], value: int, max_length: int | None) -> Tensor:
+    """Lists of numbers -> (B, L), each cut at max_length and filled with `value`."""
+    tensors = [torch.tensor(sequence[:max_length]) for sequence in sequences]
+    return nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)
+
+
+def collate_chat(
+    rows: list[tuple[list[int], list[int]]], pad_id: int = 0, max_length: int | None = None
+) -> dict[str, Tensor]:
+    """(input_ids, labels) of each row -> input_ids, labels and attention_mask, each (B, L), cut at
+    max_length and padded on the right.
+    """
+    ids = [row_ids for row_ids, _ in rows]
+    labels = [row_labels for _, row_labels in rows]
+    ones = [[1] * len(row_ids) for row_ids in ids]
+    return {
+        "input_ids": pad_right(ids, pad_id, max_length),
+        "labels": pad_right(labels, IGNORE, max_length),
+        "attention_mask": pad_right(ones, 0, max_length),
+    }

@@ -1,9 +1,20 @@
-"""data.py"""
-from PIL import Image
-from collections.abc import Callable, Iterator
-from typing import Any
-from pathlib import Path
-from torch.utils.data import DataLoader
+"""Data: sources of rows, datasets that make tensors of them, samplers that order them.
+
+A *record* is one picture (or a pair of them) with all its texts, a *row* is one (picture, text), a
+*source* is the list of all rows of one kind. Records are read from JSON Lines manifests, from the
+.arrow files of the ViLT family, from LLaVA's .json files, or drawn (scenes.py). A new kind of
+records is a new parser in PARSERS.
+
+Everything random here is a function of (seed, epoch, position in the global order), never of the
+process or of the worker that does it.
+
+Papers: ManagerTower (ACL 2023) section 5.1 and appendix A; LLaVA-OV-Manager (TCSVT 2025) section
+IV. Official counterparts: the datamodules of ManagerTower, and `LazySupervisedDataset` and
+`LengthGroupedSampler` of LLaVA-NeXT.
+
+Shapes: B rows, T tokens, S pixels a side, A answers of the VQA vocabulary.
+"""
+
 import functools
 import hashlib
 import io
@@ -11,10 +22,19 @@ import itertools
 import json
 import logging
 import math
-import numpy as np
 import os
 import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
 import torch
+import yaml
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
 from chat import IMAGE_TAG, IMAGE_TOKEN, collate_chat, encode_chat
 from files import BadSample, read_at, read_bytes, read_json
 from images import load_image
@@ -22,365 +42,1019 @@ from multigrid import preprocess_image
 from tokenizer import Tokenizer
 from world import ranks
 
-
-FIELDS = {"captions": {"text": "caption"}, "hypotheses": {"text": "hypothesis", "label": "label"},  # ours: the manifests'
-          "statements": {"text": "sentence", "label": "label", "id": "id"},
-          "questions": {"text": "question", "question_id": "id", "answers": "answers", "question_type": "question_type"}}
-
-
 SNLI_LABELS = ("contradiction", "neutral", "entailment")
 
-
-LABELS = {"statements": (False, True), "hypotheses": SNLI_LABELS}
-
-
-
-
-class Part:
-    """Records in the manifests' format, the i-th at places[i]; `parse` makes one of its place or of what scan gave."""
-    folder, unit, rows_each = "", "row", None  # rows_each: known without a scan
-
-    def name(self, index):
-        return f"{self.path}, {self.unit} {self.places[index]}"
-
-    def scan(self):
-        return self.places
+# ---------------------------------------------------------------- records of a manifest -> rows
+Parsed = tuple[list, list[dict]]  # the pictures of a record (paths, bytes or images), its text rows
+Parser = Callable[[dict], Parsed]
 
 
-class Manifest(Part):
-    """JSON Lines, of which only the lines' places stay in memory; or LLaVA's .json with one list, kept in memory."""
+def need(record: Any, key: str, wanted: type) -> Any:
+    """record[key], a list or a text that is not empty. Raises BadSample otherwise."""
+    value = record.get(key) if isinstance(record, dict) else None
+    is_empty = isinstance(value, list | str) and not value
+    if isinstance(value, str) and not value.strip():
+        is_empty = True
+    if not isinstance(value, wanted) or is_empty:
+        raise BadSample(f"{key!r} must be a non-empty {wanted.__name__}, found {value!r:.80}")
+    return value
 
-    def __init__(self, path, folder=None, strategy="all", seed=0):
-        self.path, self.folder, self.items = str(path), str(folder or Path(path).parent), None
-        if self.path.endswith(".json"):
-            self.items, self.unit = read_json(path, list), "item"
-            self.places = np.arange(len(self.items))
-        else:
-            lengths = [(len(line), bool(line.strip())) for line in io.BytesIO(read_bytes(self.path))]
-            self.starts, self.unit = np.cumsum([0, *(length for length, _ in lengths)]), "line"
-            self.places = np.array([number for number, (_, full) in enumerate(lengths, 1) if full], dtype=np.int64)
-        self.places = self.places[sample_rows(strategy, len(self.places), seed)]
 
-    def parse(self, raw):
-        if self.items is not None:
-            return self.items[raw]
-        try:
-            return json.loads(read_at(self.path, self.starts[raw - 1], self.starts[raw] - self.starts[raw - 1]))
-        except ValueError as error:  # broken JSON or UTF-8
-            raise BadSample(f"not JSON: {error}") from None
+def is_picture(value: Any) -> bool:
+    """Whether a record may hold this as a picture: a path, the bytes of a file, or an image."""
+    return isinstance(value, str | bytes | Image.Image)
+
+
+def need_picture(record: dict) -> list:
+    """The picture of a record, as a list of one."""
+    picture = record.get("image")
+    if not is_picture(picture):
+        raise BadSample(f"an image expected, found {picture!r:.80}")
+    return [picture]
+
+
+def need_two_pictures(record: dict) -> list:
+    pictures = need(record, "images", list)
+    if len(pictures) != 2 or not all(is_picture(picture) for picture in pictures):
+        raise BadSample(f"two images expected, found {pictures!r:.80}")
+    return pictures
+
+
+def without_doubles(rows: list[dict]) -> list[dict]:
+    """The rows with different texts, in their order; a set has another one in every process."""
+    first_rows: dict[str, dict] = {}
+    for row in rows:
+        first_rows.setdefault(row["text"], row)
+    return list(first_rows.values())
+
+
+def check_answers(answers: Any) -> None:
+    """Raises BadSample unless it is {answer: score}, or None as in test sets."""
+    if answers is None:
+        return
+    if not isinstance(answers, dict):
+        raise BadSample(f"'answers' must be a dict of scores, found {answers!r:.80}")
+    for score in answers.values():
+        if not isinstance(score, int | float):
+            raise BadSample(f"'answers' must be a dict of scores, found the score {score!r:.80}")
+
+
+def parse_captions(record: dict) -> Parsed:
+    """{"image", "captions": [text, ...]} -> a row for each different caption."""
+    pictures = need_picture(record)
+    rows = []
+    for text in need(record, "captions", list):
+        need({"caption": text}, "caption", str)
+        rows.append({"text": text, "image_id": record.get("image_id")})
+    return pictures, without_doubles(rows)
+
+
+def parse_questions(record: dict) -> Parsed:
+    """{"image", "questions": [{"id", "question", "answers", "question_type"}, ...]} -> rows.
+
+    "answers" is {answer: score}; test sets have none.
+    """
+    pictures = need_picture(record)
+    rows = []
+    for question in need(record, "questions", list):
+        text = need(question, "question", str)
+        row = {
+            "text": text,
+            "question_id": question.get("id"),
+            "answers": question.get("answers"),
+            "question_type": question.get("question_type"),
+            "image_id": record.get("image_id"),
+        }
+        check_answers(row["answers"])
+        rows.append(row)
+    return pictures, rows
+
+
+def parse_statement(record: dict) -> Parsed:
+    """{"images": [left, right], "sentence", "label": bool, "id"} -> one row with label 0 or 1."""
+    pictures = need_two_pictures(record)
+    row = {
+        "text": need(record, "sentence", str),
+        "label": record.get("label"),
+        "id": record.get("id"),
+        "image_id": record.get("image_id"),
+    }
+    if row["label"] not in (False, True):
+        raise BadSample(f"'label' must be one of (False, True), found {row['label']!r:.80}")
+    row["label"] = int(row["label"])
+    return pictures, [row]
+
+
+def parse_hypothesis(record: dict) -> Parsed:
+    """{"image", "hypothesis", "label": text} -> one row; its label is the number in SNLI_LABELS."""
+    pictures = need_picture(record)
+    row = {
+        "text": need(record, "hypothesis", str),
+        "label": record.get("label"),
+        "image_id": record.get("image_id"),
+    }
+    if row["label"] not in SNLI_LABELS:
+        raise BadSample(f"'label' must be one of {SNLI_LABELS}, found {row['label']!r:.80}")
+    row["label"] = SNLI_LABELS.index(row["label"])
+    return pictures, [row]
+
+
+def need_turns(record: dict) -> list[dict]:
+    """A copy of the turns of a conversation."""
+    turns = []
+    for turn in need(record, "conversations", list):
+        is_turn = isinstance(turn, dict) and "from" in turn
+        if not is_turn or not isinstance(turn.get("value"), str):
+            raise BadSample(f"every turn needs 'from' and a text 'value', found {turn!r:.80}")
+        turns.append(dict(turn))
+    return turns
+
+
+def need_chat_pictures(record: dict) -> list:
+    """The pictures of a conversation: none, one or a list of them."""
+    pictures = record.get("image") or []
+    if not isinstance(pictures, list):
+        pictures = [pictures]
+    if not all(is_picture(picture) for picture in pictures):
+        raise BadSample(f"'image' must be a path or a list of paths, found {pictures!r:.80}")
+    return pictures
+
+
+def parse_chat(record: dict) -> Parsed:
+    """{"conversations": [{"from", "value"}, ...], "image": none, one or a list} -> one row.
+
+    With the published inconsistency: images whose tags are missing get them before the first turn.
+    The row's length is its number of words, negative without a picture (see `length_grouped`).
+    """
+    turns = need_turns(record)
+    pictures = need_chat_pictures(record)
+    tags = sum(turn["value"].count(IMAGE_TAG) for turn in turns)
+    if "video" in record or (pictures and tags not in (0, len(pictures))):
+        raise BadSample(f"{len(pictures)} images but {tags} <image> tags; videos are not read")
+    if pictures and tags == 0:
+        missing_tags = " ".join([IMAGE_TAG] * len(pictures))
+        turns[0]["value"] = f"{missing_tags}\n{turns[0]['value']}"
+
+    length = sum(len(turn["value"].split()) for turn in turns)
+    if not pictures:
+        length = -length
+    return pictures, [{"conversation": turns, "id": record.get("id"), "length": length}]
+
+
+PARSERS: dict[str, Parser] = {
+    "captions": parse_captions,
+    "questions": parse_questions,
+    "statements": parse_statement,
+    "hypotheses": parse_hypothesis,
+    "chat": parse_chat,
+    "chat_captions": parse_chat,
+}
+
+
+# ---------------------------------------------------------------- the ViLT family's .arrow files
+def zip_columns(arrow_row: dict, *names: str) -> list[tuple]:
+    """The entries of these columns side by side. Raises BadSample unless they are equally many."""
+    columns = [need(arrow_row, name, list) for name in names]
+    lengths = [len(column) for column in columns]
+    if len(set(lengths)) > 1:
+        raise BadSample(f"the columns {', '.join(names)} must be equally long, found {lengths}")
+    return list(zip(*columns, strict=True))
+
+
+def arrow_captions(arrow_row: dict) -> list[dict]:
+    rows = []
+    for text in need(arrow_row, "caption", list):
+        need({"caption": text}, "caption", str)
+        rows.append({"text": text, "image_id": arrow_row.get("image_id")})
+    return without_doubles(rows)
+
+
+def arrow_questions(arrow_row: dict) -> list[dict]:
+    rows = []
+    for text, question_id in zip_columns(arrow_row, "questions", "question_id"):
+        need({"question": text}, "question", str)
+        row = {"text": text, "question_id": question_id, "answers": None, "question_type": None}
+        row["image_id"] = arrow_row.get("image_id")
+        rows.append(row)
+    # the answers of test files are null or empty
+    if arrow_row["answers"]:
+        columns = zip_columns(arrow_row, "questions", "answers", "answer_scores")
+        for row, (_, answers, scores) in zip(rows, columns, strict=True):
+            if answers:
+                row["answers"] = scored_answers(answers, scores)
+    return rows
+
+
+def scored_answers(answers: list, scores: list | None) -> dict[str, float]:
+    """{answer: score} of one question."""
+    pairs = zip_columns({"answers": answers, "answer_scores": scores}, "answers", "answer_scores")
+    scored = dict(pairs)
+    check_answers(scored)
+    return scored
+
+
+def arrow_statements(arrow_row: dict) -> list[dict]:
+    rows = []
+    for text, answer in zip_columns(arrow_row, "questions", "answers"):
+        need({"sentence": text}, "sentence", str)
+        if answer not in ("True", "False"):
+            raise BadSample(f"'answers' must hold 'True' or 'False', found {answer!r:.80}")
+        row = {"text": text, "label": int(answer == "True"), "id": arrow_row.get("identifier")}
+        row["image_id"] = arrow_row.get("image_id")
+        rows.append(row)
+    return rows
+
+
+def arrow_hypotheses(arrow_row: dict) -> list[dict]:
+    rows = []
+    for pair, label in zip_columns(arrow_row, "sentences", "labels"):
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise BadSample(f"'sentences' must hold premise and hypothesis, found {pair!r:.80}")
+        hypothesis = need({"hypothesis": pair[1]}, "hypothesis", str)
+        if label not in range(len(SNLI_LABELS)):
+            raise BadSample(f"'labels' must hold 0, 1 or 2, found {label!r:.80}")
+        row = {"text": hypothesis, "label": int(label), "image_id": arrow_row.get("image_id")}
+        rows.append(row)
+    return rows
+
+
+class ArrowKind(NamedTuple):
+    """What an .arrow file of one kind has: columns with their types, and how a row is read."""
+
+    pictures: tuple[str, ...]
+    texts: dict[str, str]  # column -> its type, in the words of `is_of_arrow_type`
+    parse: Callable[[dict], list[dict]]
+
+
+ARROW_KINDS = {
+    "captions": ArrowKind(("image",), {"caption": "list of text"}, arrow_captions),
+    "questions": ArrowKind(
+        ("image",),
+        {
+            "questions": "list of text",
+            "answers": "list of list of text",
+            "answer_scores": "list of list of number",
+            "question_id": "list of anything",
+        },
+        arrow_questions,
+    ),
+    "statements": ArrowKind(
+        ("image_0", "image_1"),
+        {"questions": "list of text", "answers": "list of text", "identifier": "anything"},
+        arrow_statements,
+    ),
+    "hypotheses": ArrowKind(
+        ("image",),
+        {"sentences": "list of list of text", "labels": "list of number"},
+        arrow_hypotheses,
+    ),
+}
+
+
+def is_of_arrow_type(declared: Any, wanted: str) -> bool:
+    """Whether a pyarrow type is bytes, text, number, anything, or "list of" one of them, as wanted.
+
+    A column of nulls fits everything: test files have such ones.
+    """
+    from pyarrow import types
+
+    if types.is_null(declared) or wanted == "anything":
+        return True
+    if types.is_dictionary(declared):
+        return is_of_arrow_type(declared.value_type, wanted)
+    if wanted.startswith("list of "):
+        is_list = types.is_list(declared) or types.is_large_list(declared)
+        return is_list and is_of_arrow_type(declared.value_type, wanted.removeprefix("list of "))
+    if wanted == "number":
+        return types.is_integer(declared) or types.is_floating(declared)
+    if wanted == "text":
+        return types.is_string(declared) or types.is_large_string(declared)
+    return types.is_binary(declared) or types.is_large_binary(declared)
 
 
 @functools.cache
-def _arrow_table(path):
+def arrow_table(path: str) -> Any:
+    """A pyarrow.Table, memory-mapped. Raises ValueError for what is none, or without pyarrow."""
     try:
         import pyarrow
-        return pyarrow.ipc.open_file(pyarrow.memory_map(path)).read_all()
     except ImportError:
         raise ValueError(f"reading {path} needs pyarrow: pip install pyarrow") from None
+    try:
+        return pyarrow.ipc.open_file(pyarrow.memory_map(path)).read_all()
     except (ValueError, OSError) as error:  # pyarrow.ArrowInvalid is a ValueError
         raise ValueError(f"{path} is not an Arrow file: {error}") from None
 
 
+def arrow_rows(path: str | Path, columns: list[str]) -> list[dict]:
+    """All rows of some columns of an .arrow file."""
+    return arrow_table(str(path)).select(columns).to_pylist()
+
+
+# ---------------------------------------------------------------- parts of a source
+class Part:
+    """Records of a file, or drawn ones. Subclasses have `record`, or `parse` and `parse_texts`."""
+
+    path: str  # for messages
+    places: Any  # a sequence: record i is at places[i], a line or a row
+    folder = ""  # that the paths of pictures begin in
+    unit = "row"  # what a place is called in messages
+    rows_each: int | None = (
+        None  # how many rows each record has, where that is known without a scan
+    )
+    description = ""  # of a part with rows_each: what its texts are a function of
+
+    def name(self, index: int) -> str:
+        """File and line of a record."""
+        return f"{self.path}, {self.unit} {self.places[index]}"
+
+    def record(self, index: int) -> Any:
+        """A record in the format of the manifests."""
+        raise NotImplementedError("a part says how its records are read")
+
+    def parse(self, kind: str, index: int) -> Parsed:
+        """The pictures and the text rows of a record. Raises BadSample, without file and line."""
+        record = self.record(index)
+        if not isinstance(record, dict):
+            raise BadSample(f"not a JSON object: {record!r:.80}")
+        return PARSERS[kind](record)
+
+    def parse_texts(self, kind: str, index: int) -> list[dict]:
+        """The text rows of a record."""
+        _, rows = self.parse(kind, index)
+        return rows
+
+
+class Manifest(Part):
+    """JSON Lines, or LLaVA's .json with one list.
+
+    Of JSON Lines only the places of the lines stay in memory, of a .json all of it. folder: where
+    the pictures are, if not beside the file. strategy: see `sample_rows`.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        folder: str | Path | None = None,
+        strategy: str = "all",
+        seed: int = 0,
+    ):
+        self.path = str(path)
+        self.folder = str(folder or Path(path).parent)
+        self.items: list | None = None
+        if self.path.endswith(".json"):
+            self.unit = "item"
+            self.items = read_json(path, list)
+            places = np.arange(len(self.items))
+        else:
+            self.unit = "line"
+            places = self.find_lines(read_bytes(self.path))
+        self.places = places[sample_rows(strategy, len(places), seed)]
+
+    def find_lines(self, content: bytes) -> np.ndarray:
+        """The numbers, from 1 on, of the lines that are not blank.
+
+        Sets `starts`, the offset of every line, and of the end.
+        """
+        starts = [0]
+        numbers = []
+        for number, line in enumerate(io.BytesIO(content), 1):
+            starts.append(starts[-1] + len(line))
+            if line.strip():
+                numbers.append(number)
+        self.starts = np.array(starts, dtype=np.int64)
+        return np.array(numbers, dtype=np.int64)
+
+    def record(self, index: int) -> Any:
+        place = int(self.places[index])
+        if self.items is not None:
+            return self.items[place]
+        start = int(self.starts[place - 1])
+        size = int(self.starts[place]) - start
+        try:
+            return json.loads(read_at(self.path, start, size))
+        except (ValueError, RecursionError) as error:  # broken JSON or UTF-8, or endless brackets
+            raise BadSample(f"not JSON: {error}") from None
+
+
 class ArrowFile(Part):
     """An .arrow file as ViLT, METER, BridgeTower and ManagerTower users have it, memory-mapped."""
-    columns = {"captions": ["caption"], "questions": ["questions", "answers", "answer_scores", "question_id"],
-               "statements": ["questions", "answers", "identifier"], "hypotheses": ["sentences", "labels"]}
 
-    def __init__(self, kind, path):
-        self.kind, self.path, table = kind, str(path), _arrow_table(str(path))
-        self.pictures = ["image_0", "image_1"] if kind == "statements" else ["image"]
-        if missing := {*self.pictures, *self.columns[kind]} - {*table.column_names}:
-            raise ValueError(f"{path} lacks the columns {sorted(missing)} of {kind}; it has {table.column_names}")
-        self.texts = self.columns[kind] + ["image_id"] * ("image_id" in table.column_names)
+    chunk_size = 1024  # rows whose texts are read at once
+
+    def __init__(self, kind: str, path: str | Path):
+        if kind not in ARROW_KINDS:
+            raise ValueError(f"{path}: {kind} are not read from .arrow files")
+        self.path = str(path)
+        self.arrow_kind = ARROW_KINDS[kind]
+        table = arrow_table(self.path)
+        self.check_columns(kind, table)
+        self.text_columns = list(self.arrow_kind.texts)
+        if "image_id" in table.column_names:
+            self.text_columns.append("image_id")
         self.places = range(table.num_rows)
+        self.chunk_number = -1
+        self.chunk: list[dict] = []
 
-    def scan(self):
-        for batch in _arrow_table(self.path).select(self.texts).to_batches(max_chunksize=1024):
-            yield from batch.to_pylist()
+    def check_columns(self, kind: str, table: Any) -> None:
+        """Raises ValueError for a column that is missing or has another type."""
+        wanted_types = dict.fromkeys(self.arrow_kind.pictures, "bytes")
+        wanted_types.update(self.arrow_kind.texts)
+        missing = sorted(set(wanted_types) - set(table.column_names))
+        if missing:
+            raise ValueError(
+                f"{self.path} lacks the columns {missing} of {kind}; it has {table.column_names}"
+            )
+        for name, wanted in wanted_types.items():
+            declared = table.schema.field(name).type
+            if not is_of_arrow_type(declared, wanted):
+                raise ValueError(
+                    f"{self.path}: the column {name!r} of {kind} is {declared}; it must be {wanted}"
+                )
 
-    def parse(self, raw):
-        if not isinstance(raw, dict):
-            raw = _arrow_table(self.path).select(self.pictures + self.texts).slice(raw, 1).to_pylist()[0]
-        pictures = [raw.get(name, b"") for name in self.pictures]
-        if self.kind == "captions":
-            rows = [{"caption": text} for text in raw["caption"] or ()]
-        elif self.kind == "questions":  # test files have no answers, or nulls
-            scores = [dict(zip(*pair)) if pair[0] else None for pair in zip(raw["answers"], raw["answer_scores"])]
-            rows = zip(raw["question_id"], raw["questions"], scores or [None] * len(raw["questions"]))
-            rows = [dict(zip(("id", "question", "answers"), row)) for row in rows]
-        elif self.kind == "statements":
-            rows = [{"sentence": text, "label": answer == "True", "id": raw["identifier"]}
-                    for text, answer in zip(raw["questions"], raw["answers"])]
-        else:
-            rows = [{"hypothesis": texts[1], "label": dict(enumerate(SNLI_LABELS)).get(label)}
-                    for texts, label in zip(raw["sentences"], raw["labels"])]
-        return {"images": pictures, "image": pictures[0], "image_id": raw.get("image_id"), "rows": rows}
+    def parse(self, kind: str, index: int) -> Parsed:
+        columns = [*self.arrow_kind.pictures, *self.text_columns]
+        arrow_row = arrow_table(self.path).select(columns).slice(index, 1).to_pylist()[0]
+        pictures = [arrow_row[name] for name in self.arrow_kind.pictures]
+        if not all(is_picture(picture) for picture in pictures):
+            raise BadSample(f"an image expected, found {pictures!r:.80}")
+        return pictures, self.arrow_kind.parse(arrow_row)
 
-
-def _need(record, key, kind):
-    value = record.get(key) if isinstance(record, dict) else None
-    if not isinstance(value, kind) or value == [] or (isinstance(value, str) and not value.strip()):
-        raise BadSample(f"{key!r} must be a non-empty {kind.__name__}, found {value!r:.80}")
-    return value
-
-
-def _chat_row(record):
-    """With the published inconsistency: images whose tags are missing get them before the first turn."""
-    turns, images = _need(record, "conversations", list), record.get("image") or []
-    if not all(isinstance(turn, dict) and isinstance(turn.get("value"), str) and "from" in turn for turn in turns):
-        raise BadSample(f"every turn needs 'from' and a text 'value', found {turns!r:.80}")
-    turns, images = [dict(turn) for turn in turns], images if isinstance(images, list) else [images]
-    tags = sum(turn["value"].count("<image>") for turn in turns)
-    if "video" in record or (images and tags not in (0, len(images))):
-        raise BadSample(f"{len(images)} images but {tags} <image> tags; videos are not read")
-    if images and not tags:
-        turns[0]["value"] = " ".join(["<image>"] * len(images)) + "\n" + turns[0]["value"]
-    words = sum(len(turn["value"].split()) for turn in turns)
-    return images, [{"conversation": turns, "id": record.get("id"), "length": words if images else -words}]
+    def parse_texts(self, kind: str, index: int) -> list[dict]:
+        # pictures are large: a scan leaves their columns out, and goes from chunk to chunk
+        chunk_number = index // self.chunk_size
+        if chunk_number != self.chunk_number:
+            texts = arrow_table(self.path).select(self.text_columns)
+            chunk = texts.slice(chunk_number * self.chunk_size, self.chunk_size)
+            self.chunk = chunk.to_pylist()
+            self.chunk_number = chunk_number
+        return self.arrow_kind.parse(self.chunk[index % self.chunk_size])
 
 
-def record_rows(kind: str, record: dict) -> tuple[list, list[dict]]:
-    """Pictures and rows of a record in the manifests' format; BadSample says which field is wrong."""
-    if not isinstance(record, dict):
-        raise BadSample(f"not a JSON object: {record!r:.80}")
-    if kind.startswith("chat"):
-        return _chat_row(record)
-    images, items = _need(record, "images", list) if kind == "statements" else [record.get("image")], [record]
-    if [isinstance(image, (str, bytes, Image.Image)) for image in images] != [True] * (1 + (kind == "statements")):
-        raise BadSample(f"{'two images' if kind == 'statements' else 'an image'} expected, found {images!r:.80}")
-    if "rows" in record or kind == "questions":
-        items = _need(record, "rows" if "rows" in record else "questions", list)
-    elif kind == "captions":
-        items = [{"caption": text} for text in _need(record, "captions", list)]
-    rows = []
-    for item in items:
-        _need(item, FIELDS[kind]["text"], str)
-        rows.append({name: item.get(key) for name, key in FIELDS[kind].items()} | {"image_id": record.get("image_id")})
-        if kind in LABELS and rows[-1]["label"] not in LABELS[kind]:
-            raise BadSample(f"'label' must be one of {LABELS[kind]}, found {rows[-1]['label']!r}")
-        if kind in LABELS:
-            rows[-1]["label"] = LABELS[kind].index(rows[-1]["label"])
-        if not isinstance(rows[-1].get("answers") or {}, dict):
-            raise BadSample(f"'answers' must be a dict of scores, found {rows[-1]['answers']!r:.80}")
-    if kind == "captions":  # de-duplicated in order: the order of a set differs from process to process
-        rows = list({row["text"]: row for row in rows}.values())
-    return images, rows
+# ---------------------------------------------------------------- sources
+def tolerate(error: BadSample, policy: str, seen: int, bad: set[str]) -> None:
+    """Raises a bad sample; the policy "skip" only logs it, unless more than 1 in 1,000 are bad.
 
-
-def tolerate(error, policy: str, seen: int, bad: set):
-    """Raises a bad sample, or with the policy "skip" logs it, and raises when more than 1 in 1,000 are bad. `bad` holds
-    the different ones that this process has met: every DataLoader worker has its own count."""
+    seen: how many samples this process has met. bad: the messages of the bad ones; every DataLoader
+    worker has its own count.
+    """
     if policy != "skip":
         raise error
-    if str(error) not in bad:
-        logging.warning("skipped bad sample: %s", error)
-    bad.add(str(error))
-    if len(bad) > max(1, seen / 1000 + 3 * math.sqrt(seen / 1000)):  # and three standard deviations of chance
-        raise ValueError(f"{len(bad)} of {seen} samples are bad, more than 1 in 1,000; repair the data. Last: {error}")
+    message = str(error)
+    if message not in bad:
+        logging.warning("skipped bad sample: %s", message)
+    bad.add(message)
+    expected = seen / 1000
+    most = max(1, expected + 3 * math.sqrt(expected))  # three standard deviations of chance
+    if len(bad) > most:
+        raise ValueError(
+            f"{len(bad)} of {seen} samples are bad, more than 1 in 1,000; repair the data. "
+            f"Last: {message}"
+        )
+
+
+# the fields of a row that the numbers of a run depend on
+DIGESTED = ("text", "label", "answers", "conversation", "length")
+
+
+def digest_rows(rows: list[dict]) -> bytes:
+    """The texts and labels of one record, as bytes for a hash."""
+    values = []
+    for row in rows:
+        for name in DIGESTED:
+            values.append(row.get(name))
+    return json.dumps(values).encode()
 
 
 class Source:
-    """The rows of one kind over any number of parts (manifests, .arrow files, demo data), one after the other.
-    `source[row]`: "text", "images" (RGB), "image_index" (the record's number), "image_id"; vqa "question_id", "answers"
-    ({answer: score}; None in test sets), "question_type"; nlvr2 "label", "id"; snli_ve "label" (number in SNLI_LABELS);
-    chat "conversation", "id", "length" and no text. Opening reads every text and no picture; what is broken raises
-    BadSample with file and line, or is left out with on_bad_sample="skip"."""
+    """The rows of one kind over any number of parts, one part after the other.
 
-    def __init__(self, kind: str, parts: list, on_bad_sample="error"):
-        self.kind, self.parts, self.on_bad_sample, self.seen, self.bad = kind, parts, on_bad_sample, 0, set()
+    `source[row]` has "text", "images" (RGB), "image_index" (the number of its record), "image_id",
+    and by kind: questions "question_id", "answers" ({answer: score}; None in test sets),
+    "question_type"; statements "label" (0 or 1), "id"; hypotheses "label" (a number in
+    SNLI_LABELS); chat "conversation", "id", "length", and no text.
+
+    Opening reads every text and no picture. What is broken raises BadSample with file and line, or
+    is left out with on_bad_sample="skip".
+
+    digest: a hash of all texts and labels in their order. It is the same for the same data at
+    another place, and another one when a text changes. Drawn parts, which are not scanned, add
+    their name, size and seed to it.
+    """
+
+    def __init__(self, kind: str, parts: Sequence[Part], on_bad_sample: str = "error"):
+        self.kind = kind
+        self.parts = parts
+        self.on_bad_sample = on_bad_sample
+        self.seen = 0  # records that were scanned
+        self.bad: set[str] = set()  # messages of the bad ones
+        counts: list[int] = []  # rows of each record
         digest = hashlib.sha256()
-        self._hash = digest
-        counts = [[part.rows_each] * len(part.places) if part.rows_each else [len(rows) for rows in self._scan(part)]
-                  for part in parts]
-        self.part_ends, counts = np.cumsum([len(part.places) for part in parts]), np.concatenate(counts).astype(int)
-        self.num_images, self.image_of = len(counts), np.repeat(np.arange(len(counts), dtype=np.int32), counts)
+        for part in parts:
+            if part.rows_each is not None:
+                digest.update(part.description.encode())
+                counts += [part.rows_each] * len(part.places)
+                continue
+            for rows in self.scan(part):
+                digest.update(digest_rows(rows))
+                counts.append(len(rows))
         self.digest = digest.hexdigest()
-        if not len(self):
+        self.part_ends = np.cumsum([len(part.places) for part in parts])
+        self.num_images = len(counts)
+        # the number of the record that each row belongs to: (rows,)
+        self.image_of = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
+        if len(self) == 0:
             raise ValueError(f"no rows in {', '.join(part.path for part in parts)}")
 
-    def _scan(self, part):
-        for index, raw in enumerate(part.scan()):
+    def scan(self, part: Part) -> Iterator[list[dict]]:
+        """The text rows of each record of a part; none for a bad one that is tolerated."""
+        for index in range(len(part.places)):
             self.seen += 1
             try:
-                rows = record_rows(self.kind, part.parse(raw))[1]
-                self._hash.update(repr(rows).encode("utf-8", "surrogatepass"))
-                yield rows
+                rows = part.parse_texts(self.kind, index)
             except BadSample as error:
-                tolerate(BadSample(f"{part.name(index)}: {error}"), self.on_bad_sample, self.seen, self.bad)
-                yield []
+                named = BadSample(f"{part.name(index)}: {error}")
+                tolerate(named, self.on_bad_sample, self.seen, self.bad)
+                rows = []
+            yield rows
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.image_of)
 
-    def _find(self, index):
+    def find(self, index: int) -> tuple[Part, int]:
+        """The part of record `index`, and the record's number in it."""
         number = int(np.searchsorted(self.part_ends, index, side="right"))
-        return self.parts[number], index - int(self.part_ends[number]) + len(self.parts[number].places)
+        part = self.parts[number]
+        start = int(self.part_ends[number]) - len(part.places)
+        return part, index - start
 
     def name(self, index: int) -> str:
-        """Its file and line."""
-        part, local = self._find(index)
-        return part.name(local)
+        """File and line of record `index`."""
+        part, number = self.find(index)
+        return part.name(number)
 
-    def _record(self, index):
-        part, local = self._find(index)
+    def load(self, index: int) -> tuple[list[Image.Image], list[dict]]:
+        """The opened pictures and the rows of record `index`. BadSample names file and line."""
+        part, number = self.find(index)
         try:
-            images, rows = record_rows(self.kind, part.parse(part.places[local]))
-            return [load_image(os.path.join(part.folder, x) if isinstance(x, str) else x) for x in images], rows
+            pictures, rows = part.parse(self.kind, number)
+            images = []
+            for picture in pictures:
+                if isinstance(picture, str):
+                    picture = os.path.join(part.folder, picture)
+                images.append(load_image(picture))
         except BadSample as error:
-            raise BadSample(f"{part.name(local)}: {error}") from None
+            raise BadSample(f"{part.name(number)}: {error}") from None
+        return images, rows
 
     def images(self, index: int) -> list[Image.Image]:
-        return self._record(index)[0]
+        """The pictures of record `index`, RGB."""
+        images, _ = self.load(index)
+        return images
 
     def __getitem__(self, row: int) -> dict:
         index = int(self.image_of[row])
-        images, rows = self._record(index)
-        first = int(np.searchsorted(self.image_of, self.image_of[row]))
-        return rows[row - first] | {"images": images, "image_index": index}
+        images, rows = self.load(index)
+        first_row = int(np.searchsorted(self.image_of, self.image_of[row]))
+        return {**rows[row - first_row], "images": images, "image_index": index}
+
+    def iterate_texts(self) -> Iterator[dict]:
+        index = 0
+        for part in self.parts:
+            for rows in self.scan(part):
+                for row in rows:
+                    yield {**row, "image_index": index}
+                index += 1
 
     def texts(self, limit: int | None = None) -> list[dict]:
-        """All rows, or the first ones, without their pictures."""
-        records = enumerate(rows for part in self.parts for rows in self._scan(part))
-        return list(itertools.islice((row | {"image_index": index} for index, rows in records for row in rows), limit))
+        """All rows, or the first `limit` ones, without their pictures."""
+        return list(itertools.islice(self.iterate_texts(), limit))
+
+
+def open_source(kind: str, files: Sequence[Path], on_bad_sample: str = "error") -> Source:
+    """.jsonl manifests and .arrow files as one source."""
+    parts: list[Part] = []
+    for file in files:
+        parts.append(ArrowFile(kind, file) if file.suffix == ".arrow" else Manifest(file))
+    return Source(kind, parts, on_bad_sample)
+
+
+# ---------------------------------------------------------------- LLaVA's mixtures
+def parse_strategy(strategy: str) -> tuple[str, str]:
+    """ "first:10%" -> ("first", "10%"). Raises ValueError for what is no sampling strategy."""
+    if strategy == "all":
+        return "first", "100%"
+    match = re.fullmatch(r"(first|end|random):(\d+|(?:\d+\.?\d*|\.\d+)%)", strategy)
+    if match is None:
+        raise ValueError(
+            f"sampling_strategy {strategy!r} is none of all, first:N, end:N, random:N (or N%)"
+        )
+    return match[1], match[2]
 
 
 def sample_rows(strategy: str, count: int, seed: int) -> np.ndarray:
-    """Row numbers for LLaVA's sampling strategies: all, first:N, end:N, random:N; N may be a percentage, rounded up."""
-    match = re.fullmatch(r"(all)|(first|end|random):([\d.]+%|\d+)", strategy)
-    if not match:
-        raise ValueError(f"sampling_strategy {strategy!r} is none of all, first:N, end:N, random:N (or N%)")
-    kind, amount = match[2], match[3] or "100%"
-    size = min(count, math.ceil(count * float(amount[:-1]) / 100) if amount.endswith("%") else int(amount))
-    rows = np.random.default_rng((seed, count, size, 3)).permutation(count) if kind == "random" else np.arange(count)
-    return rows[count - size:] if kind == "end" else rows[:size]
+    """The row numbers that a sampling strategy of LLaVA takes of `count` rows.
+
+    Strategies: all, first:N, end:N, random:N. N may be a percentage, which is rounded up.
+    """
+    name, amount = parse_strategy(strategy)
+    if amount.endswith("%"):
+        size = math.ceil(count * float(amount[:-1]) / 100)
+    else:
+        size = int(amount)
+    size = min(size, count)
+    if name == "random":
+        rng = np.random.default_rng((seed, count, size, 3))
+        return rng.permutation(count)[:size]
+    rows = np.arange(count)
+    if name == "end":
+        return rows[count - size :]
+    return rows[:size]
+
+
+MIXTURE_KEYS = ("json_path", "sampling_strategy")
+
+
+def check_entry(place: str, entry: Any) -> None:
+    """Raises ValueError unless an entry of a mixture has a json_path, and only MIXTURE_KEYS."""
+    if not isinstance(entry, dict):
+        raise ValueError(f"{place} is {entry!r:.80}; it must have json_path and sampling_strategy")
+    for key in entry:
+        if key not in MIXTURE_KEYS:
+            raise ValueError(f"{place}: unknown key {key!r}; it may have {', '.join(MIXTURE_KEYS)}")
+    if not isinstance(entry.get("json_path"), str):
+        raise ValueError(f"{place}: json_path is {entry.get('json_path')!r:.80}; it must be a path")
+    strategy = entry.get("sampling_strategy", "all")
+    if not isinstance(strategy, str):
+        raise ValueError(f"{place}: sampling_strategy is {strategy!r:.80}; it must be a text")
+    try:
+        parse_strategy(strategy)
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from None
+
+
+def read_yaml(path: str) -> Any:
+    try:
+        return yaml.safe_load(read_bytes(path))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        if isinstance(error, BadSample):  # there is no such file
+            raise
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path} is not YAML: {reason}") from None
 
 
 def read_mixture(path: str) -> list[dict]:
-    """The `datasets` list of json_path and sampling_strategy: JSON or YAML of just this shape. Else: the file."""
-    if not path.endswith((".yaml", ".yml")):
-        content = {} if path.endswith(".jsonl") else read_json(path, list, dict)
-        return content["datasets"] if "datasets" in content else [{"json_path": path}]
-    entries = []
-    for number, line in enumerate(read_bytes(path).decode().splitlines(), 1):
-        match = re.fullmatch(r"""\s*(-\s+)?(json_path|sampling_strategy):\s*(["']?)(.+?)\3\s*(\s#.*)?""", line)
-        if match and (match[1] or entries):
-            entries += [{}] if match[1] else []
-            entries[-1][match[2]] = match[4]
-        elif not re.fullmatch(r"\s*(#.*)?|datasets:\s*(#.*)?", line):
-            raise ValueError(f"{path}, line {number}: {line!r} is no `datasets:`, `- json_path:`, `sampling_strategy:`")
-    return entries
+    """The entries of a mixture in YAML or JSON: `datasets`, a list of json_path, sampling_strategy.
+
+    Any other .json or .jsonl is its own only entry. A json_path is taken from the mixture's folder
+    if there is such a file, else as it stands.
+    """
+    only_entry = [{"json_path": path}]
+    if path.endswith((".yaml", ".yml")):
+        content = read_yaml(path)
+    elif path.endswith(".jsonl"):
+        return only_entry
+    else:
+        content = read_json(path, list, dict)
+        if "datasets" not in content:
+            return only_entry
+    entries = content.get("datasets") if isinstance(content, dict) else content
+    if not isinstance(entries, list):
+        raise ValueError(f"{path} has no list `datasets`, found {entries!r:.80}")
+    resolved = []
+    for number, entry in enumerate(entries, 1):
+        check_entry(f"{path}, entry {number}", entry)
+        beside = Path(path).parent / entry["json_path"]
+        json_path = str(beside) if beside.is_file() else entry["json_path"]
+        resolved.append({**entry, "json_path": json_path})
+    return resolved
 
 
-def open_chat(where, image_folder=None, seed=0, on_bad_sample="error") -> Source:
-    """LLaVA's .json or .jsonl, `/p/{a,b}.json`, or a mixture of them (.yaml, .json); images lie in image_folder."""
-    head, *braced = re.split(r"[{}]", str(where))
-    names = [head + name + braced[1] for name in braced[0].split(",")] if len(braced) == 2 else [str(where)]
-    entries = [entry for name in names for entry in read_mixture(name)]
-    parts = [Manifest(one["json_path"], image_folder, one.get("sampling_strategy", "all"), seed) for one in entries]
+def expand_braces(pattern: str) -> list[str]:
+    """ "/p/{a,b}.json" -> "/p/a.json", "/p/b.json"; without braces the path alone."""
+    match = re.fullmatch(r"([^{}]*)\{([^{}]*)\}([^{}]*)", pattern)
+    if match is None:
+        return [pattern]
+    return [f"{match[1]}{name}{match[3]}" for name in match[2].split(",")]
+
+
+def open_chat(
+    where: str | Path,
+    image_folder: str | Path | None = None,
+    seed: int = 0,
+    on_bad_sample: str = "error",
+) -> Source:
+    """LLaVA's .json or .jsonl, `/p/{a,b}.json`, or a mixture of them (.yaml, .json).
+
+    image_folder: where the pictures are; None: beside each file.
+    """
+    parts = []
+    for path in expand_braces(str(where)):
+        for entry in read_mixture(path):
+            strategy = entry.get("sampling_strategy", "all")
+            parts.append(Manifest(entry["json_path"], image_folder, strategy, seed))
     return Source("chat", parts, on_bad_sample)
 
 
-def mask_tokens(ids: torch.Tensor, tokenizer: Tokenizer, rng, probability=0.15) -> tuple[torch.Tensor, torch.Tensor]:
-    """Masked ids and labels (-100: not chosen), (L,): of 15% of the ordinary tokens 80% <mask>, 10% any, 10% kept."""
-    chosen, kind, ids = rng.random(len(ids)) < probability, rng.random(len(ids)), ids.numpy()
-    chosen &= [i not in tokenizer.special_ids for i in ids.tolist()]
-    masked = np.where(chosen & (kind < 0.8), tokenizer.mask_id, ids)
-    masked = np.where(chosen & (kind >= 0.9), rng.integers(tokenizer.vocab_size, size=len(ids)), masked)
-    return torch.from_numpy(masked), torch.from_numpy(np.where(chosen, ids, -100))
+# ---------------------------------------------------------------- datasets
+def mask_tokens(
+    ids: Tensor, tokenizer: Tokenizer, rng: np.random.Generator, probability: float = 0.15
+) -> tuple[Tensor, Tensor]:
+    """Masked ids and labels (-100: not chosen) of ids, all (T,).
+
+    Of the ordinary tokens 15% are chosen: 80% of these become <mask>, 10% any token, 10% stay
+    (BERT, and HF's DataCollatorForLanguageModeling, which the official code uses).
+    """
+    chosen = rng.random(len(ids)) < probability
+    fate = rng.random(len(ids))
+    tokens = ids.numpy()
+    is_ordinary = [token not in tokenizer.special_ids for token in tokens.tolist()]
+    chosen &= np.array(is_ordinary)
+    mask_id: Any = tokenizer.mask_id
+    masked = np.where(chosen & (fate < 0.8), mask_id, tokens)
+    any_tokens = rng.integers(tokenizer.vocab_size, size=len(tokens))
+    masked = np.where(chosen & (fate >= 0.9), any_tokens, masked)
+    labels = np.where(chosen, tokens, -100)
+    return torch.from_numpy(masked), torch.from_numpy(labels)
 
 
-class PairDataset(torch.utils.data.Dataset):
-    """Rows as tensors: pixels (3, S, S), input_ids, attention_mask (T), image_index, and the row's other fields; nlvr2
-    pixels_1, label; vqa targets (A), soft scores without those of unknown answers, none in test sets. No tokenizer:
-    rows as they are (LLaVA). A key is (epoch, position, row) or the row; after a skipped row comes the next one."""
+class PairDataset(Dataset):
+    """Rows as tensors: pixels (3, S, S), input_ids and attention_mask (T,), image_index ().
 
-    def __init__(self, source: Source, tokenizer: Tokenizer | None = None, transform=None, max_text_len=50, seed=0,
-                 on_bad_sample="error", answers=()):
-        self.source, self.tokenizer, self.transform, self.max_text_len = source, tokenizer, transform, max_text_len
-        self.seed, self.on_bad_sample, self.seen, self.bad, self.answers = seed, on_bad_sample, 0, set(), answers
+    The other fields of a row stay. Statements have pixels_1 and label too; questions have targets
+    (A,), the soft scores of the answers in the vocabulary `answers`, and none in test sets. Without
+    a tokenizer the rows are left as they are.
 
-    def __len__(self):
+    A key is (epoch, position, row), or the row alone. After a bad row that is skipped comes the
+    next one.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        tokenizer: Tokenizer | None = None,
+        transform: Callable[..., Tensor] | None = None,
+        max_text_len: int = 50,
+        seed: int = 0,
+        on_bad_sample: str = "error",
+        answers: Sequence[str] | None = (),
+    ):
+        self.source = source
+        self.tokenizer: Any = tokenizer
+        self.transform: Any = transform
+        self.max_text_len = max_text_len
+        self.seed = seed
+        self.on_bad_sample = on_bad_sample
+        self.answers = answers or ()
+        self.seen = 0  # samples that were tried
+        self.bad: set[str] = set()  # messages of the bad ones
+
+    def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, key) -> dict:
+    def __getitem__(self, key: int | tuple[int, int, int]) -> dict:
         epoch, position, row = key if isinstance(key, tuple) else (0, key, key)
-        for other in range(row, row + len(self)):
+        for candidate in range(row, row + len(self)):
             self.seen += 1
+            rng = np.random.default_rng((self.seed, epoch, position))
             try:
-                return self.item(position, other % len(self), np.random.default_rng((self.seed, epoch, position)))
+                return self.item(position, candidate % len(self), rng)
             except BadSample as error:
                 tolerate(error, self.on_bad_sample, self.seen, self.bad)
         raise ValueError("no sample of the data can be read")
 
-    def item(self, position, row, rng) -> dict:
+    def item(self, position: int, row: int, rng: np.random.Generator) -> dict:
+        """The tensors of one row; position: its place in the global order of all epochs."""
         item = self.source[row]
         if self.tokenizer is None:
             return item
         ids, mask = self.tokenizer([item.pop("text")], self.max_text_len)
-        item |= {"input_ids": ids[0], "attention_mask": mask[0]}
-        item |= zip(("pixels", "pixels_1"), (self.transform(image, rng) for image in item.pop("images")))
-        if (scores := item.pop("answers", None)) is not None:
-            item["targets"] = torch.tensor([float(scores.get(answer, 0)) for answer in self.answers or ()])
-        return item | {name: torch.tensor(int(item[name])) for name in ("label", "image_index") if name in item}
-
-
-class PretrainDataset(PairDataset):
-    """Adds mlm_ids, mlm_labels (T), itm_labels () 1 = match, itm_pixels: the picture, or any other one. Exactly half of
-    each global batch is false. With share_images there is no itm_pixels: of the positions 2k and 2k + 1 exactly one is
-    false, and takes its partner's picture."""
-
-    def __init__(self, *args, batch_size, objectives=("mlm", "itm"), share_images=False, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.batch_size, self.false_images = 2 if share_images else batch_size, "itm" in objectives and not share_images
-        if self.source.image_of[0] == self.source.image_of[-1]:
-            raise ValueError("image-text matching needs at least two images, the data has one")
-
-    def item(self, position, row, rng):
-        item = super().item(position, row, rng)
-        item["mlm_ids"], item["mlm_labels"] = mask_tokens(item["input_ids"], self.tokenizer, rng)
-        batch, place = divmod(position, self.batch_size)
-        order = np.random.default_rng((self.seed, batch, 0, 1)).permutation(self.batch_size)
-        match = int(order[place] >= self.batch_size // 2)
-        item["itm_labels"] = torch.tensor(match)
-        if self.false_images:
-            index = own = int(self.source.image_of[row])
-            while index == own and not match:
-                index = int(self.source.image_of[rng.integers(len(self))])
-            item["itm_pixels"] = item["pixels"] if match else self.transform(self.source.images(index)[0], rng)
+        item["input_ids"] = ids[0]
+        item["attention_mask"] = mask[0]
+        images = item.pop("images")
+        for name, image in zip(("pixels", "pixels_1"), images, strict=False):
+            item[name] = self.transform(image, rng)
+        scores = item.pop("answers", None)
+        if scores is not None:
+            targets = [float(scores.get(answer, 0)) for answer in self.answers]
+            item["targets"] = torch.tensor(targets)
+        for name in ("label", "image_index"):
+            if name in item:
+                item[name] = torch.tensor(int(item[name]))
         return item
 
 
+class PretrainDataset(PairDataset):
+    """Adds mlm_ids and mlm_labels (T,), itm_labels () and itm_pixels (3, S, S).
+
+    itm_labels: 1 where picture and text match. itm_pixels: the picture, or where the pair is false
+    any other one of the data. Exactly half of each global batch is false. With share_images there
+    is no itm_pixels: of the positions 2k and 2k + 1 exactly one is false, and takes its partner's
+    picture.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        batch_size: int,
+        objectives: Sequence[str] = ("mlm", "itm"),
+        share_images: bool = False,
+        **kwargs: Any,
+    ):
+        super().__init__(*args, **kwargs)
+        self.batch_size = 2 if share_images else batch_size
+        self.loads_false_images = "itm" in objectives and not share_images
+        if self.source.image_of[0] == self.source.image_of[-1]:
+            raise ValueError("image-text matching needs at least two images, the data has one")
+
+    def is_match(self, position: int) -> bool:
+        """Whether the pair at this position is a true one: half of each batch, drawn for it."""
+        batch, place = divmod(position, self.batch_size)
+        order = np.random.default_rng((self.seed, batch, 0, 1)).permutation(self.batch_size)
+        return bool(order[place] >= self.batch_size // 2)
+
+    def draw_other_image(self, row: int, rng: np.random.Generator) -> int:
+        """The number of a record other than the row's own."""
+        own = int(self.source.image_of[row])
+        index = own
+        while index == own:
+            index = int(self.source.image_of[rng.integers(len(self))])
+        return index
+
+    def item(self, position: int, row: int, rng: np.random.Generator) -> dict:
+        item = super().item(position, row, rng)
+        masked, labels = mask_tokens(item["input_ids"], self.tokenizer, rng)
+        item["mlm_ids"] = masked
+        item["mlm_labels"] = labels
+        match = self.is_match(position)
+        item["itm_labels"] = torch.tensor(int(match))
+        if self.loads_false_images and match:
+            item["itm_pixels"] = item["pixels"]
+        elif self.loads_false_images:
+            index = self.draw_other_image(row, rng)
+            item["itm_pixels"] = self.transform(self.source.images(index)[0], rng)
+        return item
+
+
+class ChatDataset(PairDataset):
+    """Rows of `source` as tokens (input_ids, labels) and images, a list of ImageTiles.
+
+    rows: which ones. Up to position `plain` of the global order come rows of `captions` instead, in
+    the style of stage 1. Nothing is dropped: the model cuts what is too long, after the image
+    tokens are in their places.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        rows: Sequence[int],
+        config: Any,
+        strict_labels: bool = False,
+        captions: Source | None = None,
+        plain: float = 0,
+        **kwargs: Any,
+    ):
+        super().__init__(source, **kwargs)
+        self.rows = rows
+        self.config = config
+        self.strict_labels = strict_labels
+        self.captions = source if captions is None else captions
+        self.plain = plain
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def item(self, position: int, row: int, rng: np.random.Generator) -> dict:
+        style = "qwen_1_5"
+        source = self.source
+        if position < self.plain:
+            style = "plain"
+            source = self.captions
+        chat = source[int(self.rows[row])]
+        images = chat["images"]
+        name = source.name(chat["image_index"])
+        try:
+            tokens = encode_chat(
+                chat["conversation"],
+                self.tokenizer,
+                style,
+                self.strict_labels,
+                has_image=bool(images),
+            )
+        except ValueError as error:
+            raise BadSample(f"{name}: {error}") from None
+        input_ids, _ = tokens
+        tags = input_ids.count(IMAGE_TOKEN)
+        if tags != len(images):
+            raise BadSample(
+                f"{name}: {len(images)} images, but {tags} {IMAGE_TAG} in the turns to train on"
+            )
+        # of several images each one is a single tile
+        multi_image = len(images) > 1
+        tiles = [preprocess_image(image, self.config, multi_image=multi_image) for image in images]
+        return {"tokens": tokens, "images": tiles, "image_index": chat["image_index"]}
+
+
+# ---------------------------------------------------------------- batches
 def collate(items: list[dict]) -> dict:
     """Tensors are stacked, everything else becomes a list."""
-    columns = {name: [item[name] for item in items] for name in items[0]}
-    return {name: torch.stack(column) if torch.is_tensor(column[0]) else column for name, column in columns.items()}
+    batch: dict[str, Any] = {}
+    for name in items[0]:
+        column = [item[name] for item in items]
+        batch[name] = torch.stack(column) if torch.is_tensor(column[0]) else column
+    return batch
 
 
-def length_grouped(lengths, batch_size: int, world_size: int, generator: torch.Generator) -> list[int]:
-    """One epoch's order of LLaVA's sampler: batches of one modality (negative length: no image) and of similar lengths.
-    Megabatches of world_size batches (all micro-batches of a step) of shuffled rows are dealt out, longest row first,
-    to the smallest total; the last ones of both modalities come sorted at the end."""
-    def deal(rows):
-        chunks, totals = [rows[i::world_size] for i in range(world_size)], [0] * world_size
-        if len(rows) % world_size == 0:
-            chunks = [[] for _ in range(world_size)]
-            for row in rows:
-                i = totals.index(min(totals))
-                chunks[i].append(row)
-                full = len(chunks[i]) * world_size == len(rows)
-                totals[i] = math.inf if full else totals[i] + abs(lengths[row])
-        return [row for chunk in chunks for row in chunk]
+def collate_conversations(items: list[dict]) -> dict:
+    """input_ids, labels, attention_mask (B, T), images (a flat list of all rows'), image_index."""
+    batch: dict[str, Any] = collate_chat([item["tokens"] for item in items])
+    batch["images"] = []
+    for item in items:
+        batch["images"] += item["images"]
+    batch["image_index"] = [item["image_index"] for item in items]
+    return batch
 
-    modalities, size = [], batch_size * world_size
-    for rows in ([i for i, n in enumerate(lengths) if n > 0], [i for i, n in enumerate(lengths) if n <= 0]):
-        rows = [rows[i] for i in torch.randperm(len(rows), generator=generator).tolist()] if rows else rows
-        megas = [sorted(rows[i:i + size], key=lambda row: -abs(lengths[row])) for i in range(0, len(rows), size)]
-        modalities += [[deal(mega) for mega in megas]] if rows else []
+
+def batches(
+    dataset: Any, batch_size: int, num_workers: int = 0, collate: Callable = collate
+) -> Iterator[tuple[range, dict]]:
+    """(rows, batch) for the batches of this process.
+
+    Batch b goes to process b % processes, so that no batch depends on their number.
+    """
+    rank, num_processes = ranks()
+    starts = range(0, len(dataset), batch_size)[rank::num_processes]
+    plan = [range(start, min(start + batch_size, len(dataset))) for start in starts]
+    batch_sampler: Any = plan
+    loader = DataLoader(
+        dataset, batch_sampler=batch_sampler, collate_fn=collate, num_workers=num_workers
+    )
+    return zip(plan, loader, strict=True)
+
+
+# ---------------------------------------------------------------- the order of training rows
+def deal_by_length(rows: list[int], lengths: Sequence[int], num_batches: int) -> list[int]:
+    """A megabatch, longest row first, dealt to batches of equal size, each row to the smallest sum.
+
+    Returns the batches one after the other. Rows that cannot be dealt evenly are dealt in turn.
+    """
+    if len(rows) % num_batches != 0:
+        dealt = []
+        for i in range(num_batches):
+            dealt += rows[i::num_batches]
+        return dealt
+    full_size = len(rows) // num_batches
+    chunks: list[list[int]] = [[] for _ in range(num_batches)]
+    totals = [0.0] * num_batches
+    for row in rows:
+        i = totals.index(min(totals))
+        chunks[i].append(row)
+        totals[i] += abs(lengths[row])
+        if len(chunks[i]) == full_size:
+            totals[i] = math.inf  # takes no more
+    return list(itertools.chain.from_iterable(chunks))
+
+
+def megabatches(
+    rows: list[int],
+    lengths: Sequence[int],
+    batch_size: int,
+    num_batches: int,
+    generator: torch.Generator,
+) -> list[list[int]]:
+    """The rows of one modality, shuffled, cut into megabatches of num_batches batches, dealt."""
+    shuffled = [rows[i] for i in torch.randperm(len(rows), generator=generator).tolist()]
+    size = batch_size * num_batches
+    result = []
+    for start in range(0, len(shuffled), size):
+        longest_first = sorted(
+            shuffled[start : start + size], key=lambda row: abs(lengths[row]), reverse=True
+        )
+        result.append(deal_by_length(longest_first, lengths, num_batches))
+    return result
+
+
+def length_grouped(
+    lengths: Sequence[int], batch_size: int, world_size: int, generator: torch.Generator
+) -> list[int]:
+    """One epoch's order of LLaVA's sampler: batches of one modality and of similar lengths.
+
+    lengths: of each row, negative for one without an image. A megabatch has world_size batches (all
+    micro-batches of a step). The last, incomplete megabatches of both modalities come sorted at the
+    end, as in LLaVA-NeXT's `get_modality_length_grouped_indices`.
+    """
+    with_image = [row for row, length in enumerate(lengths) if length > 0]
+    text_only = [row for row, length in enumerate(lengths) if length <= 0]
+    modalities = []
+    for rows in (with_image, text_only):
+        if rows:
+            modalities.append(megabatches(rows, lengths, batch_size, world_size, generator))
     if len(modalities) == 1:
-        return [row for mega in modalities[0] for row in mega]
+        return list(itertools.chain.from_iterable(modalities[0]))
     full = modalities[0][:-1] + modalities[1][:-1]
-    order = torch.randperm(len(full), generator=generator).tolist()
-    return [row for i in order for row in full[i]] + sorted(modalities[0][-1] + modalities[1][-1])
+    order: list[int] = []
+    for i in torch.randperm(len(full), generator=generator).tolist():
+        order += full[i]
+    return order + sorted(modalities[0][-1] + modalities[1][-1])
 
 
 def largest_divisor(number: int, most: int) -> int:
@@ -389,7 +1063,7 @@ def largest_divisor(number: int, most: int) -> int:
 
 
 def deal(count: int, parts: int) -> list[int]:
-    """`count` things dealt to `parts` as evenly as possible, the larger parts first: 7 to 3 -> [3, 2, 2]."""
+    """`count` things dealt as evenly as possible, the larger parts first: 7 to 3 -> [3, 2, 2]."""
     share, rest = divmod(count, parts)
     return [share + 1] * rest + [share] * (parts - rest)
 
@@ -397,18 +1071,19 @@ def deal(count: int, parts: int) -> list[int]:
 class BatchPlan:
     """Which rows of each global batch a process takes, and in how many micro-steps.
 
-    The batch is cut into as few micro-steps as keep every process at most at micro_batch_size rows, and each of them
-    is dealt to the processes. Where the numbers do not divide, some parts have one unit more than others.
-    unit: rows that must stay together, 2 where neighbours share a picture.
+    The batch is cut into as few micro-steps as keep every process at most at micro_batch_size rows,
+    and each of them is dealt to the processes. Where the numbers do not divide, some parts have one
+    unit more than others. unit: rows that must stay together, 2 where neighbours share a picture.
 
-    sizes[i][r]: rows of process r in micro-step i. starts[i][r]: the place of the first one in the batch.
+    sizes[i][r]: rows of process r in micro-step i. starts[i][r]: the place of the first of them in
+    the batch. Raises ValueError where a process would be without a row.
     """
 
     def __init__(self, batch_size: int, micro_batch_size: int, num_processes: int, unit: int = 1):
         if batch_size % unit or batch_size < unit * num_processes:
             raise ValueError(
-                f"--batch_size {batch_size} cannot be dealt to {num_processes} processes: it must be a multiple of "
-                f"{unit}, and at least {unit * num_processes}"
+                f"--batch_size {batch_size} cannot be dealt to {num_processes} processes: it must "
+                f"be a multiple of {unit}, and at least {unit * num_processes}"
             )
         self.batch_size = batch_size
         units = batch_size // unit
@@ -430,12 +1105,12 @@ class BatchPlan:
             self.starts.append(starts)
 
 
-class GlobalBatchSampler(torch.utils.data.Sampler):
-    """This process' micro-batches, lists of keys (epoch, position, row), for DataLoader's batch_sampler.
+class GlobalBatchSampler(Sampler):
+    """This process' micro-batches, lists of keys (epoch, position, row), for a DataLoader.
 
-    The positions run over the epochs' permutations, and none is dropped; step s has the positions from
-    s * batch_size on, dealt as the plan says. With `lengths` each epoch is grouped by them (see length_grouped), in
-    groups of group_size, whatever the number of processes.
+    The positions run over the epochs' permutations, and none is dropped; step s has the positions
+    from s * batch_size on, dealt as the plan says. With `lengths` each epoch is grouped by them
+    (see length_grouped), in groups of group_size, whatever the number of processes.
     """
 
     def __init__(
@@ -483,52 +1158,3 @@ class GlobalBatchSampler(torch.utils.data.Sampler):
         generator = torch.Generator().manual_seed(self.seed + epoch)
         num_groups = self.plan.batch_size // self.group_size
         return length_grouped(self.lengths, self.group_size, num_groups, generator)
-
-
-
-def batches(dataset, batch_size: int, num_workers: int = 0, collate: Callable = collate):
-    """(rows, batch) of this process: batch b goes to process b % world, so that no batch depends on world."""
-    starts = range(0, len(dataset), batch_size)[ranks()[0] :: ranks()[1]]
-    plan = [range(start, min(start + batch_size, len(dataset))) for start in starts]
-    return zip(plan, DataLoader(dataset, batch_sampler=plan, collate_fn=collate, num_workers=num_workers))
-
-
-class ChatDataset(PairDataset):
-    """Rows of `source`: tokens (input_ids, labels), images [ImageTiles]. Up to position `plain` of the global order
-    come rows of `captions`, in stage 1's style. The model cuts what is too long, after splicing; nothing is dropped."""
-
-    def __init__(self, source, rows, config, strict_labels=False, captions=None, plain=0, **kwargs):
-        super().__init__(source, **kwargs)
-        self.rows, self.config, self.strict_labels = rows, config, strict_labels
-        self.captions, self.plain = captions or source, plain
-
-    def __len__(self):
-        return len(self.rows)
-
-    def item(self, position, row, rng):
-        style, source = ("plain", self.captions) if position < self.plain else ("qwen_1_5", self.source)
-        row = source[int(self.rows[row])]
-        images, chat, name = row["images"], row["conversation"], source.name(row["image_index"])
-        try:
-            tokens = encode_chat(chat, self.tokenizer, style, self.strict_labels, has_image=bool(images))
-        except ValueError as error:
-            raise BadSample(f"{name}: {error}") from None
-        if (tags := tokens[0].count(IMAGE_TOKEN)) != len(images):
-            raise BadSample(f"{name}: {len(images)} images, but {tags} {IMAGE_TAG} in the turns to train on")
-        images = [preprocess_image(image, self.config, multi_image=len(images) > 1) for image in images]
-        return {"tokens": tokens, "images": images, "image_index": row["image_index"]}
-
-
-def collate_conversations(items: list[dict]) -> dict:
-    return {**collate_chat([item["tokens"] for item in items]), "images": sum((x["images"] for x in items), []),
-            "image_index": [item["image_index"] for item in items]}
-
-
-def arrow_rows(path, columns: list[str]) -> list[dict]:
-    return _arrow_table(str(path)).select(columns).to_pylist()
-
-
-def open_source(kind: str, files: list[Path], on_bad_sample: str = "error") -> Source:
-    """.jsonl manifests and .arrow files as one source."""
-    parts = [ArrowFile(kind, file) if file.suffix == ".arrow" else Manifest(file) for file in files]
-    return Source(kind, parts, on_bad_sample)

@@ -1,207 +1,569 @@
-"""eval.py"""
-from collections.abc import Callable
+"""Evaluation of a downstream task with the papers' metrics: accuracy, and retrieval with
+re-ranking.
+
+    python eval.py --task vqav2 --checkpoint out/vqav2 --data demo
+    torchrun --nproc_per_node 8 eval.py --task flickr30k --checkpoint F --data_root D
+
+ACL 2023, section 4, tables 1 and 3; TCSVT 2025, table III. `python eval.py -h` lists all flags;
+what a task needs is in tasks.py. Every process evaluates its share of the batches. The results are
+gathered once, and the metrics (fractions; the printed table shows percent) come from the complete
+list in the order of the rows, so they do not depend on the number of processes.
+
+Shapes: B batch, N experts, L tokens, D width, C contrastive width, I images, M captions, P pairs of
+a caption and an image, S side of an image.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
 from torch import Tensor
 from torch.nn import functional as F
-from typing import NamedTuple
-import data
-import functools
-import json
-import math
-import torch
+
 from data import PairDataset, batches
-from files import save_json
+from fields import FlagError, check_fields, option, parse_flags
+from files import read_json, save_json
 from metrics import mean_by, official_vqa_accuracy, recall
 from model import ManagerTower
 from objectives import class_logits
-from tasks import TASKS
-from weights import load_two_tower
-from world import collect, evaluating, ranks
+from tasks import TASKS, find_task, load_answers, open_split
+from weights import Loaded, load_two_tower
+from world import collect, evaluating, one_sentence, ranks, to_device
+
+MOVED = {  # commands of the first edition -> where they are now
+    "ask": "ask.py question",
+    "match": "ask.py match",
+    "search": "ask.py search",
+    "chat": "ask.py chat",
+    "managers": "figures.py managers",
+    "grid": "figures.py grid",
+    "curves": "figures.py curves",
+}
 
 
+@dataclass
+class EvalConfig:
+    """Evaluate a checkpoint on a downstream task; prints the metrics, and writes them as JSON."""
+
+    task: str = option(help="what to measure", choices=tuple(TASKS))
+    checkpoint: str = option(help="folder of the model")
+    data: str = option(
+        "", "demo = the held-out built-in scenes, instead of data_root", choices=("", "demo")
+    )
+    data_root: str = option("", "folder of manifests or .arrow files")
+    split: str = option("", "splits to measure on, comma-separated; none = the papers'")
+    submit: str = option("", "file for the answers to all questions, as EvalAI takes them")
+    annotations: str = option(
+        "", "v2_mscoco_val2014_annotations.json: gives the official VQA accuracy too"
+    )
+    batch_size: int = option(64, "rows of a batch", least=1)
+    k_test: int = option(128, "retrieval: candidates to re-rank", least=1)
+    memory_gb: float = option(16.0, "retrieval: host memory of a process for experts", least=0)
+    num_workers: int = option(0, "processes that load data, for each process", least=0)
+    out: str = option("", "file of the metrics; none = eval.json in the folder of the model")
+    device: str = option("auto", "auto, cpu, cuda or cuda:N")
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.submit or self.annotations:
+            self.check_questions()
+        check_data_flags(self.data, self.data_root)
+
+    def check_questions(self) -> None:
+        """Raises ValueError where there are no questions, or where one file is to hold the answers
+        of several splits.
+        """
+        with_questions = [name for name, task in TASKS.items() if task.kind == "questions"]
+        if self.task not in with_questions:
+            raise ValueError(
+                f"--submit and --annotations are for {', '.join(with_questions)}, not for "
+                f"{self.task}"
+            )
+        if self.submit and len(self.splits()) > 1:
+            raise ValueError(f"--submit takes one split, but --split is {self.split}")
+
+    def splits(self) -> list[str]:
+        """The names of the splits to measure on."""
+        if self.data:
+            return ["demo"]
+        if self.split:
+            return self.split.split(",")
+        return list(find_task(self.task).splits)
+
+
+def check_data_flags(data: str, data_root: str) -> None:
+    """Raises ValueError unless exactly one of the two flags says where the data are."""
+    if bool(data) == bool(data_root):
+        raise ValueError("say where the data are: either --data demo or --data_root FOLDER")
+
+
+def check_output(flag: str, path: str) -> None:
+    """Raises ValueError if the file of an output flag cannot be written, before anything is loaded.
+
+    An empty path stands for a default, inside a folder that is read anyway.
+    """
+    if not path:
+        return
+    if Path(path).is_dir():
+        raise ValueError(f"{flag} {path} cannot be written: it is a folder, not a file")
+    if not Path(path).parent.is_dir():
+        raise ValueError(f"{flag} {path} cannot be written: there is no folder {Path(path).parent}")
+
+
+# ---------------------------------------------------------------- classification
 class Prediction(NamedTuple):
-    choice: int  # argmax
-    score: float | None  # VQA: soft score of the choice, else 1 or 0; None without labels
+    """What a model says to one row."""
+
+    choice: int  # the class with the highest logit
+    score: float | None  # soft score of a chosen answer, else 1 or 0; None without labels
     question_id: int | None = None
     question_type: str | None = None
 
 
-def predict(model: ManagerTower, dataset, task: str, batch_size: int = 64, num_workers: int = 0) -> list[Prediction]:
-    """The predictions for all rows of vqav2, nlvr2 or snli_ve, in their order, complete on every process."""
-    parts, kind = [], TASKS[task].heads[0]
+def predict(
+    model: ManagerTower, dataset: Any, task: str, batch_size: int = 64, num_workers: int = 0
+) -> list[Prediction]:
+    """The predictions for all rows of a task that is no retrieval, in their order; complete on
+    every process.
+    """
+    head = find_task(task).heads[0]
+    parts: list[tuple[int, Prediction]] = []
     with evaluating(model) as device:
         for rows, batch in batches(dataset, batch_size, num_workers):
-            tensors = {k: v.to(device) for k, v in batch.items() if isinstance(v, Tensor)}
-            choices = class_logits(model, kind, tensors).float().argmax(-1).cpu()
-            scores = unknown = [None] * len(rows)
-            if "targets" in batch:
-                scores = batch["targets"].gather(1, choices[:, None])[:, 0].tolist()
-            elif "label" in batch:
-                scores = (choices == batch["label"]).float().tolist()
-            extra = (batch.get(name, unknown) for name in ("question_id", "question_type"))
-            parts += zip(rows, map(Prediction, choices.tolist(), scores, *extra))
+            logits = class_logits(model, head, to_device(batch, device)).float()  # (B, classes)
+            choices = logits.argmax(-1).cpu()
+            scores = score_choices(choices, batch)
+            missing = [None] * len(rows)
+            question_ids = batch.get("question_id", missing)
+            question_types = batch.get("question_type", missing)
+            for i, row in enumerate(rows):
+                prediction = Prediction(
+                    int(choices[i]), scores[i], question_ids[i], question_types[i]
+                )
+                parts.append((row, prediction))
     return collect(parts)
 
 
-def read_annotations(file: str) -> list[dict]:
-    try:
-        return json.loads(Path(file).read_text(encoding="utf-8"))["annotations"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} is not VQA's v2_mscoco_*_annotations.json ({error!r})") from error
+def score_choices(choices: Tensor, batch: dict) -> list:
+    """The score of each choice (B,): that of the answer where there are soft targets (B, answers),
+    else 1 or 0; None without labels.
+    """
+    if "targets" in batch:
+        return batch["targets"].gather(1, choices[:, None])[:, 0].tolist()
+    if "label" in batch:
+        return (choices == batch["label"]).float().tolist()
+    return [None] * len(choices)
 
 
-def accuracy(predictions: list[Prediction]) -> dict:
-    """{"accuracy", "count", "per_question_type" where there are types}; only the count without labels."""
-    scores = [p.score for p in predictions]
-    if None in scores:
-        return {"count": len(scores)}
-    types = mean_by(scores, [p.question_type for p in predictions])
-    metrics = {"accuracy": math.fsum(scores) / len(scores), "count": len(scores)}
-    return metrics | {"per_question_type": types} if types else metrics
+def accuracy(predictions: list[Prediction]) -> dict[str, Any]:
+    """{"accuracy", "count"}, and "per_question_type" where there are types; without labels only
+    the count.
+    """
+    scores = []
+    for prediction in predictions:
+        if prediction.score is None:
+            return {"count": len(predictions)}
+        scores.append(prediction.score)
+    metrics: dict[str, Any] = {"accuracy": math.fsum(scores) / len(scores), "count": len(scores)}
+    question_types = [prediction.question_type for prediction in predictions]
+    means = mean_by(scores, question_types)
+    if means:
+        metrics["per_question_type"] = means
+    return metrics
 
 
-def evaluate(model: ManagerTower, dataset: PairDataset, task: str, batch_size: int = 64, num_workers: int = 0,
-             k_test: int = 128, memory_gb: float = 16.0) -> dict:
-    """Metrics of a task (a key of KIND): accuracy, or recall with re-ranking. To be called by all processes."""
-    if not TASKS[task].is_retrieval:
+def evaluate(
+    model: ManagerTower,
+    dataset: PairDataset,
+    task: str,
+    batch_size: int = 64,
+    num_workers: int = 0,
+    k_test: int = 128,
+    memory_gb: float = 16.0,
+) -> dict[str, Any]:
+    """The metrics of a task: accuracy, or recall with re-ranking. To be called by all processes."""
+    if not find_task(task).is_retrieval:
         return accuracy(predict(model, dataset, task, batch_size, num_workers))
-    source, texts = dataset.source, dataset.source.texts()
-    ids, mask = dataset.tokenizer([row["text"] for row in texts], dataset.max_text_len)
-    pictures = (lambda i: dataset.transform(source.images(i)[0], None)), source.num_images
-    scores = retrieval_scores(model, *pictures, ids, mask, k_test, None, batch_size, memory_gb, num_workers)
-    metrics = recall(scores, torch.tensor([row["image_index"] for row in texts]))
-    return metrics | {"images": source.num_images, "texts": len(texts)}
+    source = dataset.source
+    captions = source.texts()
+    texts = [caption["text"] for caption in captions]
+    image_index = torch.tensor([caption["image_index"] for caption in captions])
+    input_ids, attention_mask = dataset.tokenizer(texts, dataset.max_text_len)
+    scores = retrieval_scores(
+        model,
+        functools.partial(load_pixels, dataset),
+        source.num_images,
+        input_ids,
+        attention_mask,
+        k_test,
+        None,
+        batch_size,
+        memory_gb,
+        num_workers,
+    )
+    return {**recall(scores, image_index), "images": source.num_images, "texts": len(captions)}
 
 
+def load_pixels(dataset: PairDataset, index: int) -> Tensor:
+    """The first picture of a record, (3, S, S)."""
+    picture = dataset.source.images(index)[0]
+    return dataset.transform(picture, None)
+
+
+# ---------------------------------------------------------------- experts, kept or computed again
 def unit_vectors(model: ManagerTower, modality: str, experts: Tensor) -> Tensor:
-    """One half of model.contrast: experts (B, N, L, D) -> ITC unit vectors (B, C) on the CPU."""
-    return F.normalize(getattr(model.heads["itc"], modality)(experts[:, -1, 0]), dim=-1).float().cpu()
+    """One half of model.contrast: experts (B, N, L, D) of "text" or "image" -> ITC unit vectors
+    (B, C) on the CPU.
+    """
+    itc: Any = model.heads["itc"]
+    projection = itc.text if modality == "text" else itc.image
+    first_tokens = experts[:, -1, 0]  # (B, D), of the last expert
+    return F.normalize(projection(first_tokens), dim=-1).float().cpu()
 
 
-def host_dtype(model) -> torch.dtype:
-    """Under `evaluating`'s autocast the next layer rounds experts to bf16 anyway: half the bytes lose nothing."""
-    return torch.bfloat16 if next(model.parameters()).is_cuda else torch.float32
+def host_dtype(model: ManagerTower) -> torch.dtype:
+    """The type in which experts wait in host memory. Under `evaluating`'s autocast the next layer
+    rounds them to bf16 anyway, so that half the bytes lose nothing.
+    """
+    on_cuda = next(model.parameters()).is_cuda
+    return torch.bfloat16 if on_cuda else torch.float32
 
 
 class TextExperts:
-    """The experts of captions, by index: kept in host memory if all fit into `budget` bytes, else computed again."""
+    """The experts of captions, by index: kept in host memory if all fit into `budget` bytes, else
+    computed again.
 
-    def __init__(self, model: ManagerTower, input_ids: Tensor, attention_mask: Tensor, batch_size: int, budget: float):
-        self.model, self.input_ids, self.attention_mask = model, input_ids, attention_mask
-        self.kept, self.vectors = None, []
-        shape = len(input_ids), model.config.num_experts("text"), input_ids.shape[1], model.config.text_width
-        nbytes = math.prod(shape) * host_dtype(model).itemsize
-        kept = torch.empty(shape, dtype=host_dtype(model)) if nbytes <= budget else None
-        self.free = budget if kept is None else budget - nbytes
-        for start in range(0, len(input_ids), batch_size):
+    vectors: their ITC unit vectors (M, C), None without an ITC head; free: what is left of the
+    budget.
+    """
+
+    def __init__(
+        self,
+        model: ManagerTower,
+        input_ids: Tensor,  # (M, L)
+        attention_mask: Tensor,  # (M, L)
+        batch_size: int,
+        budget: float,
+    ):
+        self.model = model
+        self.input_ids = input_ids
+        self.attention_mask = attention_mask
+        self.kept: Tensor | None = None
+        self.free = budget
+
+        dtype = host_dtype(model)
+        num_captions, length = input_ids.shape
+        shape = (num_captions, model.config.num_experts("text"), length, model.config.text_width)
+        needed = math.prod(shape) * dtype.itemsize
+        kept = None
+        if needed <= budget:
+            kept = torch.empty(shape, dtype=dtype)  # (M, N, L, D)
+            self.free = budget - needed
+
+        vectors = []
+        for start in range(0, num_captions, batch_size):
             experts = self[start : start + batch_size]
             if "itc" in model.heads:
-                self.vectors.append(unit_vectors(model, "text", experts))
+                vectors.append(unit_vectors(model, "text", experts))
             if kept is not None:
                 kept[start : start + batch_size] = experts.cpu()
-        self.kept = kept
+        self.vectors = torch.cat(vectors) if vectors else None
+        self.kept = kept  # only now, as __getitem__ reads it
 
-    def __getitem__(self, index) -> Tensor:
-        """n captions, by a slice or an index tensor (n,) on the CPU -> (n, N, L, D) on the model's device."""
+    def __getitem__(self, index: slice | Tensor) -> Tensor:
+        """n captions, by a slice or an index tensor (n,) on the CPU -> (n, N, L, D) on the model's
+        device.
+        """
         device = next(self.model.parameters()).device
         if self.kept is not None:
             return self.kept[index].to(device)
-        return self.model.encode_text(self.input_ids[index].to(device), self.attention_mask[index].to(device))
+        input_ids = self.input_ids[index].to(device)
+        return self.model.encode_text(input_ids, self.attention_mask[index].to(device))
 
 
-def image_experts(model: ManagerTower, load: Callable, count: int, batch_size: int, num_workers: int, budget: float,
-                  kept: list):
-    """(rows, experts (B, N, L, D)) of this process's images; the second time from `kept`, if all fit into budget."""
-    device, before = next(model.parameters()).device, list(kept)
-    loaded = batches(range(count), batch_size, num_workers, lambda rows: torch.stack([load(i) for i in rows]))
-    yield from ((rows, experts.to(device)) for rows, experts in before)
-    for rows, pixels in () if before else loaded:
-        experts = model.encode_image(pixels.to(device))
-        kept.append((rows, experts.to("cpu", host_dtype(model))))
-        budget -= kept[-1][1].nbytes
-        if budget < 0:
-            kept.clear()
-        yield rows, experts
+class ImageExperts:
+    """The experts of this process's images, batch by batch: (rows, experts (B, N, L, D)).
+
+    The first pass keeps them in host memory if all fit into `budget` bytes; then the second one
+    takes them from there, else it encodes the images again.
+    """
+
+    def __init__(
+        self,
+        model: ManagerTower,
+        load: Callable[[int], Tensor],
+        num_images: int,
+        batch_size: int,
+        num_workers: int,
+        budget: float,
+    ):
+        self.model = model
+        self.load = load
+        self.num_images = num_images
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.budget = budget
+        self.kept: list[tuple[range, Tensor]] = []
+
+    def load_batch(self, numbers: list[int]) -> dict[str, Tensor]:
+        """Image numbers -> pixels (B, 3, S, S)."""
+        return {"pixels": torch.stack([self.load(number) for number in numbers])}
+
+    def __iter__(self) -> Iterator[tuple[range, Tensor]]:
+        device = next(self.model.parameters()).device
+        if self.kept:
+            for rows, experts in self.kept:
+                yield rows, experts.to(device)
+            return
+
+        kept: list[tuple[range, Tensor]] = []
+        free = self.budget
+        numbers = range(self.num_images)
+        for rows, batch in batches(numbers, self.batch_size, self.num_workers, self.load_batch):
+            experts = self.model.encode_image(batch["pixels"].to(device))  # (B, N, L, D)
+            if free >= 0:
+                on_host = experts.to("cpu", host_dtype(self.model))
+                kept.append((rows, on_host))
+                free -= on_host.nbytes
+            if free < 0:
+                kept.clear()
+            yield rows, experts
+        self.kept = kept
 
 
-def match_logits(model: ManagerTower, texts: TextExperts, images: Tensor, pairs: Tensor, batch_size: int) -> Tensor:
-    """ITM logit "match" (P,) on the CPU of pairs (P, 2) = (caption, place in this batch of image experts)."""
-    scores, device = [torch.empty(0)], images.device
-    for pair in pairs.split(batch_size):
-        captions, place = pair[:, 0].unique(return_inverse=True)  # pairs are sorted by caption: few distinct ones
-        mask = texts.attention_mask[pair[:, 0]].to(device)
-        pooled = model.fuse(texts[captions][place.to(device)], images[pair[:, 1].to(device)], mask).pooled
-        scores.append(model.heads["itm"](pooled)[:, 1].float().cpu())
+# ---------------------------------------------------------------- retrieval
+def choose_pairs(similarity: Tensor, k_images: int, k_texts: int) -> Tensor:
+    """Which pairs the ITM head scores, (I, M): the k_images most similar images of each caption and
+    the k_texts most similar captions of each image. similarity: (I, M).
+    """
+    chosen = torch.zeros(similarity.shape, dtype=torch.bool)
+    for dim, k in ((0, k_images), (1, k_texts)):
+        best = similarity.topk(min(k, similarity.shape[dim]), dim=dim).indices
+        chosen.scatter_(dim, best, True)
+    return chosen
+
+
+def match_logits(
+    model: ManagerTower, texts: TextExperts, images: Tensor, pairs: Tensor, batch_size: int
+) -> Tensor:
+    """ITM logit "match" (P,) on the CPU, of pairs (P, 2) = (caption, place in this batch of image
+    experts (B, N, L, D)). The pairs are sorted by caption.
+    """
+    device = images.device
+    scores = [torch.empty(0)]
+    for part in pairs.split(batch_size):
+        captions = part[:, 0]
+        places = part[:, 1].to(device)
+        # as they are sorted, a part has few different captions: each is fetched once
+        different, position = captions.unique(return_inverse=True)
+        text_experts = texts[different][position.to(device)]
+        mask = texts.attention_mask[captions].to(device)
+        pooled = model.fuse(text_experts, images[places], mask).pooled
+        logits = model.heads["itm"](pooled)  # (P, 2)
+        scores.append(logits[:, 1].float().cpu())
     return torch.cat(scores)
 
 
-def retrieval_scores(model: ManagerTower, load: Callable, num_images: int, input_ids: Tensor, attention_mask: Tensor,
-                     k_test: int = 128, texts_per_image: int | None = None, batch_size: int = 64,
-                     memory_gb: float = 16.0, num_workers: int = 0) -> Tensor:
-    """ITM scores (I, M) of I images and M captions, the same on every process; -100 where a pair was not re-ranked.
+def score_chosen(
+    model: ManagerTower,
+    texts: TextExperts,
+    images: ImageExperts,
+    chosen: Tensor,
+    batch_size: int,
+) -> Tensor:
+    """ITM logits of the chosen pairs of all processes, in the order of chosen (I, M)."""
+    parts = []
+    for rows, experts in images:
+        wanted = chosen[rows.start : rows.stop]  # (B, M)
+        pairs = wanted.T.nonzero()  # (P, 2) = (caption, place of the image), sorted by caption
+        scores = torch.empty(wanted.shape)
+        scores[pairs[:, 1], pairs[:, 0]] = match_logits(model, texts, experts, pairs, batch_size)
+        parts.append((rows[0], scores[wanted]))
+    return torch.cat(collect(parts))
 
-    load(i) is image i, (3, S, S); input_ids, attention_mask: (M, L). One pass gives experts and ITC vectors; then the
-    ITM head scores the k_test most similar images of each caption and the texts_per_image (None: k_test) most similar
-    captions of each image. A pair that both choose is scored once (officially twice, and the maximum taken). Each
-    process re-ranks its images, in full batches, and keeps at most memory_gb of experts in host memory; captions or
-    images that do not fit are encoded again. Without an ITC head every pair is scored. ValueError without an ITM head.
+
+def retrieval_scores(
+    model: ManagerTower,
+    load: Callable[[int], Tensor],
+    num_images: int,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    k_test: int = 128,
+    texts_per_image: int | None = None,
+    batch_size: int = 64,
+    memory_gb: float = 16.0,
+    num_workers: int = 0,
+) -> Tensor:
+    """ITM scores (I, M) of I images and M captions, the same on every process; -100 where a pair
+    was not re-ranked.
+
+    load(i) is image i, (3, S, S); input_ids, attention_mask: (M, L). One pass gives experts and ITC
+    vectors. Then the ITM head scores the k_test most similar images of each caption and the
+    texts_per_image (None: k_test) most similar captions of each image. A pair that both choose is
+    scored once (officially twice, and the maximum taken). Each process re-ranks its images, in full
+    batches, and keeps at most memory_gb of experts in host memory; captions or images that do not
+    fit are encoded again. Without an ITC head every pair is scored. Raises ValueError without an
+    ITM head.
     """
     if "itm" not in model.heads:
-        raise ValueError(f"retrieval needs a model with an ITM head; this one has {', '.join(model.config.heads)}")
+        heads = ", ".join(model.config.heads)
+        raise ValueError(f"retrieval needs a model with an ITM head; this one has {heads}")
+    if texts_per_image is None:
+        texts_per_image = k_test
+    shape = (num_images, len(input_ids))
     with evaluating(model):
         texts = TextExperts(model, input_ids, attention_mask, batch_size, memory_gb * 2**30)
-        experts = functools.partial(image_experts, model, load, num_images, batch_size, num_workers, texts.free, [])
-        chosen, scored = torch.full((num_images, len(input_ids)), "itc" not in model.heads), []
-        if "itc" in model.heads:
-            vectors = collect([(rows[0], unit_vectors(model, "image", batch)) for rows, batch in experts()])
-            similarity = torch.cat(vectors) @ torch.cat(texts.vectors).T
-            for dim, k in ((0, k_test), (1, k_test if texts_per_image is None else texts_per_image)):
-                chosen.scatter_(dim, similarity.topk(min(k, similarity.shape[dim]), dim=dim).indices, True)
-        elif ranks()[0] == 0:
-            print(f"note: without an ITC head all {chosen.numel()} pairs are scored")
-        for rows, batch in experts():
-            wanted = chosen[rows.start : rows.stop]
-            pairs, local = wanted.T.nonzero(), torch.empty(wanted.shape)  # (caption, image), sorted by caption
-            local[pairs[:, 1], pairs[:, 0]] = match_logits(model, texts, batch, pairs, batch_size)
-            scored.append((rows[0], local[wanted]))
-        return torch.full(chosen.shape, -100.0).masked_scatter_(chosen, torch.cat(collect(scored)))
+        images = ImageExperts(model, load, num_images, batch_size, num_workers, texts.free)
+
+        # first pass over the images: which pairs are worth a second look
+        if texts.vectors is None:
+            chosen = torch.ones(shape, dtype=torch.bool)
+            if ranks()[0] == 0:
+                print(f"note: without an ITC head all {chosen.numel()} pairs are scored")
+        else:
+            parts = [(rows[0], unit_vectors(model, "image", experts)) for rows, experts in images]
+            similarity = torch.cat(collect(parts)) @ texts.vectors.T  # (I, M)
+            chosen = choose_pairs(similarity, k_test, texts_per_image)
+
+        # second pass: the ITM head
+        scores = score_chosen(model, texts, images, chosen, batch_size)
+        return torch.full(shape, -100.0).masked_scatter_(chosen, scores)
 
 
-def print_table(title: str, metrics: dict, paper: dict):
-    print(f"{title:<40}{'here':>10}   paper")
-    rows = list(metrics.items())
-    for name, value in rows:
+# ---------------------------------------------------------------- the command
+def read_annotations(file: str) -> list[dict]:
+    """VQA's annotations. Raises ValueError for a file that does not hold them."""
+    expected = "is not VQA's v2_mscoco_*_annotations.json"
+    try:
+        annotations = read_json(file, dict)["annotations"]
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{file} {expected} ({error!r})") from error
+    if not isinstance(annotations, list):
+        raise ValueError(f"{file} {expected}: its annotations are no list")
+    for number, annotation in enumerate(annotations):
+        if not is_annotation(annotation):
+            raise ValueError(
+                f"{file} {expected}: annotation {number} needs a question_id and answers with an "
+                f"answer each, found {annotation!r:.80}"
+            )
+    return annotations
+
+
+def is_annotation(value: Any) -> bool:
+    """Whether a value has what official_vqa_accuracy reads."""
+    if not isinstance(value, dict) or type(value.get("question_id")) is not int:
+        return False
+    people = value.get("answers")
+    if not isinstance(people, list) or not people:
+        return False
+    return all(isinstance(one, dict) and isinstance(one.get("answer"), str) for one in people)
+
+
+def load_vocabulary(checkpoint: str, model: ManagerTower) -> list[str]:
+    """The answers that the model's classes stand for. Raises ValueError if they are not as many."""
+    answers = load_answers(checkpoint)
+    if len(answers) != model.config.num_answers:
+        raise ValueError(
+            f"answers.json in {checkpoint} has {len(answers)} answers, but the model has "
+            f"{model.config.num_answers}"
+        )
+    return answers
+
+
+def flatten(metrics: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(name, number) of all metrics, those of an inner dict under "outer inner"."""
+    for name, value in metrics.items():
         if isinstance(value, dict):
-            rows += [(f"{name} {key}", v) for key, v in value.items()]
+            yield from flatten(value, f"{prefix}{name} ")
         else:
-            number = f"{100 * value:.2f}" if isinstance(value, float) else value
-            print(f"  {name.replace('per_', ''):<38}{number:>10}   {paper.get(name, '-')}")
+            yield f"{prefix}{name}", value
 
 
-def run_task(task: str, checkpoint: str, data: str = "", data_root: str = "", split: str = "", submit: str = "",
-             annotations: str = "", batch_size: int = 64, k_test: int = 128, memory_gb: float = 16.0,
-             num_workers: int = 0, out: str = "", device: str = "auto"):
-    """Evaluate a task: the papers' metrics as a table and in eval.json; --submit FILE writes VQA answers for EvalAI,
-    --annotations FILE (v2_mscoco_val2014_annotations.json) gives the official VQA accuracy."""
-    if task not in KIND or (task != "vqav2" and (submit or annotations)):
-        raise ValueError(f"--task is one of {', '.join(KIND)}; --submit and --annotations are for vqav2")
-    given = read_annotations(annotations) if annotations else None
-    loaded = load_two_tower(checkpoint, "itm" if KIND[task] == "captions" else KIND[task], device)
-    report, first = {"checkpoint": checkpoint, "task": task, "splits": {}}, ranks()[0] == 0
-    for name in ["demo"] if data else (split or SPLITS[task]).split(","):
-        dataset = open_dataset(*loaded, task, checkpoint, data, data_root, name)
-        if task == "vqav2":
-            predictions = predict(loaded[0], dataset, task, batch_size, num_workers)
-            metrics, answers = accuracy(predictions), list(dataset.answers)
-            results = [{"question_id": p.question_id, "answer": answers[p.choice]} for p in predictions]
-            if given:
-                metrics["official"] = official_vqa_accuracy(results, given)
-            if submit and first:
-                write(submit, results)
-        else:
-            metrics = evaluate(loaded[0], dataset, task, batch_size, num_workers, k_test, memory_gb)
-        report["splits"][name] = metrics
-        if first:
-            print_table(f"{task} {name}", metrics, {} if data else PAPER.get(f"{task} {name}", PAPER.get(task, {})))
-    if first:
-        write(out or f"{checkpoint}/eval.json", report)
+def print_table(title: str, metrics: dict[str, Any], paper: dict[str, Any]) -> None:
+    """Metrics in percent, beside the paper's numbers."""
+    print(f"{title:<40}{'here':>10}   paper")
+    for name, value in flatten(metrics):
+        number = f"{100 * value:.2f}" if isinstance(value, float) else value
+        print(f"  {name.replace('per_', ''):<38}{number:>10}   {paper.get(name, '-')}")
+
+
+def measure_split(config: EvalConfig, loaded: Loaded, split: str) -> tuple[dict, list[dict]]:
+    """(metrics, [{"question_id", "answer"}]) of one split; the latter is empty for a task without
+    questions.
+    """
+    task = find_task(config.task)
+    model = loaded.model
+    has_questions = task.kind == "questions"
+    answers = load_vocabulary(config.checkpoint, model) if has_questions else None
+    dataset = open_split(
+        config.task,
+        split,
+        config.data_root,
+        bool(config.data),
+        loaded.tokenizer,
+        loaded.transform,
+        model.config.max_text_len,
+        model.config.image_size,
+        answers,
+    )
+    if answers is None:
+        metrics = evaluate(
+            model,
+            dataset,
+            config.task,
+            config.batch_size,
+            config.num_workers,
+            config.k_test,
+            config.memory_gb,
+        )
+        return metrics, []
+    predictions = predict(model, dataset, config.task, config.batch_size, config.num_workers)
+    results = []
+    for prediction in predictions:
+        answer = answers[prediction.choice]
+        results.append({"question_id": prediction.question_id, "answer": answer})
+    return accuracy(predictions), results
+
+
+def run_task(config: EvalConfig) -> None:
+    """Evaluate all splits. All processes take part, and rank 0 prints and writes."""
+    check_output("--out", config.out)
+    check_output("--submit", config.submit)
+    annotations = read_annotations(config.annotations) if config.annotations else None
+    task = find_task(config.task)
+    loaded = load_two_tower(config.checkpoint, task.heads[0], config.device)
+    is_first = ranks()[0] == 0
+
+    splits: dict[str, dict] = {}
+    for split in config.splits():
+        metrics, results = measure_split(config, loaded, split)
+        if annotations is not None:
+            metrics["official"] = official_vqa_accuracy(results, annotations)
+        splits[split] = metrics
+        if is_first:
+            if config.submit:
+                save_json(config.submit, results)
+            print_table(f"{config.task} {split}", metrics, task.paper.get(split, {}))
+
+    if is_first:
+        report = {"checkpoint": config.checkpoint, "task": config.task, "splits": splits}
+        save_json(config.out or f"{config.checkpoint}/eval.json", report)
+
+
+def main(argv: list[str]) -> None:
+    command = argv[0] if argv else "-"
+    if command in MOVED:
+        raise FlagError(f"`eval.py {command}` is now `python {MOVED[command]}`")
+    if not command.startswith("-"):
+        raise FlagError(
+            f"eval.py has no command {command!r}; it takes --task, --checkpoint and other flags"
+        )
+    run_task(parse_flags(EvalConfig, argv, EvalConfig.__doc__ or ""))
+
+
+if __name__ == "__main__":
+    one_sentence(main)

@@ -1,21 +1,25 @@
-"""The fields of configs: their type, their range and their help; one checker and one command line for all scripts.
+"""The fields of configs: their type, their range and their help; one checker and one command line
+for all scripts.
 
-A config is a dataclass. Each of its fields is declared once, with everything that is to be known about it:
+A config is a dataclass. Each of its fields is declared once, with everything that is to be known
+about it:
 
     batch_size: int = option(64, "rows of an optimizer update, over all processes", least=1)
 
-`check_fields` tests the values of a config, wherever they came from (a flag, a config.json, Python), and `add_flags`
-makes a flag of every field, so that `-h` lists all of them with type, default and help.
+`check_fields` tests the values of a config, wherever they came from (a flag, a config.json,
+Python), and `add_flags` makes a flag of every field, so that `-h` lists all of them with type,
+default and help.
 """
 
 import argparse
 import dataclasses
+import functools
 import json
 import math
 import sys
 import types
 import typing
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -25,7 +29,9 @@ class FieldError(ValueError):
 
 
 class FlagError(ValueError):
-    """A command line that cannot be read: an unknown flag, a value of another type, a flag that is missing."""
+    """A command line that cannot be read: an unknown flag, a value of another type, a flag that is
+    missing.
+    """
 
 
 def option(
@@ -41,8 +47,9 @@ def option(
 ) -> Any:
     """A field of a config. Without a default it has to be given.
 
-    least, most: the range of a number, ends included; above, below: without the ends; choices: the texts that are
-    allowed (in a tuple: each of its items); flag=False: the field follows from others, so it is no flag.
+    least, most: the range of a number, ends included; above, below: without the ends; choices: the
+    texts that are allowed (in a tuple: each of its items); flag=False: the field follows from
+    others, so it is no flag.
     """
     metadata = {
         "help": help,
@@ -62,7 +69,9 @@ TYPE_NAMES = {bool: "true or false", str: "a text", **NUMBERS}
 
 
 def field_types(config_class: type) -> dict[str, Any]:
-    """The declared type of each field: int, float, bool, str, `str | None`, `tuple[int, ...]`, `list[str]` ..."""
+    """The declared type of each field: int, float, bool, str, `str | None`, `tuple[int, ...]`,
+    `list[str]` ...
+    """
     hints = typing.get_type_hints(config_class)
     return {field.name: hints[field.name] for field in dataclasses.fields(config_class)}
 
@@ -79,13 +88,15 @@ def may_be_none(declared: Any) -> bool:
 
 
 def is_of_type(value: Any, declared: Any) -> bool:
-    """Whether a value has exactly this simple type. A bool is no number; a float is finite, and may be given as an int."""
+    """Whether a value has exactly this simple type. A bool is no number; a float is finite, and may
+    be given as an int.
+    """
     if declared is float:
         return type(value) in (int, float) and math.isfinite(value)
     return type(value) is declared
 
 
-def in_range(value: float, rule: dict) -> bool:
+def in_range(value: float, rule: Mapping[str, Any]) -> bool:
     """Whether a number lies in the range of its field."""
     if rule["least"] is not None and not value >= rule["least"]:
         return False
@@ -96,23 +107,29 @@ def in_range(value: float, rule: dict) -> bool:
     return rule["below"] is None or value < rule["below"]
 
 
-def describe_rule(declared: Any, rule: dict) -> str:
+def describe_rule(declared: Any, rule: Mapping[str, Any]) -> str:
     """What is allowed, in words: "a whole number from 1 on", "one of linear, cosine"."""
     if rule["choices"]:
         return f"one of {', '.join(rule['choices'])}"
     parts = [TYPE_NAMES.get(declared, "another value")]
     if rule["least"] is not None:
-        parts.append(f"from {rule['least']:g} on" if rule["most"] is None else f"from {rule['least']:g}")
+        parts.append(
+            f"from {rule['least']:g} on" if rule["most"] is None else f"from {rule['least']:g}"
+        )
     if rule["above"] is not None:
         parts.append(f"above {rule['above']:g}")
     if rule["most"] is not None:
-        parts.append(f"to {rule['most']:g}" if rule["least"] is not None else f"up to {rule['most']:g}")
+        parts.append(
+            f"to {rule['most']:g}" if rule["least"] is not None else f"up to {rule['most']:g}"
+        )
     if rule["below"] is not None:
-        parts.append(f"and below {rule['below']:g}" if len(parts) > 1 else f"below {rule['below']:g}")
+        parts.append(
+            f"and below {rule['below']:g}" if len(parts) > 1 else f"below {rule['below']:g}"
+        )
     return " ".join(parts)
 
 
-def check_value(name: str, value: Any, declared: Any, rule: dict) -> None:
+def check_value(name: str, value: Any, declared: Any, rule: Mapping[str, Any]) -> None:
     """Raises FieldError unless the value of a simple type is allowed."""
     allowed = is_of_type(value, declared)
     if allowed and declared in NUMBERS:
@@ -124,7 +141,8 @@ def check_value(name: str, value: Any, declared: Any, rule: dict) -> None:
 
 
 def check_fields(config: Any) -> None:
-    """Test every field of a config that was declared with `option`: type, range, choices. Raises FieldError.
+    """Test every field of a config that was declared with `option`: type, range, choices. Raises
+    FieldError.
 
     A field of another type than those in `field_types` is left to the config itself.
     """
@@ -149,7 +167,9 @@ def check_fields(config: Any) -> None:
 
 # ---------------------------------------------------------------- the command line
 class Parser(argparse.ArgumentParser):
-    """argparse with errors of one sentence, and with a help page that only the first of several processes prints."""
+    """argparse with errors of one sentence, and with a help page that only the first of several
+    processes prints.
+    """
 
     def error(self, message: str) -> NoReturn:
         raise FlagError(f"{message}; `python {self.prog} -h` lists all flags")
@@ -187,7 +207,9 @@ def parse_text_or_json(text: str) -> Any:
         raise argparse.ArgumentTypeError(f"{text!r} is not JSON: {error}") from None
 
 
-PARSERS: dict[Any, tuple[Any, str]] = {  # declared type -> how to read a flag, and its name in the help
+PARSERS: dict[
+    Any, tuple[Any, str]
+] = {  # declared type -> how to read a flag, and its name in the help
     int: (int, "INT"),
     float: (float, "FLOAT"),
     str: (str, "TEXT"),
@@ -210,12 +232,13 @@ def show_default(value: Any) -> str:
 
 
 def add_flags(
-    parser: argparse.ArgumentParser,
+    parser: argparse._ActionsContainer,
     config_class: type,
     defaults: dict[str, Any] | None = None,
     skip: Collection[str] = (),
 ) -> None:
-    """A flag for each field of a config class. defaults: what the help page shows instead of the fields' own.
+    """A flag for each field of a config class. defaults: what the help page shows instead of the
+    fields' own.
 
     A flag that is not given leaves no trace in the parser's result.
     """
@@ -228,7 +251,8 @@ def add_flags(
         default = (defaults or {}).get(field.name, field.default)
         help_text = field.metadata.get("help", "")
         if field.metadata.get("choices"):
-            help_text += f"; {'some' if item_type(declared) else 'one'} of {', '.join(field.metadata['choices'])}"
+            amount = "some" if item_type(declared) else "one"
+            help_text += f"; {amount} of {', '.join(field.metadata['choices'])}"
         if default is not dataclasses.MISSING:
             help_text += f" [{show_default(default)}]"
         settings: dict[str, Any] = {"type": reader, "metavar": metavar}
@@ -256,7 +280,9 @@ def make_parser(description: str, command: str = "", add_help: bool = True) -> P
         description=description,
         allow_abbrev=False,
         add_help=add_help,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=functools.partial(
+            argparse.RawDescriptionHelpFormatter, width=100, max_help_position=32
+        ),
     )
 
 
@@ -268,42 +294,58 @@ def make_config(config_class: type, values: dict[str, Any]) -> Any:
         raise FieldError(f"--{error}") from None
 
 
-def parse_flags(config_class: type, argv: list[str], description: str = "", command: str = "") -> Any:
+def parse_flags(
+    config_class: type, argv: list[str], description: str = "", command: str = ""
+) -> Any:
     """The command line of a script, or of one of its commands -> its config."""
     parser = make_parser(description, command)
     add_flags(parser, config_class)
     return make_config(config_class, vars(parser.parse_args(argv)))
 
 
-def parse_recipe(argv: list[str], recipes: dict[str, tuple[Any, dict]], key: str) -> tuple[str, Any, dict]:
-    """The command line of a training script. --{key} names one of the recipes; the other flags override its values.
+def parse_recipe(
+    argv: list[str],
+    recipes: dict[str, tuple[Any, dict]],
+    key: str,
+    elsewhere: Sequence[str] = (),
+) -> tuple[str, Any, dict]:
+    """The command line of a training script: --{key} names a recipe, the other flags change it.
 
-    recipes: name -> (config of the run, fields of the model's config). Returns the recipe's name, the config of the
-    run, and the fields of the model that differ from its preset.
+    recipes: name -> (config of the run, fields of the model's config); elsewhere: the names of
+    recipes that another script has. Returns the recipe's name, the config of the run, and the
+    fields of the model that differ from its preset.
     """
-    # first the recipe alone, for it decides which other flags there are
+    # 1. the recipe alone, for it decides which other flags there are
     first = make_parser("", add_help=False)
-    first.add_argument(f"--{key}", choices=list(recipes), default=next(iter(recipes)))
+    first.add_argument(f"--{key}", choices=[*recipes, *elsewhere], default=next(iter(recipes)))
     name = getattr(first.parse_known_args(argv)[0], key)
     run, model_fields = recipes[name]
-    architecture = run.architecture
 
+    # 2. a flag for each field of the run and of the model
+    others = [other for other in (*recipes, *elsewhere) if other != name]
     parser = make_parser(
-        f"The flags of --{key} {name}, with their defaults in brackets. Other values of --{key}: "
-        f"{', '.join(other for other in recipes if other != name)}."
+        f"The flags of --{key} {name}, with their defaults in brackets.\n"
+        f"--{key} may also be {', '.join(others)}: other defaults."
     )
     parser.add_argument(f"--{key}", metavar="NAME", default=name, help=f"which {key} [{name}]")
-    of_run = parser.add_argument_group("the run")
-    add_flags(of_run, type(run), {f.name: getattr(run, f.name) for f in dataclasses.fields(run)})
-    of_model = parser.add_argument_group("the model")
-    run_names = {field.name for field in dataclasses.fields(run)}
-    add_flags(of_model, architecture, run.model_defaults(model_fields), skip=run_names)
+    run_defaults = {field.name: getattr(run, field.name) for field in dataclasses.fields(run)}
+    add_flags(parser.add_argument_group("the run"), type(run), run_defaults)
+    add_flags(
+        parser.add_argument_group("the model"),
+        run.architecture,
+        run.model_defaults(model_fields),
+        skip=run_defaults.keys(),
+    )
 
-    given = vars(parser.parse_args(argv))
-    del given[key]
-    run_values = {name: value for name, value in given.items() if name in run_names}
-    model_values = {name: value for name, value in given.items() if name not in run_names}
-    architecture.check_flags(model_values)
+    # 3. what was given: of the run, of the model
+    run_values = {}
+    model_values = {}
+    for field_name, value in vars(parser.parse_args(argv)).items():
+        if field_name in run_defaults:
+            run_values[field_name] = value
+        elif field_name != key:
+            model_values[field_name] = value
+    run.architecture.check_flags(model_values)
     try:
         run = dataclasses.replace(run, **run_values)
     except FieldError as error:

@@ -1,196 +1,596 @@
-"""figures.py"""
-from PIL import Image
-from PIL import ImageDraw
-from collections import Counter
-from collections import defaultdict
-from collections.abc import Callable
-from pathlib import Path
-from torch.nn import functional as F
-from torch.utils.data import Subset
+"""Pictures of what a model does inside: its managers, the grid of tiles that the MLLM sees, and the
+curves of runs.
+
+    python figures.py managers --checkpoint out/demo --data demo
+    python figures.py managers --checkpoint LLAVA --image a.jpg --image b.jpg
+    python figures.py grid --image a.jpg
+    python figures.py curves --run out/a --run out/b
+
+`managers` draws figures 4 and 7 of ACL 2023, and figures 21 to 23 of TCSVT 2025 for the MLLM.
+`python figures.py -h` lists the commands, `python figures.py managers -h` the flags of one. The
+numbers of a figure lie beside it as JSON. `managers` and `curves` need matplotlib.
+
+Shapes: B batch, N experts, L tokens, D width, T tiles, S side of a tile.
+"""
+
 import contextlib
-import data
 import functools
 import io
-import llava_manager
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
 import numpy as np
 import torch
-from ask import encode_turns
+from PIL import Image, ImageDraw
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import Subset
+
+from ask import Command, encode_turns, run_command
 from data import batches
-from files import read_log, write
+from eval import check_data_flags, check_output
+from fields import check_fields, option
+from files import read_log, save_json, save_picture
 from images import load_image
 from llava_manager import LlavaManager, LlavaManagerConfig
+from manager import AdaptiveVisualManager
 from model import ManagerTower
-from multigrid import count_image_tokens, grid_geometry, preprocess_image
-from tasks import KIND, SPLITS, open_dataset
+from multigrid import ImageTiles, count_image_tokens, grid_geometry, preprocess_image
+from tasks import find_task, load_answers, open_split, task_of_heads
 from weights import is_mllm, load_llava, load_mllm, load_two_tower
-from world import evaluating
+from world import evaluating, one_sentence
 
 
-@contextlib.contextmanager
-def watching(modules: dict, read: Callable):
-    """Calls read(key, module, args, output) after each forward pass of modules[key]."""
-    hooks = [module.register_forward_hook(functools.partial(read, key)) for key, module in modules.items()]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+# ---------------------------------------------------------------- drawing
+class Panel(NamedTuple):
+    """One pair of axes and its curves."""
+
+    title: str
+    xlabel: str
+    ylabel: str
+    curves: dict[str, tuple[list, list]]  # name -> (x, y)
+    if_empty: str = "nothing to draw"  # what is said where there is no point
 
 
-def manager_statistics(model: ManagerTower, dataset, batch_size: int = 32, num_workers: int = 0) -> dict:
-    """For "text" and "image", means over all tokens of the dataset that are not padding:
-
-    "weights" (a list for each cross-modal layer): mean weight of each of the "experts" (encoder layers, from 1);
-    "cosine_unimodal", "cosine_cross_modal": cosine similarity of the parts of consecutive managers' outputs, the sum
-    over the experts and W_C * LN(C). The first manager has no second part, so that list is one shorter.
-    """
-    c, parts, sums, tokens = model.config, {}, defaultdict(float), Counter()
-    if c.fusion != "manager":
-        raise ValueError(f"a model with fusion {c.fusion!r} has no managers")
-
-    def read(key, manager, args, output):
-        weights = manager.weights(*args)  # (B, N, L, D or 1)
-        unimodal = manager.aggregate_experts(weights, args[0]).float()  # (B, L, D)
-        parts[key] = weights.float().mean(-1), unimodal, output.float() - unimodal
-
-    managers = {(name, i): m for name in ("text", "image") for i, m in enumerate(getattr(model, f"{name}_managers"))}
-    with evaluating(model) as device, watching(managers, read):
-        for _, batch in batches(dataset, batch_size, num_workers):
-            mask = batch["attention_mask"].to(device)
-            model(batch["pixels"].to(device), batch["input_ids"].to(device), mask)
-            for (name, i), (weights, *both) in parts.items():
-                real = mask if name == "text" else torch.ones_like(weights[:, 0])  # (B, L)
-                tokens[name] += int(real.sum()) * (i == 0)
-                sums[name, "weights", i] += (weights * real[:, None]).sum((0, 2)).cpu()
-                for part, here, before in zip(("unimodal", "cross_modal"), both, parts[name, i - 1][1:] if i else ()):
-                    sums[name, part, i] += (F.cosine_similarity(here, before, dim=-1) * real).sum().cpu()
-
-    def means(name, what, start):
-        return [(sums[name, what, i] / tokens[name]).tolist() for i in range(start, c.num_layers)]
-
-    tops = {"text": c.text_layers, "image": c.vision_layers}
-    return {name: {"experts": list(range(top - c.num_experts(name) + 1, top + 1)), "weights": means(name, "weights", 0),
-                   "cosine_unimodal": means(name, "unimodal", 1), "cosine_cross_modal": means(name, "cross_modal", 2)}
-            for name, top in tops.items()}
-
-
-def visual_manager_statistics(model: LlavaManager, prompts: list[tuple]) -> dict:
-    """Of the MLLM's managers before the LLM "layers": mean "weights" and "magnitudes" (|weight|) of each expert, over
-    channels, and for adaptive managers over the image tokens of prompts, a list of (input_ids, images)."""
-    adaptive = {k: m for k, m in enumerate(model.managers) if isinstance(m, llava_manager.AdaptiveVisualManager)}
-    if not len(model.managers) or len(prompts) < bool(adaptive):
-        raise ValueError("adaptive managers need pictures: give --image" if adaptive else "this model has no managers")
-    found = defaultdict(list)
-
-    def add(k, weights):  # (B, N, L, D)
-        found[k].append(torch.stack([weights.mean((0, 2, 3)), weights.abs().mean((0, 2, 3))]).float().cpu())
-
-    with evaluating(model), watching(adaptive, lambda k, manager, args, _: add(k, manager.weights(*args[1:]))):
-        for k in set(range(len(model.managers))) - set(adaptive):
-            add(k, model.managers[k].weights())
-        for ids, images in prompts if adaptive else ():
-            model(torch.tensor([ids]), images=images, logits=False)
-    means = [torch.stack(found[k]).mean(0).tolist() for k in range(len(model.managers))]
-    return {"experts": list(model.config.managed_layers), "layers": list(model.config.inject_layers),
-            "weights": [m[0] for m in means], "magnitudes": [m[1] for m in means]}
-
-
-def draw_curves(panels: list[tuple]) -> Image.Image:
-    """Panels (title, x label, y label, {name: (x, y)}), two in a row."""
+def load_matplotlib() -> Any:
+    """The class of matplotlib's figures. Raises ValueError where it is not installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise ValueError("figures need matplotlib: pip install matplotlib") from None
-    figure = Figure(figsize=(11, 2.1 * len(panels)), dpi=150, layout="constrained")
-    for axes, (title, xlabel, ylabel, curves) in zip(figure.subplots(len(panels) // 2, 2).flat, panels):
-        for name, (x, y) in curves.items():
-            axes.plot(x, y, marker="o" if len(x) < 30 else None, markersize=4, label=name)
-        axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
-        if xlabel != "step":  # every layer has a tick
-            axes.set_xticks(sorted({v for x, _ in curves.values() for v in x}))
-        low, high = axes.get_ylim()
-        axes.set_ylim(min(0, low), 1.05 * (1 if ylabel == "cosine similarity" else max(0, high)))
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize="small")
-    figure.savefig(file := io.BytesIO(), format="png")
+    return Figure
+
+
+def legend_label(name: str) -> str:
+    """A name as matplotlib shows it: no formula between two $, and not hidden for its first _."""
+    label = name.replace("$", r"\$")
+    return f" {label}" if label.startswith("_") else label
+
+
+def describe_points(panel: Panel) -> str:
+    """The few points of a panel in words, a line each."""
+    lines = []
+    for name, (x, y) in panel.curves.items():
+        for position, value in zip(x, y, strict=True):
+            lines.append(f"{legend_label(name)}: {value:.4g} at {panel.xlabel} {position}")
+    return "\n".join(lines) or panel.if_empty
+
+
+def draw_panel(axes: Any, panel: Panel) -> None:
+    """Draw the curves; where none has two points, axes would be empty: say what there is."""
+    axes.set(title=panel.title)
+    if all(len(x) < 2 for x, _ in panel.curves.values()):
+        axes.set_axis_off()
+        middle = 0.5
+        axes.text(
+            middle, middle, describe_points(panel), ha="center", va="center", fontsize="small"
+        )
+        return
+
+    positions = set()
+    for name, (x, y) in panel.curves.items():
+        if not x:
+            continue
+        marker = "o" if len(x) < 30 else None
+        axes.plot(x, y, marker=marker, markersize=4, label=legend_label(name))
+        positions.update(x)
+    axes.set(xlabel=panel.xlabel, ylabel=panel.ylabel)
+    if panel.xlabel != "step":
+        axes.set_xticks(sorted(positions))  # every layer has a tick
+    low, high = axes.get_ylim()
+    top = 1.0 if panel.ylabel == "cosine similarity" else max(0.0, high)
+    axes.set_ylim(min(0.0, low), 1.05 * top)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+
+
+def draw_panels(panels: list[Panel]) -> Image.Image:
+    """An even number of panels, two in a row."""
+    figure_class = load_matplotlib()
+    figure = figure_class(figsize=(11, 2.1 * len(panels)), dpi=150, layout="constrained")
+    grid_of_axes = figure.subplots(len(panels) // 2, 2)
+    for axes, panel in zip(grid_of_axes.flat, panels, strict=True):
+        draw_panel(axes, panel)
+    file = io.BytesIO()
+    figure.savefig(file, format="png")
     return Image.open(file)
 
 
-def manager_panels(stats: dict) -> list[tuple]:
-    """What draw_curves takes, from manager_statistics or visual_manager_statistics."""
-    if "layers" in stats:
-        return [(f"visual managers: {what} of each expert", "SigLIP hidden state", what,
-                 {f"LLM layer {i}": (stats["experts"][: len(y)], y) for i, y in zip(stats["layers"], stats[key])})
-                for what, key in (("mean weight", "weights"), ("mean |weight|", "magnitudes"))]
-    panels = [(f"{name} managers: mean weight of each expert", f"{name} expert (encoder layer)", "weight",
-               {f"cross-modal layer {i}": (s["experts"], y) for i, y in enumerate(s["weights"], 1)})
-              for name, s in stats.items()]
-    cosines = ("unimodal", "cosine_unimodal", 1), ("cross-modal", "cosine_cross_modal", 2)
-    return panels + [(f"managers i and i + 1: {part} parts", "i", "cosine similarity",
-                      {name: (range(first, first + len(s[key])), s[key]) for name, s in stats.items()})
-                     for part, key, first in cosines]
+# ---------------------------------------------------------------- statistics of the managers
+@contextlib.contextmanager
+def watching(modules: dict[Any, nn.Module], read: Callable[..., None]) -> Iterator[None]:
+    """Inside, read(key, module, args, kwargs, output) is called after each forward pass of
+    modules[key].
+    """
+    hooks = []
+    for key, module in modules.items():
+        hook = functools.partial(read, key)
+        hooks.append(module.register_forward_hook(hook, with_kwargs=True))
+    try:
+        yield
+    finally:
+        for handle in hooks:
+            handle.remove()
 
 
-def managers(checkpoint: str, data: str = "", data_root: str = "", task: str = "", split: str = "", image: list = None,
-             limit: int = 512, batch_size: int = 32, num_workers: int = 0, out: str = "", device: str = "auto") -> dict:
-    """Draw the aggregation weights of all managers, and how alike consecutive ones are, as PNG and JSON."""
-    if is_mllm(checkpoint):
-        model, tokenizer = load_mllm(checkpoint, "", device)
-        prompts = [encode_turns(model, tokenizer, ["Describe the picture."], [file]) for file in image or ()]
-        stats = visual_manager_statistics(model, prompts)
+class Parts(NamedTuple):
+    """What a manager makes of a batch."""
+
+    weights: Tensor  # (B, N, L), means over the channels
+    unimodal: Tensor  # (B, L, D), the sum over the experts
+    cross_modal: Tensor  # (B, L, D), W_C * LN(C)
+
+
+class ManagerWatcher:
+    """Sums over the tokens of all batches, from what the managers of a ManagerTower do."""
+
+    def __init__(self, model: ManagerTower):
+        self.modules: dict[Any, nn.Module] = {}
+        for modality, managers in (("text", model.text_managers), ("image", model.image_managers)):
+            for i, manager in enumerate(managers):
+                self.modules[modality, i] = manager
+        self.parts: dict[Any, Parts] = {}  # of the last batch
+        self.sums: dict[tuple, Any] = defaultdict(float)  # (modality, what, layer) -> sum
+        self.tokens: Counter[str] = Counter()
+
+    def read(self, key: Any, manager: Any, args: tuple, kwargs: dict, output: Tensor) -> None:
+        """Take a manager's output apart: the hook of `watching`."""
+        weights = manager.weights(*args, **kwargs)  # (B, N, L, D or 1)
+        unimodal = manager.aggregate_experts(weights, args[0]).float()
+        self.parts[key] = Parts(weights.float().mean(-1), unimodal, output.float() - unimodal)
+
+    def add_batch(self, attention_mask: Tensor) -> None:
+        """Add the parts of the last batch to the sums; padding does not count."""
+        for (modality, i), parts in self.parts.items():
+            # 1 for the tokens that count, (B, L)
+            is_text = modality == "text"
+            real = attention_mask if is_text else torch.ones_like(parts.weights[:, 0])
+            weights = (parts.weights * real[:, None]).sum((0, 2))  # (N,)
+            self.sums[modality, "weights", i] += weights.cpu()
+            if i == 0:
+                self.tokens[modality] += int(real.sum())
+                continue
+            before = self.parts[modality, i - 1]
+            unimodal = F.cosine_similarity(parts.unimodal, before.unimodal, dim=-1)  # (B, L)
+            self.sums[modality, "unimodal", i] += (unimodal * real).sum().cpu()
+            cross_modal = F.cosine_similarity(parts.cross_modal, before.cross_modal, dim=-1)
+            self.sums[modality, "cross_modal", i] += (cross_modal * real).sum().cpu()
+
+    def means(self, modality: str, what: str, first_layer: int, num_layers: int) -> list:
+        """Means over the tokens, for each layer from the first one on."""
+        result = []
+        for i in range(first_layer, num_layers):
+            mean = self.sums[modality, what, i] / self.tokens[modality]
+            result.append(mean.tolist())
+        return result
+
+
+def manager_statistics(
+    model: ManagerTower, dataset: Any, batch_size: int = 32, num_workers: int = 0
+) -> dict[str, dict]:
+    """For "text" and "image", means over all tokens of the dataset that are not padding.
+
+    "weights", a list for each cross-modal layer: the mean weight of each of the "experts" (encoder
+    layers, counted from 1). "cosine_unimodal", "cosine_cross_modal": cosine similarity of the parts
+    of consecutive managers' outputs, the sum over the experts and W_C * LN(C). The first manager
+    has no second part, so the latter list is one shorter. Raises ValueError for a model without
+    managers.
+    """
+    config = model.config
+    if config.fusion != "manager":
+        raise ValueError(f"a model with fusion {config.fusion!r} has no managers")
+    watcher = ManagerWatcher(model)
+    with evaluating(model) as device, watching(watcher.modules, watcher.read):
+        for _, batch in batches(dataset, batch_size, num_workers):
+            mask = batch["attention_mask"].to(device)
+            model(batch["pixels"].to(device), batch["input_ids"].to(device), mask)
+            watcher.add_batch(mask)
+
+    statistics = {}
+    for modality, last in (("text", config.text_layers), ("image", config.vision_layers)):
+        first = last - config.num_experts(modality) + 1
+        means = functools.partial(watcher.means, modality, num_layers=config.num_layers)
+        statistics[modality] = {
+            "experts": list(range(first, last + 1)),
+            "weights": means("weights", 0),
+            "cosine_unimodal": means("unimodal", 1),
+            "cosine_cross_modal": means("cross_modal", 2),
+        }
+    return statistics
+
+
+def adaptive_managers(model: LlavaManager) -> dict[Any, nn.Module]:
+    """{number: manager} of the managers whose weights depend on the picture."""
+    adaptive: dict[Any, nn.Module] = {}
+    for k, manager in enumerate(model.managers):
+        if isinstance(manager, AdaptiveVisualManager):
+            adaptive[k] = manager
+    return adaptive
+
+
+def visual_manager_statistics(model: LlavaManager, prompts: list[tuple]) -> dict[str, list]:
+    """Of the MLLM's managers before the LLM "layers": mean "weights" and mean "magnitudes"
+    (|weight|) of each of the "experts".
+
+    Means over the channels; for adaptive managers also over the image tokens of prompts, a list of
+    (input_ids, images). Raises ValueError for a model without managers, or for adaptive ones
+    without prompts.
+    """
+    managers: Any = model.managers
+    if not len(managers):
+        raise ValueError("this model has no managers")
+    adaptive = adaptive_managers(model)
+    if adaptive and not prompts:
+        raise ValueError("adaptive managers need pictures: give --image")
+    parts = defaultdict(list)  # manager -> of each prompt (2, N): weights and magnitudes
+
+    def add(k: Any, weights: Tensor) -> None:  # (B, N, L, D)
+        means = [weights.mean((0, 2, 3)), weights.abs().mean((0, 2, 3))]
+        parts[k].append(torch.stack(means).float().cpu())
+
+    def read(k: Any, manager: Any, args: tuple, kwargs: dict, output: Tensor) -> None:
+        add(k, manager.weights(*args[1:], **kwargs))  # the first argument are the experts
+
+    with evaluating(model), watching(adaptive, read):
+        for k, manager in enumerate(managers):
+            if k not in adaptive:
+                add(k, manager.weights())
+        if adaptive:
+            for input_ids, images in prompts:
+                model(torch.tensor([input_ids]), images=images, logits=False)
+
+    means = [torch.stack(parts[k]).mean(0).tolist() for k in range(len(managers))]
+    return {
+        "experts": list(model.config.managed_layers),
+        "layers": list(model.config.inject_layers),
+        "weights": [weights for weights, _ in means],
+        "magnitudes": [magnitudes for _, magnitudes in means],
+    }
+
+
+# ---------------------------------------------------------------- managers
+@dataclass
+class ManagersOptions:
+    """Draw the weights of all managers.
+
+    Of ManagerTower also how alike consecutive managers are, on the data of a task. Of
+    LLaVA-OV-Manager the weights of its visual managers: adaptive ones need pictures.
+    """
+
+    checkpoint: str = option(help="folder of a ManagerTower, or of a LLaVA-OV-Manager")
+    data: str = option(
+        "", "demo = the held-out built-in scenes, instead of data_root", choices=("", "demo")
+    )
+    data_root: str = option("", "folder of manifests or .arrow files")
+    task: str = option("", "whose data to take; none = one that the model can do")
+    split: str = option("", "which split; none = the task's first one")
+    image: list[str] = option((), "a picture for the MLLM")
+    limit: int = option(512, "most rows of the data", least=1)
+    batch_size: int = option(32, "rows of a batch", least=1)
+    num_workers: int = option(0, "processes that load data", least=0)
+    out: str = option("", "file of the figure; none = managers.png in the folder of the model")
+    device: str = option("auto", "auto, cpu, cuda or cuda:N")
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.task:
+            find_task(self.task)
+
+
+def measure_tower(options: ManagersOptions) -> dict[str, dict]:
+    """The statistics of a ManagerTower on the data of a task."""
+    check_data_flags(options.data, options.data_root)
+    loaded = load_two_tower(options.checkpoint, "", options.device)
+    config = loaded.model.config
+    name = options.task or task_of_heads(config.heads)
+    task = find_task(name)
+    has_questions = task.kind == "questions" and task.heads[0] in loaded.model.heads
+    answers = load_answers(options.checkpoint) if has_questions else None
+    dataset = open_split(
+        name,
+        options.split or task.splits[0],
+        options.data_root,
+        bool(options.data),
+        loaded.tokenizer,
+        loaded.transform,
+        config.max_text_len,
+        config.image_size,
+        answers,
+    )
+    first_rows = Subset(dataset, range(min(options.limit, len(dataset))))
+    return manager_statistics(loaded.model, first_rows, options.batch_size, options.num_workers)
+
+
+def measure_mllm(options: ManagersOptions) -> dict[str, list]:
+    """The statistics of a LLaVA-OV-Manager, each picture in a prompt of its own."""
+    model, tokenizer, _ = load_mllm(options.checkpoint, "", options.device)
+    prompts = []
+    for file in options.image:
+        prompts.append(encode_turns(model, tokenizer, ["Describe the picture."], [file]))
+    return visual_manager_statistics(model, prompts)
+
+
+def tower_panels(statistics: dict[str, dict]) -> list[Panel]:
+    """What is drawn of a ManagerTower: weights and similarities."""
+    panels = []
+    for modality, numbers in statistics.items():
+        curves = {}
+        for layer, weights in enumerate(numbers["weights"], 1):
+            curves[f"cross-modal layer {layer}"] = (numbers["experts"], weights)
+        title = f"{modality} managers: mean weight of each expert"
+        panels.append(Panel(title, f"{modality} expert (encoder layer)", "weight", curves))
+
+    parts = (("unimodal", "cosine_unimodal", 1), ("cross-modal", "cosine_cross_modal", 2))
+    for part, key, first in parts:
+        curves = {}
+        for modality, numbers in statistics.items():
+            similarities = numbers[key]
+            if similarities:
+                layers = list(range(first, first + len(similarities)))
+                curves[modality] = (layers, similarities)
+        # the first manager has no cross-modal part
+        missing = f"fewer than two cross-modal layers have {part} parts: nothing to compare"
+        title = f"managers i and i + 1: {part} parts"
+        panels.append(Panel(title, "i", "cosine similarity", curves, missing))
+    return panels
+
+
+def mllm_panels(statistics: dict[str, list]) -> list[Panel]:
+    """What is drawn of a LLaVA-OV-Manager: its weights."""
+    panels = []
+    for what, key in (("mean weight", "weights"), ("mean |weight|", "magnitudes")):
+        curves = {}
+        for layer, values in zip(statistics["layers"], statistics[key], strict=True):
+            experts = statistics["experts"][: len(values)]
+            curves[f"LLM layer {layer}"] = (experts, values)
+        title = f"visual managers: {what} of each expert"
+        panels.append(Panel(title, "SigLIP hidden state", what, curves))
+    return panels
+
+
+def managers(options: ManagersOptions) -> dict[str, Any]:
+    """Draw the figure; the numbers in it are returned, and written beside it as JSON."""
+    check_output("--out", options.out)
+    load_matplotlib()
+    statistics: dict[str, Any]
+    if is_mllm(options.checkpoint):
+        statistics = measure_mllm(options)
+        panels = mllm_panels(statistics)
     else:
-        loaded = load_two_tower(checkpoint, "", device)
-        task = task or next((name for name, kind in KIND.items() if kind in loaded[0].heads), "coco")
-        dataset = open_dataset(*loaded, task, checkpoint, data, data_root, split or SPLITS[task].split(",")[0])
-        dataset = Subset(dataset, range(min(limit, len(dataset))))
-        stats = manager_statistics(loaded[0], dataset, batch_size, num_workers)
-    out = Path(out or f"{checkpoint}/managers.png")
-    write(out, draw_curves(manager_panels(stats)))
-    write(out.with_suffix(".json"), stats)
-    return stats
+        statistics = measure_tower(options)
+        panels = tower_panels(statistics)
+    out = Path(options.out or f"{options.checkpoint}/managers.png")
+    save_picture(out, draw_panels(panels))
+    save_json(out.with_suffix(".json"), statistics)
+    return statistics
 
 
-def curves(run: list, out: str = "curves.png") -> dict:
-    """Draw training loss and held-out metrics of runs, given by their --out_dir: --run A --run B."""
-    losses, metrics = {}, {}
-    for folder in run:
-        if not (log := Path(folder) / "log.jsonl").is_file():
-            raise ValueError(f"--run {folder} has no log.jsonl; it must be the --out_dir of a run")
-        rows, name = read_log(log), Path(folder).name
-        losses[name] = tuple([row[key] for row in rows if "loss" in row] for key in ("step", "loss"))
-        for step, metric, value in ((row["step"], *item) for row in rows for item in row.get("eval", {}).items()):
-            if isinstance(value, float) and metric != "score":
-                x, y = metrics.setdefault(f"{name}: {metric}", ([], []))
-                x.append(step)
-                y.append(value)
-    panels = [("training", "step", "loss", losses), ("held out", "step", "metric", metrics)]
-    write(out, draw_curves(panels))
+# ---------------------------------------------------------------- curves
+@dataclass
+class CurvesOptions:
+    """Draw the training loss and the held-out metrics of runs."""
+
+    run: list[str] = option(help="the --out_dir of a run")
+    out: str = option("curves.png", "file of the figure")
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+def short_names(folders: list[str]) -> list[str]:
+    """The last part of each folder's path, or as many of its last parts as tell it from the others.
+
+    Raises ValueError for a folder that is given twice.
+    """
+    paths = [Path(folder).resolve() for folder in folders]
+    names = []
+    for folder, path in zip(folders, paths, strict=True):
+        if paths.count(path) > 1:
+            raise ValueError(f"--run {folder} is given twice")
+        length = 1
+        while [other.parts[-length:] for other in paths].count(path.parts[-length:]) > 1:
+            length += 1
+        names.append(str(Path(*path.parts[-length:])))
+    return names
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value of JSON can be drawn; true and false are no numbers."""
+    return type(value) in (int, float)
+
+
+def check_row(place: str, row: Any) -> None:
+    """Raises ValueError for a row of a log that cannot be drawn. place: its file and number."""
+    if not isinstance(row, dict):
+        raise ValueError(f"{place} is {row!r:.80}; it must be a dict")
+    if "loss" not in row and "eval" not in row:
+        return  # the header, the baselines
+    if not is_number(row.get("step")):
+        raise ValueError(f"{place} has no step that is a number: {row!r:.80}")
+    if "loss" in row and not is_number(row["loss"]):
+        raise ValueError(f"{place} has the loss {row['loss']!r:.80}; it must be a number")
+    if "eval" in row and not isinstance(row["eval"], dict):
+        raise ValueError(f"{place} has the eval {row['eval']!r:.80}; it must be a dict")
+
+
+def read_run(folder: str) -> tuple[list[dict], list[dict]]:
+    """(rows with a loss, rows with held-out metrics) of a run's log. Raises ValueError for a folder
+    without a log, for a log that is none, and for one that has neither.
+    """
+    log = Path(folder) / "log.jsonl"
+    if not log.is_file():
+        raise ValueError(f"--run {folder} has no log.jsonl; it must be the --out_dir of a run")
+    rows = read_log(log)
+    for number, row in enumerate(rows, 1):
+        check_row(f"{log}, row {number},", row)
+    loss_rows = [row for row in rows if "loss" in row]
+    eval_rows = [row for row in rows if "eval" in row]
+    if not loss_rows and not eval_rows:
+        raise ValueError(f"{log} has neither a loss nor an evaluation yet: nothing to draw")
+    return loss_rows, eval_rows
+
+
+def curves(options: CurvesOptions) -> dict[str, dict]:
+    """Draw the figure. Returns what is drawn: "losses", {run: (steps, losses)}, and "metrics",
+    {"run: metric": (steps, values)}.
+    """
+    check_output("--out", options.out)
+    load_matplotlib()
+    losses: dict[str, tuple[list, list]] = {}
+    metrics: dict[str, tuple[list, list]] = {}
+    for name, folder in zip(short_names(options.run), options.run, strict=True):
+        loss_rows, eval_rows = read_run(folder)
+        steps = [row["step"] for row in loss_rows]
+        losses[name] = (steps, [row["loss"] for row in loss_rows])
+        for row in eval_rows:
+            for metric, value in row["eval"].items():
+                # the score is one of the other metrics again
+                if isinstance(value, float) and metric != "score":
+                    x, y = metrics.setdefault(f"{name}: {metric}", ([], []))
+                    x.append(row["step"])
+                    y.append(value)
+    panels = [
+        Panel("training", "step", "loss", losses, "no loss is logged yet"),
+        Panel("held out", "step", "metric", metrics, "no evaluation is logged yet"),
+    ]
+    save_picture(options.out, draw_panels(panels))
     return {"losses": losses, "metrics": metrics}
 
 
-def grid(image: str, checkpoint: str = "", out: str = "grid.png") -> dict:
-    """Draw what LLaVA-OV-Manager (default: the paper's) sees: base tile, grid with padding in red, token counts."""
-    config = load_llava(checkpoint).config if checkpoint else LlavaManagerConfig()
-    tiles, s, n = preprocess_image(load_image(image), config), config.image_size, config.side
-    pixels = ((tiles.pixels * 0.5 + 0.5) * 255).round().byte().permute(0, 2, 3, 1).numpy()  # (T, s, s, 3)
-    panels, info = [pixels[0]], {"picture": tiles.size, "tiles": (len(pixels),), "tokens of the base tile": (n * n,)}
-    if len(pixels) > 1:
-        (columns, rows), keep, (h, w) = grid_geometry(tiles.size, config)
-        whole = pixels[1:].reshape(rows, columns, s, s, 3).swapaxes(1, 2).reshape(rows * s, columns * s, 3)
-        padding = np.ones((rows * n, columns * n), dtype=bool)
-        padding[keep] = False
-        padding = np.asarray(Image.fromarray(padding).resize((columns * s, rows * s)))
-        whole[padding] = whole[padding] // 2 + np.uint8([110, 0, 0])
-        whole[s::s] = whole[:, s::s] = 255, 0, 0
-        panels, info["grid of tiles"] = [*panels, whole], (columns, rows)
-        info["patches without padding"] = tuple(k.stop - k.start for k in reversed(keep))
-        info["tokens of the grid, with newlines"] = (w + 1, h)
-    info["tokens"] = (count_image_tokens(len(pixels), tiles.size, config),)
-    text = "\n".join(f"{name}: {' x '.join(map(str, value))}" for name, value in info.items())
+# ---------------------------------------------------------------- grid
+@dataclass
+class GridOptions:
+    """Draw what LLaVA-OV-Manager sees of a picture.
+
+    The base tile, the grid of tiles with its padding in red, and the numbers of tokens.
+    """
+
+    image: str = option(help="the picture")
+    checkpoint: str = option("", "folder of the model; none = the paper's architecture")
+    out: str = option("grid.png", "file of the figure")
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+PADDING = np.array([110, 0, 0], dtype=np.uint8)  # a dark red over what is padding
+BORDER = (255, 0, 0)  # between two tiles
+
+
+def tile_pictures(tiles: ImageTiles) -> np.ndarray:
+    """The tiles as they were before they were normalised: bytes (T, S, S, 3)."""
+    pixels = (tiles.pixels * 0.5 + 0.5) * 255
+    return pixels.round().byte().permute(0, 2, 3, 1).numpy()
+
+
+def draw_grid(
+    pictures: np.ndarray, size: tuple[int, int], config: LlavaManagerConfig
+) -> np.ndarray:
+    """The grid's tiles (T - 1, S, S, 3) as one picture (rows * S, columns * S, 3), with the padding
+    in red.
+    """
+    (columns, rows), keep, _ = grid_geometry(size, config)
+    side = config.image_size
+    grid = pictures.reshape(rows, columns, side, side, 3)
+    grid = grid.swapaxes(1, 2)  # (rows, S, columns, S, 3)
+    grid = grid.reshape(rows * side, columns * side, 3)
+
+    # which pixels lie in patches that the model drops
+    is_padding = np.ones((rows * config.side, columns * config.side), dtype=bool)
+    is_padding[keep] = False
+    mask = np.asarray(Image.fromarray(is_padding).resize((columns * side, rows * side)))
+    grid[mask] = grid[mask] // 2 + PADDING
+    grid[side::side] = BORDER
+    grid[:, side::side] = BORDER
+    return grid
+
+
+def grid_numbers(
+    num_tiles: int, size: tuple[int, int], config: LlavaManagerConfig
+) -> dict[str, tuple[int, ...]]:
+    """What is written beside the picture, in the order of the reading."""
+    numbers: dict[str, tuple[int, ...]] = {
+        "picture": size,
+        "tiles": (num_tiles,),
+        "tokens of the base tile": (config.side**2,),
+    }
+    if num_tiles > 1:
+        grid_tiles, keep, (height, width) = grid_geometry(size, config)
+        kept_rows, kept_columns = keep
+        kept_width = kept_columns.stop - kept_columns.start
+        kept_height = kept_rows.stop - kept_rows.start
+        numbers["grid of tiles"] = grid_tiles
+        numbers["patches without padding"] = (kept_width, kept_height)
+        numbers["tokens of the grid, with newlines"] = (width + 1, height)
+    numbers["tokens"] = (count_image_tokens(num_tiles, size, config),)
+    return numbers
+
+
+def grid(options: GridOptions) -> dict[str, tuple[int, ...]]:
+    """Draw the figure; returns the numbers beside it, sizes as (width, height)."""
+    check_output("--out", options.out)
+    config = LlavaManagerConfig()
+    if options.checkpoint:
+        config = load_llava(options.checkpoint).config
+    tiles = preprocess_image(load_image(options.image), config)
+    pictures = tile_pictures(tiles)
+    numbers = grid_numbers(len(pictures), tiles.size, config)
+    lines = []
+    for name, values in numbers.items():
+        lines.append(f"{name}: {' x '.join(str(value) for value in values)}")
+    text = "\n".join(lines)
     print(text)
-    sheet = Image.new("RGB", (sum(len(p[0]) + 8 for p in panels) + 228, max(len(panels[-1]), 120) + 16), "white")
-    for i, panel in enumerate(panels):
-        sheet.paste(Image.fromarray(panel), (8 + i * (s + 8), 8))
-    ImageDraw.Draw(sheet).multiline_text((sheet.width - 220, 8), text, fill="black")
-    write(out, sheet)
-    return info
+
+    # base tile, grid and numbers from left to right
+    panels = [pictures[0]]
+    if len(pictures) > 1:
+        panels.append(draw_grid(pictures[1:], tiles.size, config))
+    margin = 8
+    width = sum(panel.shape[1] + margin for panel in panels) + 228
+    height = max(panels[-1].shape[0], 120) + 2 * margin
+    sheet = Image.new("RGB", (width, height), "white")
+    left = margin
+    for panel in panels:
+        sheet.paste(Image.fromarray(panel), (left, margin))
+        left += panel.shape[1] + margin
+    ImageDraw.Draw(sheet).multiline_text((sheet.width - 220, margin), text, fill="black")
+    save_picture(options.out, sheet)
+    return numbers
+
+
+COMMANDS = {
+    "managers": Command(ManagersOptions, managers),
+    "grid": Command(GridOptions, grid),
+    "curves": Command(CurvesOptions, curves),
+}
+
+
+def main(argv: list[str]) -> None:
+    run_command(COMMANDS, argv, "Look inside a model or a run.")
+
+
+if __name__ == "__main__":
+    one_sentence(main)

@@ -1,7 +1,7 @@
 """Files: atomic writes, JSON and JSON Lines, the log of a run, archives, and the lock of a folder.
 
-A file is either the old one or the whole new one: it is written under a temporary name, flushed to the disk and
-renamed. What cannot be read is an error that names the file.
+A file is either the old one or the whole new one: it is written under a temporary name, flushed to
+the disk and renamed. What cannot be read is an error that names the file.
 """
 
 import contextlib
@@ -19,7 +19,8 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-VERSION = "2.0"  # of the format of checkpoints and logs; it stands in config.json and in the first row of a log
+# of the format of checkpoints and logs; it stands in config.json and in the first row of a log
+VERSION = "2.0"
 
 
 class BadSample(ValueError):
@@ -28,7 +29,9 @@ class BadSample(ValueError):
 
 # ---------------------------------------------------------------- writing
 def write_atomically(path: str | Path, write: Callable[[Path], Any]) -> None:
-    """write(temporary path), flush to the disk, rename. Raises OSError, also where a library says it otherwise."""
+    """write(temporary path), flush to the disk, rename. Raises OSError, also where a library says
+    it otherwise.
+    """
     path = Path(path)
     temporary = Path(f"{path}.tmp{os.getpid()}")
     try:
@@ -36,7 +39,10 @@ def write_atomically(path: str | Path, write: Callable[[Path], Any]) -> None:
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (RuntimeError, SafetensorError) as error:  # what torch.save and save_file make of a full disk
+    except (
+        RuntimeError,
+        SafetensorError,
+    ) as error:  # what torch.save and save_file make of a full disk
         free = shutil.disk_usage(path.parent).free / 2**20
         first_line = str(error).splitlines()[0]
         raise OSError(f"{first_line} ({free:.0f} MiB are free there)") from error
@@ -45,7 +51,9 @@ def write_atomically(path: str | Path, write: Callable[[Path], Any]) -> None:
 
 
 def remove_temporary_files(folder: Path, names: tuple[str, ...]) -> None:
-    """Remove what `write_atomically` left behind when its process died: NAME.tmp<digits> for exactly these names."""
+    """Remove what `write_atomically` left behind when its process died: NAME.tmp<digits> for
+    exactly these names.
+    """
     if not folder.is_dir():
         return
     pattern = re.compile(rf"({'|'.join(re.escape(name) for name in names)})\.tmp\d+")
@@ -103,7 +111,11 @@ def tar_index(path: str) -> dict[str, tuple[int, int]]:
     """Of each member of an uncompressed tar archive its (offset, size)."""
     try:
         with tarfile.open(path, "r:") as archive:
-            return {member.name: (member.offset_data, member.size) for member in archive if member.isfile()}
+            return {
+                member.name: (member.offset_data, member.size)
+                for member in archive
+                if member.isfile()
+            }
     except tarfile.TarError as error:
         raise BadSample(f"{path} is not an uncompressed tar archive: {error}") from None
 
@@ -125,12 +137,16 @@ def parse_json(content: bytes, name: str) -> Any:
     """JSON from a file called `name`; ValueError if it is none."""
     try:
         return json.loads(content)
-    except (ValueError, RecursionError) as error:  # broken JSON or UTF-8, or brackets in brackets without end
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # broken JSON or UTF-8, or brackets in brackets without end
         raise ValueError(f"{name} is not JSON: {error}") from None
 
 
 def read_json(path: str | Path, *kinds: type) -> Any:
-    """A JSON file that holds one of `kinds` (dict, list; none given: anything). Raises ValueError."""
+    """A JSON file that holds one of `kinds` (dict, list; none given: anything). Raises ValueError.
+    """
     value = parse_json(read_bytes(path), str(path))
     if kinds and not isinstance(value, kinds):
         wanted = " or ".join(kind.__name__ for kind in kinds)
@@ -139,7 +155,9 @@ def read_json(path: str | Path, *kinds: type) -> Any:
 
 
 def read_json_lines(path: str | Path) -> list:
-    """The rows of a JSON Lines file; blank lines are left out. Raises ValueError with file and line."""
+    """The rows of a JSON Lines file; blank lines are left out. Raises ValueError with file and
+    line.
+    """
     rows = []
     for number, line in enumerate(read_bytes(path).split(b"\n"), 1):
         if line.strip():
@@ -177,7 +195,8 @@ def lock_owner(file: Path) -> tuple[int, str] | None:
 
 
 def take_lock(file: Path) -> None:
-    """Create the lock file of this process. One that a dead process of this host left is taken over.
+    """Create the lock file of this process. One that a dead process of this host left is taken
+    over.
 
     Raises ValueError if a process that may be alive holds it.
     """
@@ -185,10 +204,13 @@ def take_lock(file: Path) -> None:
     owner = lock_owner(file)
     if owner is not None:
         owner_process, owner_host = owner
-        is_dead = owner_host == host and (owner_process == os.getpid() or not is_alive(owner_process))
+        is_dead = owner_host == host and (
+            owner_process == os.getpid() or not is_alive(owner_process)
+        )
         if not is_dead:
             raise ValueError(
-                f"{file.parent} is in use by process {owner_process} on {owner_host}; choose another --out_dir, "
+                f"{file.parent} is in use by process {owner_process} on {owner_host}; choose "
+                "another --out_dir, "
                 f"or, if that process is gone, remove {file}"
             )
     file.unlink(missing_ok=True)
@@ -196,12 +218,16 @@ def take_lock(file: Path) -> None:
         with open(file, "x") as lock:
             json.dump({"process": os.getpid(), "host": host}, lock)
     except FileExistsError:
-        raise ValueError(f"{file.parent} is in use by another process that has just started") from None
+        raise ValueError(
+            f"{file.parent} is in use by another process that has just started"
+        ) from None
 
 
 @contextlib.contextmanager
 def folder_lock(folder: Path, needed: bool = True) -> Iterator[None]:
-    """Hold folder/run.lock; needed=False: this process leaves it to another one. ValueError if it is taken."""
+    """Hold folder/run.lock; needed=False: this process leaves it to another one. ValueError if it
+    is taken.
+    """
     file = folder / "run.lock"
     if needed:
         take_lock(file)

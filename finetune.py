@@ -1,9 +1,11 @@
-"""Fine-tuning on VQAv2, NLVR2, SNLI-VE, Flickr30K or COCO (ManagerTower, ACL 2023, section 4), in the loop of loop.py.
+"""Fine-tuning on VQAv2, NLVR2, SNLI-VE, Flickr30K or COCO (ManagerTower, ACL 2023, section 4), in
+the loop of loop.py.
 
     python finetune.py --task vqav2 --data demo --init out/demo
-    torchrun --standalone --nproc_per_node 8 finetune.py --task vqav2 --data_root D --init out/pretrain
-    ... --init unimodal --vision CLIP --text ROBERTA     (without vision-language pre-training)
-    ... --init official:mt_pretrain.ckpt --tokenizer ROBERTA     (the authors' checkpoint)
+    torchrun --standalone --nproc_per_node 8 finetune.py --task vqav2 --data_root D --init
+    out/pretrain ... --init unimodal --vision CLIP --text ROBERTA     (without vision-language
+    pre-training) ... --init official:mt_pretrain.ckpt --tokenizer ROBERTA     (the authors'
+    checkpoint)
 
 The recipes and everything else that a task needs are in tasks.py.
 """
@@ -39,8 +41,16 @@ class FinetuneConfig(TowerRunConfig):
 
     architecture: ClassVar[type] = ManagerTowerConfig
 
-    init: str = option("", "a checkpoint folder | unimodal | official:FILE.ckpt, or official: and a folder of HF's BridgeTower")
-    data: str = option("", "demo = the built-in scenes, of which eval_size records are held out", choices=("", "demo"))
+    init: str = option(
+        "",
+        "a checkpoint folder | unimodal | official:FILE.ckpt, or official: and a folder of HF's "
+        "BridgeTower",
+    )
+    data: str = option(
+        "",
+        "demo = the built-in scenes, of which eval_size records are held out",
+        choices=("", "demo"),
+    )
     train_split: str = option("train", "split to train on; a+b is both")
     eval_split: str = option("val", "split to measure on")
     k_test: int = option(128, "retrieval: candidates to re-rank", least=1)
@@ -53,7 +63,9 @@ class FinetuneConfig(TowerRunConfig):
         choices=("clip", "albef", "albef_randaug_wc", "albef_randaug_wohf"),
     )
     micro_batch_size: int = option(8, "most rows of a process in one backward pass", least=1)
-    lr_mult_cross_modal: float = option(5.0, "learning rate of the cross-modal part, in units of learning_rate", least=0)
+    lr_mult_cross_modal: float = option(
+        5.0, "learning rate of the cross-modal part, in units of learning_rate", least=0
+    )
     num_workers: int = option(8, "processes that load data, for each training process", least=0)
     save_every: int = option(500, "steps between two checkpoints", least=1)
     eval_every: int = option(0, "steps between two evaluations; 0 = only at the end", least=0)
@@ -61,15 +73,19 @@ class FinetuneConfig(TowerRunConfig):
     def check_start(self) -> None:
         """Raises ValueError where it is not said what to start from, or where the data are."""
         if bool(self.data) == bool(self.data_root):
-            raise ValueError("say where the data are: --data_root FOLDER, or --data demo for the built-in ones")
+            raise ValueError(
+                "say where the data are: --data_root FOLDER, or --data demo for the built-in ones"
+            )
         if not self.init:
             raise ValueError(
-                "say what to start from: --init CHECKPOINT, --init official:FILE.ckpt, or --init unimodal"
+                "say what to start from: --init CHECKPOINT, --init official:FILE.ckpt, or --init "
+                "unimodal"
             )
         encoders_needed = self.init == "unimodal"
         if bool(self.vision) != encoders_needed or bool(self.text) != encoders_needed:
             raise ValueError(
-                "--init unimodal needs --vision and --text, the two encoders; any other --init has its own"
+                "--init unimodal needs --vision and --text, the two encoders; any other --init has "
+                "its own"
             )
 
 
@@ -78,7 +94,9 @@ def recipe(name: str, init: str, data: str) -> tuple[FinetuneConfig, dict]:
     task = TASKS[name]
     out_dir = f"out/{name}"
     if data == "demo":
-        return FinetuneConfig(out_dir=out_dir, eval_split=task.recipe["eval_split"], **task.demo), {}
+        return FinetuneConfig(
+            out_dir=out_dir, eval_split=task.recipe["eval_split"], **task.demo
+        ), {}
     if init == "unimodal" and task.unimodal_recipe:
         return FinetuneConfig(out_dir=out_dir, **task.unimodal_recipe), task.unimodal_model
     return FinetuneConfig(out_dir=out_dir, **task.recipe), task.model
@@ -107,7 +125,9 @@ def convert_official(run: FinetuneConfig, world: World) -> Path:
     return folder
 
 
-def initial_model(run: FinetuneConfig, fields: dict, tokenizer: Tokenizer, world: World) -> ManagerTower:
+def initial_model(
+    run: FinetuneConfig, fields: dict, tokenizer: Tokenizer, world: World
+) -> ManagerTower:
     """What --init says, with the `fields` of its config replaced (heads among them)."""
     if run.init == "unimodal":
         return make_model(run, fields, tokenizer)
@@ -148,13 +168,20 @@ def save_extras(tokenizer: Tokenizer, answers: list[str], folder: Path) -> None:
 
 
 # ---------------------------------------------------------------- the run
-def measure(model: ManagerTower, dataset: PairDataset, name: str, run: FinetuneConfig) -> dict[str, float]:
-    """The task's metrics and their "score". Without gradients more fits into memory than a micro-batch."""
-    metrics = evaluate(model, dataset, name, max(64, run.micro_batch_size), run.num_workers, run.k_test)
+def measure(
+    model: ManagerTower, dataset: PairDataset, name: str, run: FinetuneConfig
+) -> dict[str, float]:
+    """The task's metrics and their "score". Without gradients more fits into memory than a
+    micro-batch.
+    """
+    metrics = evaluate(
+        model, dataset, name, max(64, run.micro_batch_size), run.num_workers, run.k_test
+    )
     score = metrics.get("rmean", metrics.get("accuracy"))
     if score is None:
         raise ValueError(
-            f"--eval_split {run.eval_split} of {name} has no labels, so nothing can be measured on it"
+            f"--eval_split {run.eval_split} of {name} has no labels, so nothing can be measured on "
+            "it"
         )
     numbers = {key: value for key, value in metrics.items() if isinstance(value, float)}
     return {**numbers, "score": score}
@@ -164,9 +191,11 @@ def announce(run: FinetuneConfig, name: str, source: Source, heldout: Source, wo
     note = ""
     splits = run.train_split.split("+")
     if not run.data and run.eval_split == "rest_val" and "val" in splits:
-        note = ". rest_val is a part of val: it is held out only with --train_split train+trainable_val"
+        part = "rest_val is a part of val: it is held out only with"
+        note = f". {part} --train_split train+trainable_val"
     world.print(
-        f"{name}: {len(source)} rows to train on, {len(heldout)} to measure on, from {run.init}{note}"
+        f"{name}: {len(source)} rows to train on, {len(heldout)} to measure on, from "
+        f"{run.init}{note}"
     )
 
 
@@ -186,7 +215,13 @@ def finetune(name: str, run: FinetuneConfig, fields: dict, world: World) -> None
         run = dataclasses.replace(run, max_steps=max_steps)
     transform = functools.partial(image_transform, run.transform, config.image_size)
     dataset = PairDataset(
-        source, tokenizer, transform(train=True), config.max_text_len, run.seed, run.on_bad_sample, answers
+        source,
+        tokenizer,
+        transform(train=True),
+        config.max_text_len,
+        run.seed,
+        run.on_bad_sample,
+        answers,
     )
     heldout_dataset = PairDataset(
         heldout, tokenizer, transform(train=False), config.max_text_len, answers=answers
@@ -199,7 +234,9 @@ def finetune(name: str, run: FinetuneConfig, fields: dict, world: World) -> None
         "tokenizer": tokenizer.digest(),
         "training_texts": source.digest,
     }
-    checkpoint = Checkpoint(run, model, functools.partial(save_extras, tokenizer, answers), identity, world)
+    checkpoint = Checkpoint(
+        run, model, functools.partial(save_extras, tokenizer, answers), identity, world
+    )
     announce(run, name, source, heldout, world)
     untrained = evaluate_heldout()
     job: Task = Retrieval(model) if task.is_retrieval else Classification(model, task.heads[0])
@@ -207,7 +244,9 @@ def finetune(name: str, run: FinetuneConfig, fields: dict, world: World) -> None
     if finished and world.rank == 0:
         where = "--data demo" if run.data else f"--data_root {run.data_root}"
         command = f"python eval.py --task {name} --checkpoint {run.out_dir} {where}"
-        summarize(run, checkpoint, {"untrained": untrained, **baselines(source, heldout)}, [command])
+        summarize(
+            run, checkpoint, {"untrained": untrained, **baselines(source, heldout)}, [command]
+        )
 
 
 def main(argv: list[str]) -> None:
@@ -215,7 +254,9 @@ def main(argv: list[str]) -> None:
     first.add_argument("--init", default="")
     first.add_argument("--data", default="")
     given = first.parse_known_args(argv)[0]
-    recipes = {name: recipe(name, given.init, given.data) for name, task in TASKS.items() if task.recipe}
+    recipes = {
+        name: recipe(name, given.init, given.data) for name, task in TASKS.items() if task.recipe
+    }
     name, run, fields = parse_recipe(argv, recipes, "task")
     run.check_start()
     finetune(name, run, fields, World(run.device))

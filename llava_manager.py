@@ -1,129 +1,327 @@
-"""llava_manager.py"""
-from dataclasses import dataclass
-from functools import partial
-from torch import Tensor
-from torch import nn
-from torch.nn import functional as F
-from typing import NamedTuple
+"""LLaVA-OV-Manager in plain PyTorch: SigLIP, a projector, multi-grid images, Qwen2, and visual
+managers inside the LLM.
+
+Paper: Manager (TCSVT 2025), sections IV and V. Official counterpart: LLaVA-OV-Manager, a tree of
+LLaVA-NeXT (llava_arch.py, llava_qwen_manager.py, modeling_qwen2.py, model/manager).
+
+An image is a base tile and a grid of tiles. Their last hidden states of SigLIP, projected, take the
+place of <image> in the text. Before some layers of the LLM a manager adds to the image tokens what
+it aggregates from N hidden states of SigLIP (the managed layers):
+
+    h_image += sum_n W_n * (proj(V_n) + e_n)
+
+W starts at zero, so an untrained manager leaves LLaVA-OneVision as it is. Read `forward` of
+LlavaManager first, then `expand_placeholders`, `encode_images` and `inject`.
+
+Shapes: B rows of a batch, L ids of a row or image tokens of the batch, S length of a row with its
+images, I images, T tiles of all images, n patches along a tile's side, N experts (managed layers),
+K static managers, M managed tokens, Q query tokens, D width of the LLM, H heads, V vocabulary.
+Experts are (B, N, L, D); here B is 1, with all image tokens of the batch behind one another.
+
+    model = load_model("llava-ov-manager-0.5b").eval()        # of weights.py
+    image = preprocess_image(Image.open("a.jpg"), model.config)
+    prompt = encode_prompt(["What is this?"], tokenizer, num_images=1)
+    tokens = model.generate(torch.tensor([prompt]), images=[image])
+"""
+
 import math
 import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
 import torch
-from chat import IGNORE, IMAGE_TOKEN
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from chat import (
+    IGNORE,
+    IMAGE_TAG,
+    IMAGE_TOKEN,
+    SYSTEM,
+    collate_chat,
+    encode_chat,
+    encode_prompt,
+    tokenize,
+)
 from fields import check_fields, option
 from manager import AdaptiveVisualManager, StaticVisualManager, weighted_sum
 from model import ViT, ViTBlock, init_weights, run
-from chat import encode_chat, encode_prompt  # noqa: F401  (public here, see design)
-from multigrid import ImageTiles, count_image_tokens, expand_pinpoints, merge_grids, preprocess_image, select_best_resolution  # noqa: F401
+from multigrid import (
+    ImageTiles,
+    count_image_tokens,
+    expand_pinpoints,
+    grid_geometry,
+    merge_grids,
+    preprocess_image,
+    select_best_resolution,
+)
 
+# What a user of the model needs beside it is reachable from here too.
+__all__ = [
+    "IGNORE",
+    "IMAGE_TAG",
+    "IMAGE_TOKEN",
+    "SYSTEM",
+    "AdaptiveVisualManager",
+    "ImageTiles",
+    "LlavaManager",
+    "LlavaManagerConfig",
+    "Output",
+    "StaticVisualManager",
+    "collate_chat",
+    "count_image_tokens",
+    "encode_chat",
+    "encode_prompt",
+    "expand_pinpoints",
+    "grid_geometry",
+    "merge_grids",
+    "preprocess_image",
+    "select_best_resolution",
+    "tokenize",
+]
 
-OFFICIAL_FIELDS = {"vocab_size": "vocab_size", "hidden_size": "hidden_size", "num_layers": "num_hidden_layers",
-                   "num_heads": "num_attention_heads", "num_kv_heads": "num_key_value_heads",
-                   "mlp_width": "intermediate_size", "norm_eps": "rms_norm_eps", "rope_theta": "rope_theta"}
-
-
-VISION_FIELDS = {"image_size": "image_size", "patch_size": "patch_size", "vision_width": "hidden_size",
-                 "vision_layers": "num_hidden_layers", "vision_heads": "num_attention_heads",
-                 "vision_mlp_width": "intermediate_size"}
-
-
-OPTIONAL_FIELDS = {"max_length": "tokenizer_model_max_length", "grid_pinpoints": "image_grid_pinpoints",
-                   "aspect": "image_aspect_ratio", "merge": "mm_patch_merge_type",
-                   "tie_embeddings": "tie_word_embeddings"}
-
-
-SUPPORTED = {"rope_scaling": None, "use_sliding_window": False, "hidden_act": "silu", "mm_projector_type": "mlp2x_gelu",
-             "mm_manager_residual": True}
+# ---------------------------------------------------------------- the config
+# Our field -> the key of the published config.json ...
+OFFICIAL_FIELDS = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "mlp_width": "intermediate_size",
+    "norm_eps": "rms_norm_eps",
+    "rope_theta": "rope_theta",
+}
+# ... of a SigLIP config of HF ...
+VISION_FIELDS = {
+    "image_size": "image_size",
+    "patch_size": "patch_size",
+    "vision_width": "hidden_size",
+    "vision_layers": "num_hidden_layers",
+    "vision_heads": "num_attention_heads",
+    "vision_mlp_width": "intermediate_size",
+}
+# ... and what a config.json may lack, as the one of Qwen2 does.
+OPTIONAL_FIELDS = {
+    "max_length": "tokenizer_model_max_length",
+    "grid_pinpoints": "image_grid_pinpoints",
+    "aspect": "image_aspect_ratio",
+    "merge": "mm_patch_merge_type",
+    "tie_embeddings": "tie_word_embeddings",
+}
+# What the official code could be told, and this code cannot.
+SUPPORTED = {
+    "rope_scaling": None,
+    "use_sliding_window": False,
+    "hidden_act": "silu",
+    "mm_projector_type": "mlp2x_gelu",
+    "mm_manager_residual": True,
+}
+# Our tuple of layers -> the official keys that end with _start, _end and _interval.
+LAYER_RANGES = {
+    "managed_layers": "mm_manager_vision_select_layers",
+    "inject_layers": "mm_manager_injection",
+}
+RANGE_ENDS = ("start", "end", "interval")
+MOST_LAYERS = 1000  # of an official range, before it is tested against the model's layers
+MANAGER_TYPES = ("static", "adaptive", "adaptive_last", "adaptive_average", "adaptive_cross")
+MANAGER_FLAGS = ("managed_layers", "inject_layers", "managed_grids")
 
 
 @dataclass
 class LlavaManagerConfig:
-    """The architecture; the defaults are the paper's: SigLIP-so400m-384, Qwen2-0.5B-Instruct, static managers."""
-    # vision: SigLIP, whose last layer is not used (nor built): hidden states 0 .. vision_layers - 1 exist
-    image_size: int = option(384, "image size", least=1)
-    patch_size: int = option(14, "patch size", least=1)
-    vision_width: int = option(1152, "vision width", least=1)
-    vision_layers: int = option(27, "vision layers", least=1)
-    vision_heads: int = option(16, "vision heads", least=1)
-    vision_mlp_width: int = option(4304, "vision mlp width", least=1)
+    """The architecture. The defaults are the paper's: SigLIP-so400m-384, Qwen2-0.5B-Instruct and
+    static managers.
+    """
+
+    # vision: SigLIP, whose last layer is neither used nor built
+    image_size: int = option(384, "pixels along the side of a tile", least=1)
+    patch_size: int = option(14, "pixels along the side of a patch", least=1)
+    vision_width: int = option(1152, "width of SigLIP", least=1)
+    vision_layers: int = option(
+        27, "layers of SigLIP; its hidden states are 0 to vision_layers - 1", least=1
+    )
+    vision_heads: int = option(16, "attention heads of SigLIP", least=1)
+    vision_mlp_width: int = option(4304, "width inside the MLPs of SigLIP", least=1)
     # language: Qwen2
-    vocab_size: int = option(151936, "vocab size", least=1)
-    hidden_size: int = option(896, "hidden size", least=1)
-    num_layers: int = option(24, "num layers", least=1)
-    num_heads: int = option(14, "num heads", least=1)
-    num_kv_heads: int = option(2, "num kv heads", least=1)
-    mlp_width: int = option(4864, "mlp width", least=1)
-    norm_eps: float = option(1e-6, "norm eps", above=0)
-    rope_theta: float = option(1e6, "rope theta", above=0)
-    tie_embeddings: bool = option(True, "False in the 7B model")
-    initializer_range: float = option(0.02, "standard deviation of new matrices, Qwen2's", least=0)
-    max_length: int = option(16384, "sequences are cut here after splicing", least=1)
-    im_start_id: int = option(151644, "<|im_start|>: adaptive managers find the text query by it", least=0, flag=False)
-    eos_ids: tuple[int, ...] = option((151645,), "generation stops at any of them", least=0, flag=False)
+    vocab_size: int = option(151936, "rows of the LLM's embedding", least=1)
+    hidden_size: int = option(896, "width of the LLM", least=1)
+    num_layers: int = option(24, "layers of the LLM", least=1)
+    num_heads: int = option(14, "attention heads of the LLM", least=1)
+    num_kv_heads: int = option(2, "heads of keys and values, which others share", least=1)
+    mlp_width: int = option(4864, "width inside the MLPs of the LLM", least=1)
+    norm_eps: float = option(1e-6, "epsilon of the LLM's RMSNorms", above=0)
+    rope_theta: float = option(1e6, "base of the rotary position embedding", above=0)
+    tie_embeddings: bool = option(
+        True, "the output head is the embedding; false in the model of 7B"
+    )
+    initializer_range: float = option(
+        0.02, "standard deviation of new matrices, as Qwen2's", least=0
+    )
+    max_length: int = option(
+        16384, "most tokens of a sequence, images included; the rest is cut", least=1
+    )
+    im_start_id: int = option(
+        151644, "<|im_start|>; adaptive managers find the text query by it", least=0, flag=False
+    )
+    eos_ids: tuple[int, ...] = option(
+        (151645,), "generation stops at any of them", least=0, flag=False
+    )
     # managers
-    manager_type: str | None = option("static", "None | static | adaptive | adaptive_last | adaptive_average | adaptive_cross", choices=("static", "adaptive", "adaptive_last", "adaptive_average", "adaptive_cross"))
-    managed_layers: tuple[int, ...] = option(tuple(range(13, 26)), "hidden states of SigLIP", least=0)
-    inject_layers: tuple[int, ...] = option(tuple(range(0, 24, 4)), "LLM layers with a manager before them", least=0)
-    managed_grids: str = option("all", "all | base | grids: the tokens that are managed; an image of one tile always is", choices=("all", "base", "grids"))
+    manager_type: str | None = option(
+        "static",
+        "the visual managers; none = LLaVA-OneVision. What follows adaptive is its query",
+        choices=MANAGER_TYPES,
+    )
+    managed_layers: tuple[int, ...] = option(
+        tuple(range(13, 26)), "the hidden states of SigLIP that managers aggregate", least=0
+    )
+    inject_layers: tuple[int, ...] = option(
+        tuple(range(0, 24, 4)), "the LLM's layers, from 0, with a manager before them", least=0
+    )
+    managed_grids: str = option(
+        "all",
+        "the tiles whose tokens are managed, of an image that has several",
+        choices=("all", "base", "grids"),
+    )
     # images
-    aspect: str = option("anyres_max_9", "square | pad | anyres | anyres_max_K: at most about K tiles' worth of tokens")
-    grid_pinpoints: tuple | str = option("(1x1),...,(6x6)", "(width, height) in pixels, or a range of them in tiles")
-    merge: str = option("spatial_unpad", "spatial_unpad | flat", choices=("spatial_unpad", "flat"))
+    aspect: str = option(
+        "anyres_max_9",
+        "square or pad = one tile; anyres = a grid too; anyres_max_K = with about K tiles' tokens",
+    )
+    grid_pinpoints: tuple | str = option(
+        "(1x1),...,(6x6)",
+        "the resolutions of a grid: a range in tiles, or JSON [[width, height], ...] in pixels",
+    )
+    merge: str = option(
+        "spatial_unpad",
+        "the grid's tiles become one map without padding, or stay behind one another",
+        choices=("spatial_unpad", "flat"),
+    )
 
     @classmethod
-    def base(cls, **overrides) -> "LlavaManagerConfig":
+    def base(cls, **overrides: Any) -> "LlavaManagerConfig":
+        """The paper's model of 0.5B."""
         return cls(**overrides)
 
     @classmethod
-    def tiny(cls, **overrides) -> "LlavaManagerConfig":
-        """For the built-in demo data: a 64 x 64 scene is a base tile and a grid of 2 x 2."""
-        return cls(**{"image_size": 32, "patch_size": 8, "vision_width": 96, "vision_layers": 4, "vision_heads": 3,
-                      "vision_mlp_width": 384, "vocab_size": 320, "hidden_size": 96, "num_layers": 4, "num_heads": 4,
-                      "num_kv_heads": 2, "mlp_width": 256, "max_length": 512, "im_start_id": 1, "eos_ids": (2,),
-                      "managed_layers": (1, 2), "inject_layers": (0, 2), "aspect": "anyres_max_4",
-                      "grid_pinpoints": "(1x1),...,(2x2)", **overrides})
+    def tiny(cls, **overrides: Any) -> "LlavaManagerConfig":
+        """For the built-in demo data: a scene of 64 x 64 is a base tile and a grid of 2 x 2."""
+        values = {
+            "image_size": 32,
+            "patch_size": 8,
+            "vision_width": 96,
+            "vision_layers": 4,
+            "vision_heads": 3,
+            "vision_mlp_width": 384,
+            "vocab_size": 320,
+            "hidden_size": 96,
+            "num_layers": 4,
+            "num_heads": 4,
+            "num_kv_heads": 2,
+            "mlp_width": 256,
+            "max_length": 512,
+            "im_start_id": 1,
+            "eos_ids": (2,),
+            "managed_layers": (1, 2),
+            "inject_layers": (0, 2),
+            "aspect": "anyres_max_4",
+            "grid_pinpoints": "(1x1),...,(2x2)",
+        }
+        return cls(**{**values, **overrides})  # type: ignore[arg-type]
 
     @classmethod
-    def from_official(cls, config: dict, vision: dict | None = None, im_start_id: int = 151644) -> "LlavaManagerConfig":
-        """The published config.json of LLaVA-OV-Manager or LLaVA-OneVision -> ours; unknown keys are ignored.
-        vision: a HF SigLIP (vision) config; SigLIP-so400m-patch14-384 when not given. Raises ValueError."""
-        vision = vision and vision.get("vision_config", vision)
-        kind, eos, grids = (config.get(k) for k in ("mm_manager_type", "eos_token_id", "mm_manager_grid_type"))
-        names = (("managed_layers", "vision_select_layers"), ("inject_layers", "injection")) if kind else ()
-        spans = {k: [f"mm_manager_{name}_{x}" for x in ("start", "end", "interval")] for k, name in names}
-        missing = [k for k in [*OFFICIAL_FIELDS.values(), *sum(spans.values(), [])] if k not in config]
-        missing += [f"vision {k}" for k in VISION_FIELDS.values() if vision and k not in vision]
-        if missing:
-            raise ValueError(f"the config lacks {', '.join(missing)}")
-        for key, value in SUPPORTED.items():
-            if config.get(key, value) != value:
-                raise ValueError(f"the config's {key} is {config[key]!r}; only {value!r} is supported")
-        values = {ours: config[theirs] for ours, theirs in OFFICIAL_FIELDS.items()}
-        values |= {ours: vision[theirs] for ours, theirs in VISION_FIELDS.items() if vision}
-        values |= {ours: tuple(range(*(config[k] for k in keys))) for ours, keys in spans.items()}
-        values |= {"aspect": "square", "merge": "flat", "tie_embeddings": False, "im_start_id": im_start_id}
-        values |= {ours: config[theirs] for ours, theirs in OPTIONAL_FIELDS.items() if config.get(theirs)}
-        return cls(**values, eos_ids=() if eos is None else (eos,) if isinstance(eos, int) else eos,
-                   manager_type=kind and kind.removesuffix("_zerouni"),
-                   managed_grids={None: "all", "main": "base", "grid": "grids"}.get(grids, grids))
+    def from_official(
+        cls, config: dict, vision: dict | None = None, im_start_id: int = 151644
+    ) -> "LlavaManagerConfig":
+        """The published config.json of LLaVA-OV-Manager, of LLaVA-OneVision or of Qwen2 -> ours.
 
-    def __post_init__(self):
-        for name in ("managed_layers", "inject_layers", "eos_ids"):
-            setattr(self, name, tuple(getattr(self, name)))
-        self.grid_pinpoints = expand_pinpoints(self.grid_pinpoints, self.image_size)
+        vision: a HF config of SigLIP, or of its vision tower; SigLIP-so400m-patch14-384 when not
+        given. Keys that are not known are ignored. Raises ValueError for keys that are missing and
+        for values that this code does not support.
+        """
+        if vision:
+            vision = vision.get("vision_config", vision)
+        check_official(config, vision)
+        values: dict[str, Any] = {
+            # what the official code does without these keys
+            "aspect": "square",
+            "merge": "flat",
+            "tie_embeddings": False,
+            "im_start_id": im_start_id,
+            "eos_ids": official_eos_ids(config),
+        }
+        for ours, theirs in OFFICIAL_FIELDS.items():
+            values[ours] = config[theirs]
+        for ours, theirs in OPTIONAL_FIELDS.items():
+            if config.get(theirs):
+                values[ours] = config[theirs]
+        if vision:
+            for ours, theirs in VISION_FIELDS.items():
+                values[ours] = vision[theirs]
+        values.update(official_managers(config))
+        return cls(**values)
+
+    def __post_init__(self) -> None:
+        # JSON has lists
+        if isinstance(self.managed_layers, list):
+            self.managed_layers = tuple(self.managed_layers)
+        if isinstance(self.inject_layers, list):
+            self.inject_layers = tuple(self.inject_layers)
+        if isinstance(self.eos_ids, list):
+            self.eos_ids = tuple(self.eos_ids)
         check_fields(self)
+        self.grid_pinpoints = expand_pinpoints(self.grid_pinpoints, self.image_size)
+        self.check_sizes()
+        self.check_managers()
+
+    def check_sizes(self) -> None:
+        """Raises ValueError for sizes that do not fit together."""
         if not re.fullmatch(r"square|pad|anyres|anyres_max_[1-9]\d*", self.aspect):
-            raise ValueError(f"aspect is {self.aspect!r}; it must be square, pad, anyres or anyres_max_K")
-        for width, heads in (("vision_width", "vision_heads"), ("hidden_size", "num_heads"),
-                             ("num_heads", "num_kv_heads")):
-            if getattr(self, width) % getattr(self, heads):
-                raise ValueError(f"{width} {getattr(self, width)} is not a multiple of {heads} {getattr(self, heads)}")
-        ends = {"managed_layers": self.vision_layers, "inject_layers": self.num_layers} if self.manager_type else {}
-        for name, end in ends.items():
-            layers = getattr(self, name)
-            if not layers or list(layers) != sorted(set(layers)) or not 0 <= layers[0] <= layers[-1] < end:
-                raise ValueError(f"{name} is {layers}; it must be ascending numbers from 0 to {end - 1}")
-        if ends and self.inject_layers[0] == 0 and len(self.managed_layers) < 2:
-            raise ValueError("a manager at LLM layer 0 drops the last managed layer, so it needs at least two of them")
+            raise ValueError(
+                f"aspect is {self.aspect!r}; it must be square, pad, anyres or anyres_max_K"
+            )
+        if self.patch_size > self.image_size:
+            raise ValueError(
+                f"patch_size {self.patch_size} is larger than image_size {self.image_size}"
+            )
+        for total, part in (
+            ("vision_width", "vision_heads"),
+            ("hidden_size", "num_heads"),
+            ("num_heads", "num_kv_heads"),
+        ):
+            if getattr(self, total) % getattr(self, part):
+                raise ValueError(
+                    f"{total} {getattr(self, total)} is not a multiple of {part} "
+                    f"{getattr(self, part)}"
+                )
+        head_size = self.hidden_size // self.num_heads
+        if head_size % 2:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} with num_heads {self.num_heads} makes heads of "
+                f"{head_size}; the rotary position embedding needs an even size"
+            )
+
+    def check_managers(self) -> None:
+        """Raises ValueError for layers that managers cannot have."""
+        if self.manager_type is None:
+            return
+        for name, layers, count in (
+            ("managed_layers", self.managed_layers, self.vision_layers),
+            ("inject_layers", self.inject_layers, self.num_layers),
+        ):
+            is_ascending = list(layers) == sorted(set(layers))
+            if not layers or not is_ascending or layers[-1] >= count:
+                raise ValueError(
+                    f"{name} is {layers}; it must be ascending numbers from 0 to {count - 1}"
+                )
+        if self.inject_layers[0] == 0 and len(self.managed_layers) < 2:
+            raise ValueError(
+                "a manager at LLM layer 0 drops the last managed layer, so it needs at least two "
+                "of them"
+            )
 
     @staticmethod
     def check_flags(flags: dict) -> None:
@@ -131,12 +329,19 @@ class LlavaManagerConfig:
         if flags.get("manager_type", "static") is not None:
             return
         for name in flags:
-            if name in ("managed_layers", "inject_layers", "managed_grids"):
+            if name in MANAGER_FLAGS:
                 raise ValueError(f"--{name} means nothing with --manager_type none: no managers")
 
     def is_static(self, layer: int) -> bool:
-        """Whether this LLM layer's manager is static; before layer 0, where the image has not met the text, all are."""
+        """Whether the manager before this layer of the LLM is static. Before layer 0, where the
+        image has not met the text, all are.
+        """
         return self.manager_type == "static" or layer == 0
+
+    @property
+    def query(self) -> str | None:
+        """What the adaptive managers read beside the image: last, average, cross, or None."""
+        return str(self.manager_type).partition("adaptive_")[2] or None
 
     @property
     def side(self) -> int:
@@ -144,125 +349,339 @@ class LlavaManagerConfig:
         return self.image_size // self.patch_size
 
 
-class Splice(NamedTuple):
-    """Index tensors of a batch. A flat position is one in (B * S); image tokens are numbered through the batch."""
-    index: Tensor  # (B, S): the source of each position: first the tokens of input_ids, then image tokens, then padding
-    lengths: Tensor  # (B,): of each spliced row, without padding, before truncation
-    image_rows: Tensor  # (I,): the row of each image
-    managed: Tensor  # (M,): the image tokens that managers act on, none of them beyond the truncation
-    positions: Tensor  # (M,): their flat positions
-    query: Tensor  # (Q,): flat positions of the query tokens of the adaptive managers
-    query_mask: Tensor  # (1, M, Q): which of them a managed token sees
-
-    def labels(self, labels: Tensor) -> Tensor:
-        """labels (B, L) of input_ids -> (B, S) of the spliced rows; -100 for image tokens and padding."""
-        flat = F.pad(labels.to(self.index.device).long().flatten(), (0, 1), value=IGNORE)
-        return flat[self.index.clamp(max=labels.numel())]
+def layer_range_keys(name: str) -> list[str]:
+    return [f"{LAYER_RANGES[name]}_{end}" for end in RANGE_ENDS]
 
 
-def plan_splice(input_ids: Tensor, attention_mask: Tensor | None, images, config: LlavaManagerConfig,
-                device="cpu") -> Splice:
-    """Each placeholder of input_ids (B, L) makes room for its image's tokens; padding, on either side, goes; rows are
-    cut at max_length and padded on the right. Computed on the CPU, without a loop over rows or tokens."""
+def check_official(config: dict, vision: dict | None) -> None:
+    """Raises ValueError for keys that are missing, and for values that are not supported."""
+    needed = list(OFFICIAL_FIELDS.values())
+    if config.get("mm_manager_type") is not None:
+        for name in LAYER_RANGES:
+            needed += layer_range_keys(name)
+    missing = [key for key in needed if key not in config]
+    if vision:
+        missing += [f"vision {key}" for key in VISION_FIELDS.values() if key not in vision]
+    if missing:
+        raise ValueError(f"the config lacks {', '.join(missing)}")
+    for key, value in SUPPORTED.items():
+        if config.get(key, value) != value:
+            raise ValueError(f"the config's {key} is {config[key]!r}; only {value!r} is supported")
+
+
+def official_eos_ids(config: dict) -> Any:
+    """The official value is one id, a list of them, or null."""
+    ids = config.get("eos_token_id")
+    if ids is None:
+        return ()
+    if isinstance(ids, int):
+        return (ids,)
+    return ids
+
+
+def official_managers(config: dict) -> dict[str, Any]:
+    """The fields that the official mm_manager_... keys decide."""
+    values: dict[str, Any] = {"manager_type": None, "managed_grids": "all"}
+    grids = config.get("mm_manager_grid_type")
+    if grids == "main":
+        values["managed_grids"] = "base"
+    elif grids == "grid":
+        values["managed_grids"] = "grids"
+    elif grids is not None:
+        values["managed_grids"] = grids
+
+    manager_type = config.get("mm_manager_type")
+    if manager_type is None:
+        return values
+    # "zerouni" says how the official managers are initialised; all are so
+    values["manager_type"] = str(manager_type).removesuffix("_zerouni")
+    for name in LAYER_RANGES:
+        keys = layer_range_keys(name)
+        for key in keys:
+            if type(config[key]) is not int or not 0 <= config[key] <= MOST_LAYERS:
+                raise ValueError(
+                    f"the config's {key} is {config[key]!r:.80}; it must be a whole number from 0 "
+                    f"to {MOST_LAYERS}"
+                )
+        start, end, interval = (config[key] for key in keys)
+        if interval == 0:
+            raise ValueError(f"the config's {keys[2]} is 0; it must be at least 1")
+        values[name] = tuple(range(start, end, interval))
+    return values
+
+
+# ---------------------------------------------------------------- placeholders -> image tokens
+class ExpandedBatch(NamedTuple):
+    """A batch in which each placeholder has become as many positions as its image has tokens.
+
+    Padding is on the right, whatever side it was on before; rows are cut at max_length. All tensors
+    are on the CPU.
+    """
+
+    ids: Tensor  # (B, S): IMAGE_TOKEN at each image token, 0 in the padding
+    mask: Tensor  # (B, S), boolean: what is not padding
+    labels: Tensor | None  # (B, S): IGNORE at image tokens and in the padding
+    image: Tensor  # (B, S): which image of the batch a position belongs to; -1 for text and padding
+    place: Tensor  # (B, S): which token of its image it is; 0 for text and padding
+    is_query: Tensor  # (B, S), boolean: the text that the adaptive managers may read
+    lengths: Tensor  # (B,): of the rows before they were cut
+    counts: Tensor  # (I,): tokens of each image
+    images_per_row: list[int]
+
+
+def check_inputs(
+    ids: Tensor,
+    mask: Tensor,
+    labels: Tensor | None,
+    images: Sequence[ImageTiles],
+    config: LlavaManagerConfig,
+) -> None:
+    """Raises ValueError for inputs of the model that do not fit together."""
+    if ids.dim() != 2 or mask.shape != ids.shape or not mask.any(1).all():
+        raise ValueError(
+            f"input_ids {tuple(ids.shape)}, attention_mask {tuple(mask.shape)}: not (B, L), or "
+            "empty row"
+        )
+    if labels is not None and labels.shape != ids.shape:
+        raise ValueError(f"labels {tuple(labels.shape)} must be like input_ids {tuple(ids.shape)}")
+    is_placeholder = (ids == IMAGE_TOKEN) & mask
+    count = int(is_placeholder.sum())
+    if count != len(images):
+        raise ValueError(
+            f"{count} placeholders ({IMAGE_TOKEN}) in input_ids, but {len(images)} images"
+        )
+    is_unknown = (ids < 0) | (ids >= config.vocab_size)
+    unknown = ids[is_unknown & mask & ~is_placeholder]
+    if len(unknown):
+        raise ValueError(
+            f"token id {int(unknown[0])} is outside the vocabulary of {config.vocab_size}"
+        )
+    side = config.image_size
+    for number, image in enumerate(images):
+        shape = tuple(image.pixels.shape)
+        if len(shape) != 4 or shape[1:] != (3, side, side):
+            raise ValueError(f"image {number} has pixels {shape}; should be (T, 3, {side}, {side})")
+
+
+def find_text_query(ids: Tensor, num_images: int, im_start_id: int) -> Tensor:
+    """Which positions of a row the adaptive managers may read as text query, (S,) boolean.
+
+    ids: of one row with its placeholders expanded, before it is cut. The query is the text of the
+    first turn of the user, which is
+
+        <|im_start|> user newline TEXT newline IMAGE newline TEXT <|im_end|> newline <|im_start|>
+
+    without the newlines beside the image. With several images only the text behind the last one
+    counts. A row without a second <|im_start|> is of style plain: IMAGE TEXT newline.
+    """
+    at = torch.arange(len(ids))
+    if num_images == 0:
+        return torch.zeros_like(at, dtype=torch.bool)
+    image_positions = torch.nonzero(ids == IMAGE_TOKEN)[:, 0]
+    last_image = int(image_positions[-1])
+
+    turns = torch.nonzero(ids == im_start_id)[:, 0].tolist()  # the system, the user, the assistant
+    if len(turns) < 2:
+        last_newline = len(ids) - 1
+        return (at > last_image) & (at < last_newline)
+
+    # Without a third turn the row's end stands for its beginning: so does the official code.
+    assistant = turns[2] if len(turns) > 2 else len(ids)
+    im_end = assistant - 2
+    newline_behind = last_image + 1
+    query = (at > newline_behind) & (at < im_end)
+    if num_images == 1:
+        newline_before = int(image_positions[0]) - 1
+        text = turns[1] + 3  # behind <|im_start|>, user, newline
+        query = query | ((at >= text) & (at < newline_before))
+    return query
+
+
+def expand_row(
+    ids: Tensor, labels: Tensor, counts: Tensor, first_image: int, config: LlavaManagerConfig
+) -> dict[str, Tensor]:
+    """One row without padding, its ids and labels (L,) -> the row's part of each tensor (B, S) of
+    ExpandedBatch, not yet cut.
+
+    counts: how many tokens each image of the row has; first_image: the number of its first one.
+    """
+    is_placeholder = ids == IMAGE_TOKEN
+    repeats = torch.ones_like(ids)  # how many positions each token of the row becomes
+    repeats[is_placeholder] = counts
+    image = torch.full_like(ids, -1)
+    image[is_placeholder] = first_image + torch.arange(len(counts))
+    start = repeats.cumsum(0) - repeats  # the first position of each token
+
+    expanded_ids = ids.repeat_interleave(repeats)  # (S,)
+    return {
+        "ids": expanded_ids,
+        "mask": torch.ones_like(expanded_ids, dtype=torch.bool),
+        "labels": labels.masked_fill(is_placeholder, IGNORE).repeat_interleave(repeats),
+        "image": image.repeat_interleave(repeats),
+        "place": torch.arange(len(expanded_ids)) - start.repeat_interleave(repeats),
+        "is_query": find_text_query(expanded_ids, len(counts), config.im_start_id),
+    }
+
+
+def pad_column(rows: list[dict[str, Tensor]], name: str, value: int, max_length: int) -> Tensor:
+    """One tensor (B, S) of all rows: each row's part is cut at max_length and filled with `value`
+    on the right.
+    """
+    parts = [row[name][:max_length] for row in rows]
+    return nn.utils.rnn.pad_sequence(parts, batch_first=True, padding_value=value)
+
+
+def expand_placeholders(
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    images: Sequence[ImageTiles],
+    config: LlavaManagerConfig,
+    labels: Tensor | None = None,
+) -> ExpandedBatch:
+    """input_ids, attention_mask, labels (B, L) of any integer dtype, with a placeholder for each
+    image -> the batch as the LLM sees it. Raises ValueError for inputs that do not fit together.
+    """
     ids = input_ids.cpu().long()
-    real = torch.ones_like(ids, dtype=torch.bool) if attention_mask is None else attention_mask.cpu().bool()
-    is_image = (ids == IMAGE_TOKEN) & real
-    check_inputs(ids, real, is_image, images, config)
-    counts = torch.tensor([count_image_tokens(len(x.pixels), x.size, config) for x in images], dtype=torch.long)
-    lengths = real.long()  # how many tokens each token of input_ids becomes
-    lengths[is_image] = counts
-    ends, totals = lengths.cumsum(1), lengths.sum(1)
-    S = min(int(totals.max()), config.max_length)
-    # of each spliced token: its source in input_ids, its row, its number in the source, its position in the row
-    source = torch.repeat_interleave(torch.arange(ids.numel()), lengths.flatten())
-    row = source // ids.shape[1]
-    offset = torch.arange(len(source)) - (lengths.flatten().cumsum(0) - lengths.flatten())[source]
-    position = (ends - lengths).flatten()[source] + offset
-    keep, of_image = position < S, is_image.flatten()[source]
-    index = torch.full((len(ids), S), ids.numel() + int(counts.sum()))
-    index[row[keep], position[keep]] = torch.where(of_image, ids.numel() - 1 + of_image.cumsum(0), source)[keep]
-    image = torch.repeat_interleave(torch.arange(len(counts)), counts)
-    alone = (counts == config.side**2)[image]  # the only tile of its image
-    in_base = offset[of_image] < config.side**2
-    acts = {"all": alone | True, "base": alone | in_base, "grids": alone | ~in_base}[config.managed_grids]
-    managed = torch.nonzero(acts & keep[of_image])[:, 0]
-    positions = (row * S + position)[of_image][managed]
-    query = managed[:0], managed[:0]
-    if str(config.manager_type).startswith("adaptive_"):
-        im_start = (ids == config.im_start_id) & real
-        query = plan_query(im_start, is_image, ends - lengths, ends, S, positions, image[managed])
-    plan = index, totals, torch.nonzero(is_image)[:, 0], managed, positions, *query
-    return Splice(*(x.to(device) for x in plan))
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    if attention_mask is not None:
+        mask = attention_mask.cpu().bool()
+    check_inputs(ids, mask, labels, images, config)
+    all_labels = ids if labels is None else labels.cpu().long()
+    counts = [count_image_tokens(len(image.pixels), image.size, config) for image in images]
+
+    rows = []
+    images_per_row = []
+    first_image = 0
+    for row_ids, row_labels, row_mask in zip(ids, all_labels, mask, strict=True):
+        # this drops the padding, on whatever side it is
+        row_ids = row_ids[row_mask]
+        row_labels = row_labels[row_mask]
+        num_images = int((row_ids == IMAGE_TOKEN).sum())
+        row_counts = torch.tensor(counts[first_image : first_image + num_images], dtype=torch.long)
+        rows.append(expand_row(row_ids, row_labels, row_counts, first_image, config))
+        images_per_row.append(num_images)
+        first_image += num_images
+
+    most = config.max_length
+    return ExpandedBatch(
+        ids=pad_column(rows, "ids", 0, most),
+        mask=pad_column(rows, "mask", False, most),
+        labels=None if labels is None else pad_column(rows, "labels", IGNORE, most),
+        image=pad_column(rows, "image", -1, most),
+        place=pad_column(rows, "place", 0, most),
+        is_query=pad_column(rows, "is_query", False, most),
+        lengths=torch.tensor([len(row["ids"]) for row in rows]),
+        counts=torch.tensor(counts, dtype=torch.long),
+        images_per_row=images_per_row,
+    )
 
 
-def check_inputs(ids: Tensor, real: Tensor, is_image: Tensor, images, config: LlavaManagerConfig):
-    if ids.dim() != 2 or real.shape != ids.shape or not real.any(1).all():
-        raise ValueError(f"input_ids {tuple(ids.shape)}, attention_mask {tuple(real.shape)}: not (B, L), or empty row")
-    if int(is_image.sum()) != len(images):
-        raise ValueError(f"{int(is_image.sum())} placeholders ({IMAGE_TOKEN}) in input_ids, but {len(images)} images")
-    bad = ids[real & ~is_image & ((ids < 0) | (ids >= config.vocab_size))]
-    if len(bad):
-        raise ValueError(f"token id {int(bad[0])} is outside the vocabulary of {config.vocab_size}")
-    shape = (3, config.image_size, config.image_size)
-    for i, image in enumerate(images):
-        if image.pixels.dim() != 4 or image.pixels.shape[1:] != shape:
-            raise ValueError(f"image {i} has pixels {tuple(image.pixels.shape)}; should be (T, {str(shape)[1:]}")
+# ---------------------------------------------------------------- what managers read and write
+class Experts(NamedTuple):
+    """What the managers of a batch read of its images, over all L image tokens of the batch."""
+
+    increments: Tensor | None = None  # (K, L, D): what each static manager adds
+    stack: Tensor | None = None  # (1, N, L, D): the experts that adaptive managers aggregate
 
 
-def plan_query(im_start: Tensor, is_image: Tensor, starts: Tensor, ends: Tensor, S: int, positions: Tensor,
-               image: Tensor) -> tuple[Tensor, Tensor]:
-    """The query of the adaptive managers: the text of the first user turn, less the image and a newline beside it. With
-    several images only the text after the last one counts. Without a second <|im_start|> ("plain") it is what follows
-    the image, less the last newline. An image with an empty query is its own query.
-    (B, L): which tokens are <|im_start|>, which are images, where each one starts and ends after splicing. positions,
-    image (M,): flat position and image of each managed token. Returns `Splice.query` and `Splice.query_mask`."""
-    order, total, far = im_start.cumsum(1), ends[:, -1:], int(ends.max())
-    second, third = (starts.masked_fill(~(im_start & (order == k)), far).amin(1, keepdim=True) for k in (2, 3))
-    first_image = starts.masked_fill(~is_image, far).amin(1, keepdim=True)
-    last_end = ends.masked_fill(~is_image, 0).amax(1, keepdim=True)
-    chat, at = order[:, -1:] >= 2, torch.arange(S)
-    stop = torch.where(chat, torch.minimum(third, total) - 2, total - 1)  # chat: where the user's <|im_end|> is
-    after = (at >= last_end + chat.long()) & (at < stop)
-    before = chat & (is_image.sum(1, keepdim=True) == 1) & (at >= second + 3) & (at < first_image - 1)
-    is_query = (after | before) & is_image.any(1, keepdim=True)  # (B, S)
-    row, text = positions // S, torch.nonzero(is_query.flatten())[:, 0]
-    own = ~is_query.any(1)[row]
-    # a token sees the queries of its group: its row's (numbered -1, -2, ...), or its image's
-    group = torch.where(own, image, -1 - row)
-    return torch.cat([text, positions[own]]), (group[:, None] == torch.cat([-1 - text // S, image[own]]))[None]
+class Managed(NamedTuple):
+    """Where the managers of a batch act, and on what. A flat position is one in (B * S)."""
+
+    positions: Tensor  # (M,): flat positions of the managed tokens
+    experts: Experts  # of the managed tokens: M in the place of L
+    query: Tensor  # (Q,): flat positions of the query tokens of all rows
+    query_mask: Tensor  # (1, M, Q), boolean: which of them a managed token may read
 
 
+def find_managed(batch: ExpandedBatch, config: LlavaManagerConfig) -> Tensor:
+    """The image tokens that managers act on, (B, S) boolean. The only tile of an image always is
+    managed.
+    """
+    is_image = batch.image >= 0
+    if config.managed_grids == "all":
+        return is_image
+    tile = config.side**2
+    is_alone = (batch.counts == tile)[batch.image]  # of text it says nothing
+    in_base = batch.place < tile
+    in_part = in_base if config.managed_grids == "base" else ~in_base
+    return is_image & (is_alone | in_part)
+
+
+def find_query(
+    batch: ExpandedBatch, is_managed: Tensor, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """`query` and `query_mask` of Managed. is_managed: (B, S) boolean.
+
+    A managed token reads the text query of its row. In a row that has none it reads the managed
+    tokens of its own image.
+    """
+    length = batch.ids.shape[1]
+    positions = torch.nonzero(is_managed.flatten())[:, 0]
+    image = batch.image[is_managed]
+    row = positions // length
+    text = torch.nonzero(batch.is_query.flatten())[:, 0]
+    has_text = batch.is_query.any(1)  # (B,)
+    is_own = ~has_text[row]  # (M,)
+    query = torch.cat([text, positions[is_own]])
+
+    # The groups that read and are read: the images 0, 1, ... and the rows -1, -2, ...
+    reader_group = torch.where(is_own, image, -1 - row).to(device)  # (M,)
+    query_group = torch.cat([-1 - text // length, image[is_own]]).to(device)  # (Q,)
+    query_mask = reader_group[:, None] == query_group  # (M, Q)
+    return query.to(device), query_mask[None]
+
+
+# ---------------------------------------------------------------- Qwen2
 class KVCache:
-    """Keys and values of all layers, allocated once for `capacity` positions. Position p of a row is slot p: prompts of
-    different length are padded on the right, and new tokens overwrite padding, so a row does not notice the others."""
+    """Keys and values of all layers, allocated once for `capacity` positions.
+
+    Position p of a row is slot p. Prompts of different length are padded on the right, and new
+    tokens overwrite the padding, so a row does not notice the others.
+    """
 
     def __init__(self, capacity: int, slots: Tensor):
-        self.capacity, self.store, self.mask = capacity, {}, None
-        self.slots, self.end = slots, slots.shape[1]  # slots (B, S) of the tokens that are being computed
+        self.capacity = capacity
+        self.slots = slots  # (B, S): of the tokens that are being computed
+        self.end = slots.shape[1]  # of the slots that are in use
+        self.mask: Tensor | None = None  # (B, 1, 1, end): what the new token sees; None in a prompt
+        self.keys: dict[int, Tensor] = {}  # layer -> (B, H_kv, capacity, d)
+        self.values: dict[int, Tensor] = {}
 
-    def advance(self, slots: Tensor):
-        """Go on with one token a row, at slots (B, 1), which sees the slots up to its own."""
-        self.slots, self.end = slots, self.end + 1
-        self.mask = (torch.arange(self.end, device=slots.device) <= slots)[:, None, None]  # (B, 1, 1, end)
+    def advance(self, slots: Tensor) -> None:
+        """Go on with one token a row, at slots (B, 1). It sees the slots up to its own."""
+        self.slots = slots
+        self.end += 1
+        seen = torch.arange(self.end, device=slots.device) <= slots  # (B, end)
+        self.mask = seen[:, None, None]
 
-    def append(self, layer: int, k: Tensor, v: Tensor) -> list[Tensor]:
-        """k, v (B, H_kv, S, d) of the new tokens -> those of all tokens so far."""
-        if layer not in self.store:
-            self.store[layer] = [x.new_zeros(*x.shape[:2], self.capacity, x.shape[3]) for x in (k, v)]
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values (B, H_kv, S, d) of the new tokens -> those of all tokens so far."""
+        if layer not in self.keys:
+            batch, heads, _, head_size = k.shape
+            self.keys[layer] = k.new_zeros(batch, heads, self.capacity, head_size)
+            self.values[layer] = v.new_zeros(batch, heads, self.capacity, head_size)
         slots = self.slots[:, None, :, None].expand_as(k)
-        return [store.scatter_(2, slots, x)[:, :, : self.end] for store, x in zip(self.store[layer], (k, v))]
+        keys = self.keys[layer].scatter_(2, slots, k)
+        values = self.values[layer].scatter_(2, slots, v)
+        return keys[:, :, : self.end], values[:, :, : self.end]
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding, rotate-half form: x (B, H, S, d), cos and sin (B or 1, 1, S, d)."""
+    """Rotary position embedding in its rotate-half form: x (B, H, S, d), cos and sin
+    (B or 1, 1, S, d).
+    """
     a, b = x.chunk(2, dim=-1)
     return x * cos.to(x.dtype) + torch.cat([-b, a], dim=-1) * sin.to(x.dtype)
 
 
 class DecoderLayer(nn.Module):
+    """A layer of Qwen2: grouped-query attention and a gated MLP, each behind an RMSNorm."""
+
     def __init__(self, config: LlavaManagerConfig, number: int):
         super().__init__()
-        width, self.number, self.head_size = config.hidden_size, number, config.hidden_size // config.num_heads
+        width = config.hidden_size
+        self.number = number
+        self.head_size = width // config.num_heads
         self.norm_1 = nn.RMSNorm(width, config.norm_eps)
         self.q = nn.Linear(width, width)
         self.kv = nn.Linear(width, 2 * config.num_kv_heads * self.head_size)
@@ -271,218 +690,481 @@ class DecoderLayer(nn.Module):
         self.gate_up = nn.Linear(width, 2 * config.mlp_width, bias=False)
         self.down = nn.Linear(config.mlp_width, width, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None) -> Tensor:
-        """x (B, S, D) -> (B, S, D). Rows are padded on the right only, so the causal mask alone hides the padding."""
-        normed = self.norm_1(x)
-        q, k, v = (y.unflatten(-1, (-1, self.head_size)).transpose(1, 2)
-                   for y in (self.q(normed), *self.kv(normed).chunk(2, dim=-1)))  # (B, H or H_kv, S, d)
-        q, k, mask = rotate(q, cos, sin), rotate(k, cos, sin), None
+    def split_heads(self, x: Tensor) -> Tensor:
+        """(B, S, H * d) -> (B, H, S, d)."""
+        return x.unflatten(-1, (-1, self.head_size)).transpose(1, 2)
+
+    def attend(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Causal attention, (B, S, D) -> (B, S, D)."""
+        q = self.split_heads(self.q(x))
+        k, v = self.kv(x).chunk(2, dim=-1)
+        k = self.split_heads(k)
+        v = self.split_heads(v)
+        q = rotate(q, cos, sin)
+        k = rotate(k, cos, sin)
+        mask = None
         if cache is not None:
-            (k, v), mask = cache.append(self.number, k, v), cache.mask
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
-        x = x + self.proj(out.transpose(1, 2).flatten(2))
+            k, v = cache.append(self.number, k, v)
+            mask = cache.mask
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True
+        )
+        return self.proj(out.transpose(1, 2).flatten(2))
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None) -> Tensor:
+        """x (B, S, D) -> (B, S, D). Rows are padded on the right only, so the causal mask alone
+        hides the padding.
+        """
+        x = x + self.attend(self.norm_1(x), cos, sin, cache)
         gate, up = self.gate_up(self.norm_2(x)).chunk(2, dim=-1)
         return x + self.down(F.silu(gate) * up)
 
 
 class Qwen2(nn.Module):
+    """The LLM, with a place before each layer where something may be added to its input."""
+
     def __init__(self, config: LlavaManagerConfig):
         super().__init__()
-        self.config, self.checkpointing = config, False
+        self.config = config
+        self.checkpointing = False
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_layers))
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, number) for number in range(config.num_layers)
+        )
         self.norm = nn.RMSNorm(config.hidden_size, config.norm_eps)
-        self.head = None if config.tie_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.head = None
+        if not config.tie_embeddings:
+            self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
-    def forward(self, x: Tensor, inject=None, cache: KVCache | None = None, states: list | None = None) -> Tensor:
-        """Embeddings (B, S, D) -> hidden states after the last norm. inject(i, x) -> x acts before layer i; what each
-        layer then gets is appended to `states`."""
-        positions = torch.arange(x.shape[1], device=x.device)[None] if cache is None else cache.slots
-        d = self.config.hidden_size // self.config.num_heads
-        frequencies = self.config.rope_theta ** (-torch.arange(0, d, 2, device=x.device) / d)
-        angles = (positions[:, None, :, None].float() * frequencies).repeat(1, 1, 1, 2)  # (B or 1, 1, S, d)
-        cos, sin = angles.cos(), angles.sin()
-        for i, layer in enumerate(self.layers):
-            x = x if inject is None else inject(i, x)
+    def rotations(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """positions (B or 1, S) -> cos and sin of the rotary embedding, (B or 1, 1, S, d)."""
+        head_size = self.config.hidden_size // self.config.num_heads
+        exponents = torch.arange(0, head_size, 2, device=positions.device) / head_size
+        frequencies = self.config.rope_theta ** (-exponents)  # (d / 2,)
+        angles = positions[:, None, :, None].float() * frequencies
+        angles = angles.repeat(1, 1, 1, 2)
+        return angles.cos(), angles.sin()
+
+    def forward(
+        self,
+        x: Tensor,
+        inject: Callable[[int, Tensor], Tensor] | None = None,
+        cache: KVCache | None = None,
+        states: list[Tensor] | None = None,
+    ) -> Tensor:
+        """Embeddings (B, S, D) -> the hidden states after the last norm.
+
+        inject(number, x) -> x acts before the layer of this number. What each layer then gets is
+        appended to `states`.
+        """
+        if cache is None:
+            positions = torch.arange(x.shape[1], device=x.device)[None]
+        else:
+            positions = cache.slots
+        cos, sin = self.rotations(positions)
+        for number, layer in enumerate(self.layers):
+            if inject is not None:
+                x = inject(number, x)
             if states is not None:
                 states.append(x)
             x = run(layer, self.checkpointing, x, cos, sin, cache)
         return self.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        return F.linear(hidden, self.embed.weight) if self.head is None else self.head(hidden)
+        """(..., D) -> (..., V)."""
+        if self.head is None:
+            return F.linear(hidden, self.embed.weight)
+        return self.head(hidden)
 
 
-def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None) -> Tensor:
-    """logits (B, V) -> token ids (B,): the likeliest for temperature 0, else drawn from the fewest that reach top_p."""
+def sample(
+    logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None
+) -> Tensor:
+    """logits (B, V) -> token ids (B,): the likeliest ones for temperature 0, else drawn from the
+    fewest that together reach the probability top_p.
+    """
     if temperature == 0:
         return logits.argmax(-1)
-    values, order = (logits.float() / temperature).softmax(-1).sort(-1, descending=True)
-    values = values.masked_fill(values.cumsum(-1) - values >= top_p, 0)
-    return order.gather(1, torch.multinomial(values, 1, generator=generator))[:, 0]
+    probabilities = (logits.float() / temperature).softmax(-1)
+    probabilities, order = probabilities.sort(-1, descending=True)
+    before = probabilities.cumsum(-1) - probabilities  # what the likelier ones have
+    probabilities = probabilities.masked_fill(before >= top_p, 0)
+    choice = torch.multinomial(probabilities, 1, generator=generator)  # (B, 1)
+    return order.gather(1, choice)[:, 0]
 
 
+# ---------------------------------------------------------------- the model
 class Output(NamedTuple):
+    """What `forward` gives, in the positions of ExpandedBatch."""
+
     loss: Tensor | None  # mean over the label tokens of the batch; their sum is loss * num_tokens
     logits: Tensor | None  # (B, S, V)
     num_tokens: Tensor | None = None  # (): how many tokens have a loss
-    hidden_states: list[Tensor] | None = None  # the input of each LLM layer, then the last hidden state: (B, S, D)
+    hidden_states: list[Tensor] | None = None  # the input of each layer, then the result: (B, S, D)
 
 
 class LlavaManager(nn.Module):
-    """LLaVA-OneVision with visual managers. input_ids (B, L) hold one placeholder -200 for each image; images is a flat
-    list, in the order of the placeholders, of what preprocess_image returns. Outputs are in spliced positions, padded
-    on the right. Any integer dtype will do."""
+    """LLaVA-OneVision with visual managers.
+
+    input_ids (B, L) hold one placeholder IMAGE_TOKEN for each image. images is a flat list, in the
+    order of the placeholders, of what preprocess_image returns. Outputs are in the positions of the
+    sequences with their image tokens, padded on the right. Any integer dtype will do.
+    """
 
     blocks_to_compile = (ViTBlock, DecoderLayer)
 
     def __init__(self, config: LlavaManagerConfig):
         super().__init__()
-        self.config = c = config
-        D, N = c.hidden_size, len(c.managed_layers)
-        self.vision = ViT(c.image_size, c.patch_size, c.vision_width, c.vision_layers - 1, c.vision_heads,
-                          c.vision_mlp_width, siglip=True)
+        self.config = config
+        width = config.hidden_size
+        # Without SigLIP's last layer, whose output the official code does not use.
+        self.vision = ViT(
+            config.image_size,
+            config.patch_size,
+            config.vision_width,
+            config.vision_layers - 1,
+            config.vision_heads,
+            config.vision_mlp_width,
+            siglip=True,
+        )
         self.vision.ln_post.requires_grad_(False)  # in the official checkpoints, but not used
-        self.llm = Qwen2(c)
-        init = partial(init_weights, std=c.initializer_range)
+        self.llm = Qwen2(config)
+        init = partial(init_weights, std=config.initializer_range)
         self.apply(init)
-        self.projector = nn.Sequential(nn.Linear(c.vision_width, D), nn.GELU(), nn.Linear(D, D))
-        self.image_newline = nn.Parameter(torch.randn(D) / math.sqrt(D))
+        # The projector keeps the default initialisation of nn.Linear: official.
+        self.projector = nn.Sequential(
+            nn.Linear(config.vision_width, width), nn.GELU(), nn.Linear(width, width)
+        )
+        self.image_newline = nn.Parameter(torch.randn(width) / math.sqrt(width))
         self.managers = nn.ModuleList()
-        if c.manager_type is not None:
-            self.layer_embedding = nn.Parameter(torch.randn(N, D) / math.sqrt(D))
-            query = c.manager_type.partition("_")[2] or None
-            for layer in c.inject_layers:
-                # before layer 0 without the last one, which, says the paper, the LLM's input holds already
-                static = c.is_static(layer)
-                manager = StaticVisualManager(D, N - (layer == 0)) if static else AdaptiveVisualManager(D, N, query)
-                self.managers.append(manager.apply(init))
+        if config.manager_type is not None:
+            num_experts = len(config.managed_layers)
+            embedding = torch.randn(num_experts, width) / math.sqrt(width)
+            self.layer_embedding = nn.Parameter(embedding)
+            for layer in config.inject_layers:
+                self.managers.append(self.make_manager(layer).apply(init))
 
-    def set_checkpointing(self, on: bool):
-        """Activation checkpointing of SigLIP's blocks, the projector and the LLM's layers."""
-        self.vision.checkpointing = self.llm.checkpointing = on
+    def make_manager(self, layer: int) -> nn.Module:
+        """The manager before this layer of the LLM."""
+        num_experts = len(self.config.managed_layers)
+        if not self.config.is_static(layer):
+            return AdaptiveVisualManager(self.config.hidden_size, num_experts, self.config.query)
+        if layer == 0:
+            # without the last expert, which, says the paper, the LLM's input holds already
+            num_experts -= 1
+        return StaticVisualManager(self.config.hidden_size, num_experts)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, images=(), labels: Tensor | None = None,
-                logits: bool = True, hidden_states: bool = False) -> Output:
-        """input_ids, attention_mask, labels (B, L) -> Output. labels: input_ids, or -100 where there is no loss; the
-        logits of a position predict the next one. The loss does not need logits=True, and False saves their memory."""
-        plan = plan_splice(input_ids, attention_mask, images, self.config, self.image_newline.device)
-        embeddings, inject = self.embed(input_ids, images, plan)
-        states, loss, num_tokens = [] if hidden_states else None, None, None
+    def set_checkpointing(self, on: bool) -> None:
+        """Compute the activations of SigLIP's blocks, the projector and the LLM's layers again in
+        the backward pass: a third more computation, far less memory.
+        """
+        self.vision.checkpointing = on
+        self.llm.checkpointing = on
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        images: Sequence[ImageTiles] = (),
+        labels: Tensor | None = None,
+        logits: bool = True,
+        hidden_states: bool = False,
+    ) -> Output:
+        """input_ids, attention_mask, labels (B, L) -> Output.
+
+        labels: input_ids, or -100 where there is no loss; the logits of a position predict the next
+        one. The loss does not need logits=True, and False saves their memory.
+        """
+        device = self.image_newline.device
+        # 1. each placeholder becomes the positions of its image's tokens
+        batch = expand_placeholders(input_ids, attention_mask, images, self.config, labels)
+        # 2. SigLIP and the projector fill them; managers get what they read
+        embeddings, inject = self.embed(batch, images)
+        # 3. the LLM, with managers before some of its layers
+        states: list[Tensor] | None = [] if hidden_states else None
         hidden = self.llm(embeddings, inject, states=states)
-        if labels is not None:
-            total, num_tokens = self.loss_sum(hidden, plan.labels(labels))
+        if states is not None:
+            states.append(hidden)
+        # 4. the loss of the label tokens
+        loss = None
+        num_tokens = None
+        if batch.labels is not None:
+            total, num_tokens = self.loss_sum(hidden, batch.labels.to(device))
             loss = total / num_tokens.clamp(min=1)
-        return Output(loss, self.llm.logits(hidden) if logits else None, num_tokens,
-                      [*states, hidden] if hidden_states else None)
+        all_logits = self.llm.logits(hidden) if logits else None
+        return Output(loss, all_logits, num_tokens, states)
 
-    def embed(self, input_ids: Tensor, images, plan: Splice) -> tuple:
+    # ---------------------------------------------------------------- images -> tokens, experts
+    def encode_images(
+        self, images: Sequence[ImageTiles], images_per_row: Sequence[int] | None = None
+    ) -> tuple[Tensor, Experts]:
+        """The LLM's tokens (L, D) of all images, behind one another, and what managers read of
+        them.
+
+        Another vision side takes the place of this method. The number of tokens of each image must
+        be what count_image_tokens says; a model without managers gives Experts().
+
+        images_per_row: how many images each row of the batch has, as the images of a row share the
+        training noise of static managers. Not given: each is a row of its own.
+        """
+        config = self.config
+        states = self.encode_tiles(images)
+        last = self.projector(states[config.vision_layers - 1])  # (T, n*n, D)
+        tokens = self.merge_images(last[:, None], images, self.image_newline[None, None])[0]
+        if config.manager_type is None:
+            return tokens, Experts()
+        if images_per_row is None:
+            images_per_row = [1] * len(images)
+        if config.manager_type == "static":
+            # one insight at a time: all N of them at once would outweigh the rest
+            insights = self.project_experts(states)
+            return tokens, Experts(self.static_increments(insights, images, images_per_row))
+
+        all_insights = list(self.project_experts(states))
+        stack = self.adaptive_experts(all_insights, images)
+        increments = None
+        if config.inject_layers[0] == 0:
+            increments = self.static_increments(all_insights, images, images_per_row)
+        return tokens, Experts(increments, stack)
+
+    def encode_tiles(self, images: Sequence[ImageTiles]) -> dict[int, Tensor]:
+        """All tiles of the batch through SigLIP in one pass: number of a hidden state ->
+        (T, n*n, D_vision), for the last one and those that are managed.
+        """
+        weight = self.vision.patch.weight
+        pixels = torch.cat([image.pixels for image in images]).to(weight.device, weight.dtype)
+        kept = {self.config.vision_layers - 1}
+        if self.config.manager_type is not None:
+            kept.update(self.config.managed_layers)
+        numbers = sorted(kept)
+        return dict(zip(numbers, self.vision(pixels, numbers), strict=True))
+
+    def project_experts(self, states: dict[int, Tensor]) -> Iterator[Tensor]:
+        """The insights proj(V_n) + e_n of the managed layers, one after the other, each
+        (T, 1, n*n, D).
+        """
+        for number, embedding in zip(self.config.managed_layers, self.layer_embedding, strict=True):
+            insight = run(self.projector, self.vision.checkpointing, states[number])
+            insight = insight + embedding.to(insight.dtype)
+            yield insight[:, None]
+
+    def adaptive_experts(self, insights: list[Tensor], images: Sequence[ImageTiles]) -> Tensor:
+        """N insights (T, 1, n*n, D) -> the experts of adaptive managers, (1, N, L, D)."""
+        newlines = self.image_newline.expand(1, len(insights), -1)
+        return self.merge_images(torch.cat(insights, dim=1), images, newlines)[None]
+
+    def static_increments(
+        self,
+        insights: Iterable[Tensor],
+        images: Sequence[ImageTiles],
+        images_per_row: Sequence[int],
+    ) -> Tensor:
+        """N insights (T, 1, n*n, D) -> what each static manager adds to the image tokens,
+        (K, L, D).
+
+        Static managers do not depend on the LLM, and merging is linear. So their sums over the
+        experts come first, of all managers at once, and only these K results are merged.
+        """
+        device = self.image_newline.device
+        num_rows = len(images_per_row)
+        row_of_image = torch.arange(num_rows).repeat_interleave(torch.tensor(images_per_row))
+        weights = self.static_weights(num_rows)[row_of_image.to(device)]  # (I, N, K, 1, D)
+        tiles = torch.tensor([len(image.pixels) for image in images])
+        weights_of_tile = weights.repeat_interleave(
+            tiles.to(device), 0, output_size=int(tiles.sum())
+        )  # (T, N, K, 1, D)
+        sums = weighted_sum(weights_of_tile.unbind(1), insights)  # (T, K, n*n, D)
+        # a newline is the same for all experts, so its weight is the sum of theirs
+        newlines = weights.sum(1)[:, :, 0] * self.image_newline  # (I, K, D)
+        return self.merge_images(sums, images, newlines)
+
+    def static_weights(self, num_rows: int) -> Tensor:
+        """The weights of all static managers, (num_rows, N, K, 1, D): 0 for the last expert of the
+        manager before layer 0, which has one less.
+        """
+        num_experts = len(self.config.managed_layers)
+        all_weights = []
+        for manager in self.managers:
+            if isinstance(manager, StaticVisualManager):
+                weights = manager.weights(num_rows).expand(num_rows, -1, -1, -1)
+                missing = num_experts - weights.shape[1]
+                all_weights.append(F.pad(weights, (0, 0, 0, 0, 0, missing)))
+        return torch.stack(all_weights, dim=2)
+
+    def merge_images(
+        self, features: Tensor, images: Sequence[ImageTiles], newlines: Tensor
+    ) -> Tensor:
+        """Several features of each tile, (T, K, n*n, D), and their newline tokens, (I or 1, K, D)
+        -> those of all image tokens, (K, L, D).
+        """
+        tiles_of_image = features.split([len(image.pixels) for image in images])
+        newlines = newlines.expand(len(images), -1, -1)
+        merged = []
+        for tiles, image, newline in zip(tiles_of_image, images, newlines, strict=True):
+            merged.append(merge_grids(tiles, image.size, self.config, newline))
+        return torch.cat(merged, dim=1)
+
+    # ---------------------------------------------------------------- tokens -> the LLM
+    def embed(
+        self, batch: ExpandedBatch, images: Sequence[ImageTiles]
+    ) -> tuple[Tensor, Callable[[int, Tensor], Tensor] | None]:
         """The LLM's input (B, S, D), and what it calls before each layer."""
-        text = self.llm.embed(input_ids.to(self.image_newline.device).long().flatten().clamp(min=0))
-        parts, inject = [text, text.new_zeros(1, text.shape[1])], None
+        device = self.image_newline.device
+        embeddings = self.llm.embed(batch.ids.clamp(min=0).to(device))  # (B, S, D)
+        is_padding = ~batch.mask[..., None].to(device)
+        embeddings = embeddings.masked_fill(is_padding, 0)
+        inject = None
         if len(images):
-            tokens, increments, experts = self.encode_images(images, plan)
-            parts.insert(1, tokens.to(text.dtype))
-            inject = partial(self.inject, plan=plan, increments=increments, experts=experts)
-        embeddings = torch.cat(parts)[plan.index]
-        return embeddings + self.unused(len(images)) if self.training else embeddings, inject
+            tokens, experts = self.encode_images(images, batch.images_per_row)
+            is_image = batch.ids == IMAGE_TOKEN
+            # not simply 0, 1, ...: rows that were cut have lost the last tokens of their images
+            numbers = self.number_tokens(batch)[is_image].to(device)
+            embeddings[is_image] = tokens[numbers].to(embeddings.dtype)
+            if self.config.manager_type is not None:
+                inject = partial(self.inject, managed=self.plan_managers(batch, experts))
+        if self.training:
+            embeddings = embeddings + self.unused(len(images))
+        return embeddings, inject
+
+    @staticmethod
+    def number_tokens(batch: ExpandedBatch) -> Tensor:
+        """Which of the batch's L image tokens a position holds, (B, S); of text it says nothing."""
+        first_token = batch.counts.cumsum(0) - batch.counts  # (I,)
+        return first_token[batch.image] + batch.place
+
+    def plan_managers(self, batch: ExpandedBatch, experts: Experts) -> Managed:
+        """What `inject` needs, for all managers."""
+        device = self.image_newline.device
+        is_managed = find_managed(batch, self.config)
+        positions = torch.nonzero(is_managed.flatten())[:, 0].to(device)
+        tokens = self.number_tokens(batch)[is_managed].to(device)
+        increments = experts.increments
+        if increments is not None:
+            increments = increments[:, tokens]
+        stack = experts.stack
+        if stack is not None:
+            stack = stack[:, :, tokens]
+        query = positions[:0]
+        query_mask = positions[:0].bool()[None, None]
+        if self.config.query is not None:
+            query, query_mask = find_query(batch, is_managed, device)
+        return Managed(positions, Experts(increments, stack), query, query_mask)
+
+    def inject(self, layer: int, x: Tensor, managed: Managed) -> Tensor:
+        """x (B, S, D) before a layer of the LLM, plus what its manager, if it has one, adds to the
+        image tokens.
+        """
+        if layer not in self.config.inject_layers:
+            return x
+        number = self.config.inject_layers.index(layer)
+        flat = x.flatten(0, 1)  # (B * S, D)
+        if self.config.is_static(layer):
+            assert managed.experts.increments is not None
+            increment = managed.experts.increments[number]
+        else:
+            image = flat[None, managed.positions]  # (1, M, D)
+            query = flat[None, managed.query]  # (1, Q, D)
+            manager = self.managers[number]
+            increment = manager(managed.experts.stack, image, query, managed.query_mask)[0]
+        return flat.index_add(0, managed.positions, increment.to(x.dtype)).view_as(x)
 
     def unused(self, num_images: int) -> Tensor:
-        """0, with a gradient path to the parameters that a batch without images or without grids leaves out: DDP waits
-        for every parameter in every step."""
-        named = self.named_parameters() if num_images == 0 else [("image_newline", self.image_newline)]
-        return 0 * sum(p.flatten()[0] for name, p in named if p.requires_grad and not name.startswith("llm."))
+        """0, with a path for gradients to the parameters that a batch without images or without
+        grids leaves out: DDP waits for every parameter in every step.
+        """
+        named = [("image_newline", self.image_newline)]
+        if num_images == 0:
+            named = list(self.named_parameters())
+        total: Any = 0
+        for name, parameter in named:
+            if parameter.requires_grad and not name.startswith("llm."):
+                total = total + parameter.flatten()[0]
+        return 0 * total
 
-    def encode_images(self, images, plan: Splice) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """All tiles of the batch in one pass. Returns the LLM's input for all image tokens (L, D); and for the managed
-        ones what each static manager adds (K, M, D), and the adaptive managers' experts (1, N, M, D).
-        Static managers do not depend on the LLM, and merging is linear: their sums over the experts come first, of all
-        managers at once, and only these K results are merged."""
-        c, newline, counts = self.config, self.image_newline, [len(image.pixels) for image in images]
-        pixels = torch.cat([image.pixels for image in images]).to(newline.device, self.vision.patch.weight.dtype)
-        last, managed = c.vision_layers - 1, c.managed_layers if c.manager_type else ()
-        kept = sorted({last, *managed})
-        states = dict(zip(kept, self.vision(pixels, kept), strict=True))  # each (T, n*n, D_vision)
-
-        def merge(stack, newlines):  # (T, M, L, D), (I or 1, M, D) -> (M, L, D)
-            each = zip(stack.split(counts), images, newlines.expand(len(images), -1, -1), strict=True)
-            return torch.cat([merge_grids(tiles, image.size, c, line) for tiles, image, line in each], dim=1)
-
-        def insight(state, embedding):  # (T, n*n, D_vision), (D) -> (T, 1, n*n, D)
-            x = run(self.projector, self.vision.checkpointing, state)
-            return (x + embedding.to(x.dtype))[:, None]
-
-        increments = experts = None
-        tokens = merge(self.projector(states[last])[:, None], newline[None, None])[0]
-        insights = (insight(states[n], self.layer_embedding[i]) for i, n in enumerate(managed))
-        if managed and c.manager_type != "static":
-            insights = list(insights)
-            experts = merge(torch.cat(insights, 1), newline.expand(1, len(managed), -1))[None, :, plan.managed]
-        if managed and c.is_static(c.inject_layers[0]):
-            weights = self.static_weights(len(plan.index))[plan.image_rows]  # (I, N, K, 1, D)
-            of_tile = weights.repeat_interleave(torch.tensor(counts, device=weights.device), 0, output_size=len(pixels))
-            increments = merge(weighted_sum(of_tile.unbind(1), insights), weights.sum(1)[:, :, 0] * newline)
-            increments = increments[:, plan.managed]
-        return tokens, increments, experts
-
-    def static_weights(self, rows: int) -> Tensor:
-        """The weights of all static managers, (rows, N, K, 1, D); 0 for the layer that the one at LLM layer 0 drops."""
-        static = [m for m in self.managers if isinstance(m, StaticVisualManager)]
-        weights, num_experts = [m.weights(rows).expand(rows, -1, -1, -1) for m in static], len(self.layer_embedding)
-        return torch.stack([F.pad(w, (0, 0, 0, 0, 0, num_experts - w.shape[1])) for w in weights], dim=2)
-
-    def inject(self, layer: int, x: Tensor, plan: Splice, increments: Tensor | None, experts: Tensor | None) -> Tensor:
-        """x (B, S, D) before an LLM layer, plus what its manager, if it has one, adds to the image tokens."""
-        if self.config.manager_type is None or layer not in self.config.inject_layers:
-            return x
-        k, flat = self.config.inject_layers.index(layer), x.flatten(0, 1)
-        if self.config.is_static(layer):
-            increment = increments[k]
-        else:
-            image, query = flat[None, plan.positions], flat[None, plan.query]
-            increment = self.managers[k](experts, image, query, plan.query_mask)[0]
-        return flat.index_add(0, plan.positions, increment.to(x.dtype)).view_as(x)
+    # ---------------------------------------------------------------- loss
+    def cross_entropy_sum(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """hidden (L, D) of the positions before the label tokens, labels (L,) -> a number."""
+        return F.cross_entropy(self.llm.logits(hidden).float(), labels, reduction="sum")
 
     def loss_sum(self, hidden: Tensor, labels: Tensor, chunk: int = 1024) -> tuple[Tensor, Tensor]:
-        """hidden (B, S, D), labels (B, S) -> the sum of the label tokens' cross entropies, and their number. Only their
-        logits, `chunk` at a time, and again in the backward pass: all of (B, S, V) would outweigh the model."""
-        def part(rows, targets):
-            return F.cross_entropy(self.llm.logits(rows).float(), targets, reduction="sum")
+        """hidden (B, S, D), labels (B, S) -> the sum of the label tokens' cross entropies, and
+        their number.
 
-        keep = labels[:, 1:] != IGNORE
-        total = 0 * hidden.flatten()[0].float()
-        for rows, targets in zip(hidden[:, :-1][keep].split(chunk), labels[:, 1:][keep].split(chunk)):
-            total = total + run(part, True, rows, targets)
-        return total, keep.sum()
+        Only the label tokens' logits are made, `chunk` at a time, and again in the backward pass:
+        all of (B, S, V) would outweigh the model.
+        """
+        has_loss = labels[:, 1:] != IGNORE
+        hidden_parts = hidden[:, :-1][has_loss].split(chunk)
+        label_parts = labels[:, 1:][has_loss].split(chunk)
+        total = 0 * hidden.flatten()[0].float()  # a gradient path, also without a label
+        for hidden_part, label_part in zip(hidden_parts, label_parts, strict=True):
+            total = total + run(self.cross_entropy_sum, True, hidden_part, label_part)
+        return total, has_loss.sum()
 
-    def count_labels(self, input_ids: Tensor, attention_mask: Tensor | None, images, labels: Tensor) -> int:
-        """The num_tokens that forward will give, without running the model: for the mean over a global batch."""
-        spliced = plan_splice(input_ids, attention_mask, images, self.config).labels(labels)
-        return int((spliced[:, 1:] != IGNORE).sum())
+    def count_labels(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        images: Sequence[ImageTiles],
+        labels: Tensor,
+    ) -> int:
+        """The num_tokens that `forward` will give, without running the model: for the mean over a
+        global batch.
+        """
+        batch = expand_placeholders(input_ids, attention_mask, images, self.config, labels)
+        assert batch.labels is not None
+        return int((batch.labels[:, 1:] != IGNORE).sum())
 
+    # ---------------------------------------------------------------- generation
     @torch.no_grad()
-    def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, images=(), max_new_tokens: int = 128,
-                 temperature: float = 0.0, top_p: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
-        """The new token ids only, (B, T), T <= max_new_tokens; after its end a row repeats the eos id. Managers act in
-        the prefill, then tokens come one by one from the KV cache. ValueError for a prompt longer than max_length."""
+    def generate(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        images: Sequence[ImageTiles] = (),
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """The new token ids only, (B, L), L <= max_new_tokens; after its end a row repeats an eos
+        id.
+
+        Managers act in the prompt; then tokens come one by one from the KV cache. Raises ValueError
+        for a prompt that is longer than max_length, and for settings that make no sense.
+        """
         if max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
-            raise ValueError(f"max_new_tokens is {max_new_tokens}, temperature {temperature}, top_p {top_p}; "
-                             "they must be at least 1, at least 0, and above 0 up to 1")
+            raise ValueError(
+                f"max_new_tokens is {max_new_tokens}, temperature {temperature}, top_p {top_p}; "
+                "they must be at least 1, at least 0, and above 0 up to 1"
+            )
         device = self.image_newline.device
-        plan = plan_splice(input_ids, attention_mask, images, self.config, device)
-        (B, S), eos, tokens = plan.index.shape, torch.tensor(self.config.eos_ids, dtype=torch.long, device=device), []
-        if int(plan.lengths.max()) > S:
-            raise ValueError(f"a prompt has {int(plan.lengths.max())} tokens with its images, more than max_length {S}")
-        cache = KVCache(S + max_new_tokens, torch.arange(S, device=device).expand(B, S))
-        embeddings, inject = self.embed(input_ids, images, plan)
-        hidden = self.llm(embeddings, inject, cache)[torch.arange(B, device=device), plan.lengths - 1]  # (B, D)
-        ended = torch.zeros(B, dtype=torch.bool, device=device)
+        batch = expand_placeholders(input_ids, attention_mask, images, self.config)
+        num_rows, length = batch.ids.shape
+        longest = int(batch.lengths.max())
+        if longest > length:
+            raise ValueError(
+                f"a prompt has {longest} tokens with its images, more than max_length {length}"
+            )
+
+        # the prompt: the hidden state of each row's last token predicts the first new one
+        lengths = batch.lengths.to(device)
+        slots = torch.arange(length, device=device).expand(num_rows, length)
+        cache = KVCache(length + max_new_tokens, slots)
+        embeddings, inject = self.embed(batch, images)
+        all_hidden = self.llm(embeddings, inject, cache)
+        hidden = all_hidden[torch.arange(num_rows, device=device), lengths - 1]  # (B, D)
+
+        # then one token after the other
+        eos = torch.tensor(self.config.eos_ids, dtype=torch.long, device=device)
+        ended = torch.zeros(num_rows, dtype=torch.bool, device=device)
+        tokens: list[Tensor] = []
         for step in range(max_new_tokens):
             token = sample(self.llm.logits(hidden), temperature, top_p, generator)
             tokens.append(torch.where(ended, eos[0], token) if len(eos) else token)
-            ended |= torch.isin(token, eos)
+            ended = ended | torch.isin(token, eos)
             if ended.all() or step == max_new_tokens - 1:
                 break
-            cache.advance((plan.lengths + step)[:, None])
+            cache.advance((lengths + step)[:, None])
             hidden = self.llm(self.llm.embed(tokens[-1])[:, None], cache=cache)[:, 0]
         return torch.stack(tokens, dim=1)

@@ -1,14 +1,17 @@
-"""The one training loop of the project: DDP, mixed precision, exact resume. Every training script uses it.
+"""The one training loop of the project: DDP, mixed precision, exact resume. Every training script
+uses it.
 
-Three rules make runs exact. All randomness is a function of (seed, step) and of the position in the global batch.
-Losses are means over the global batch, not means of means. `training_state.pt` is replaced atomically and is the only
-truth: after any death the same command goes on, and ends with the same bits (on the CPU).
+Three rules make runs exact. All randomness is a function of (seed, step) and of the position in the
+global batch. Losses are means over the global batch, not means of means. `training_state.pt` is
+replaced atomically and is the only truth: after any death the same command goes on, and ends with
+the same bits (on the CPU).
 
 Read `fit` first, then `train_step` and `Checkpoint`.
 """
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import re
@@ -28,7 +31,14 @@ from tqdm import tqdm
 
 from data import BatchPlan, GlobalBatchSampler, collate, largest_divisor
 from fields import check_fields, option
-from files import VERSION, folder_lock, read_log, remove_temporary_files, write_atomically, write_text
+from files import (
+    VERSION,
+    folder_lock,
+    read_log,
+    remove_temporary_files,
+    write_atomically,
+    write_text,
+)
 from tokenizer import Tokenizer, load_tokenizer
 from weights import save_folder
 from world import World, autocast, resolve_precision, seed_all, seed_of, to_device
@@ -37,7 +47,7 @@ from world import World, autocast, resolve_precision, seed_all, seed_of, to_devi
 # ---------------------------------------------------------------- the config of a run
 @dataclass
 class RunConfig:
-    """What every training script has. Every field is a flag, and so is every field of the model's config."""
+    """What every training script has. Every field is a flag, and so are the fields of the model."""
 
     architecture: ClassVar[Any] = None  # the class of the model's config
     # the fields that change the numbers of a run: only with the same ones it can be resumed
@@ -57,11 +67,19 @@ class RunConfig:
     # data and weights
     out_dir: str = option("out/demo", "folder of the run: checkpoint, log.jsonl, best/")
     data_root: str = option("", "folder of manifests or .arrow files; none = the built-in scenes")
-    vision: str = option("", "pre-trained image encoder: a folder or .safetensors; none = random weights")
-    text: str = option("", "pre-trained text encoder or LLM: a folder or .safetensors; none = random weights")
-    tokenizer: str = option("", "a folder or file; none = the one beside the weights, or a new one for the data")
+    vision: str = option(
+        "", "pre-trained image encoder: a folder or .safetensors; none = random weights"
+    )
+    text: str = option(
+        "", "pre-trained text encoder or LLM: a folder or .safetensors; none = random weights"
+    )
+    tokenizer: str = option(
+        "", "a folder or file; none = the one beside the weights, or a new one for the data"
+    )
     on_bad_sample: str = option(
-        "error", "a sample that cannot be read ends the run, or is skipped and counted", choices=("error", "skip")
+        "error",
+        "a sample that cannot be read ends the run, or is skipped and counted",
+        choices=("error", "skip"),
     )
     # optimisation
     max_steps: int = option(600, "optimizer updates", least=1)
@@ -70,9 +88,13 @@ class RunConfig:
     learning_rate: float = option(1e-3, "highest learning rate", least=0)
     weight_decay: float = option(0.01, "of AdamW", least=0)
     beta2: float = option(0.98, "of AdamW", least=0, below=1)
-    warmup: float = option(0.1, "part of max_steps in which the learning rate rises", least=0, most=1)
+    warmup: float = option(
+        0.1, "part of max_steps in which the learning rate rises", least=0, most=1
+    )
     schedule: str = option("linear", "how it falls to zero", choices=("linear", "cosine"))
-    grad_clip: float = option(0.0, "largest norm of the gradient; 0 = none, as in the papers' two-tower runs", least=0)
+    grad_clip: float = option(
+        0.0, "largest norm of the gradient; 0 = none, as in the papers' two-tower runs", least=0
+    )
     seed: int = option(0, "of everything random", least=0)
     # running
     log_every: int = option(50, "steps between two rows of the log", least=1)
@@ -85,7 +107,9 @@ class RunConfig:
     )
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
     compile: bool = option(False, "compile the layers with torch.compile")
-    checkpointing: bool = option(False, "compute activations again in the backward pass: less memory")
+    checkpointing: bool = option(
+        False, "compute activations again in the backward pass: less memory"
+    )
     fresh: bool = option(False, "start anew instead of resuming")
 
     def __post_init__(self) -> None:
@@ -115,14 +139,22 @@ class TowerRunConfig(RunConfig):
         "transform",
     )
 
-    model: str = option("tiny", "preset of the architecture; each of its fields is a flag", choices=("tiny", "base", "large"))
+    model: str = option(
+        "tiny",
+        "preset of the architecture; each of its fields is a flag",
+        choices=("tiny", "base", "large"),
+    )
     transform: str = option(
         "clip",
         "what a picture goes through",
         choices=("clip", "albef", "albef_randaug_wc", "albef_randaug_wohf"),
     )
-    lr_mult_head: float = option(1.0, "learning rate of the heads, in units of learning_rate", least=0)
-    lr_mult_cross_modal: float = option(1.0, "learning rate of the cross-modal part, in the same units", least=0)
+    lr_mult_head: float = option(
+        1.0, "learning rate of the heads, in units of learning_rate", least=0
+    )
+    lr_mult_cross_modal: float = option(
+        1.0, "learning rate of the cross-modal part, in the same units", least=0
+    )
 
     def model_defaults(self, model_fields: dict) -> dict:
         return dataclasses.asdict(getattr(self.architecture, self.model)()) | model_fields
@@ -130,17 +162,18 @@ class TowerRunConfig(RunConfig):
 
 # ---------------------------------------------------------------- what is trained
 class Task(nn.Module):
-    """What `fit` trains: forward(batch) -> {name: sum of a loss}, counts(batch) -> {name: its number of terms}.
+    """What `fit` trains: forward(batch) -> {name: sum of a loss}, counts(batch) -> {name: its
+    number of terms}.
 
-    Before each forward pass `train_step` sets `shares`, the rows of every process in this micro-step, and seeds
-    `negatives`, which draws the same numbers on every process.
+    Before each forward pass `train_step` sets `shares`, the rows of every process in this
+    micro-step, and seeds `negatives`, which draws the same numbers on every process.
     """
 
     leaves_parameters_unused = False
 
     def __init__(self, model: nn.Module):
         super().__init__()
-        self.model = model
+        self.model: Any = model
         self.negatives = torch.Generator(next(model.parameters()).device)
         self.shares: list[int] = [0]
 
@@ -149,8 +182,9 @@ class Task(nn.Module):
 
 
 # ---------------------------------------------------------------- optimizer and schedule
-# Names of norm weights that the official code's substring rule leaves without weight decay. It misses CLIP's norms, the
-# managers' norms of experts and the classifiers' norms, whose names do not hold "LayerNorm.weight": these are decayed.
+# Names of norm weights that the official code's substring rule leaves without weight decay. It
+# misses CLIP's norms, the managers' norms of experts and the classifiers' norms, whose names do not
+# hold "LayerNorm.weight": these are decayed.
 UNDECAYED = re.compile(
     r".*\.bias"
     r"|.*\.shift"
@@ -158,12 +192,15 @@ UNDECAYED = re.compile(
     r"|.*\.norm_query\.weight"
     r"|(text|image)_bridges\.\d+\.weight"
 )
-CROSS_MODAL = re.compile(r"(text|image)_(transform|pooler|layers|managers|bridges)\.|heads\.itc\.(text|image)\.")
+CROSS_MODAL = re.compile(
+    r"(text|image)_(transform|pooler|layers|managers|bridges)\.|heads\.itc\.(text|image)\."
+)
 HEADS_AT_BASE_RATE = ("itc", "retrieval")  # the official code gives these two no rate of their own
 
 
 def make_groups(model: nn.Module, rule: Callable[[str], tuple[float, float]]) -> list[dict]:
     """AdamW's groups of the trainable parameters; rule(name) -> (learning rate, weight decay)."""
+    # parameters with the same two numbers share a group, so every parameter is in exactly one
     groups = defaultdict(list)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -175,14 +212,18 @@ def make_groups(model: nn.Module, rule: Callable[[str], tuple[float, float]]) ->
 
 
 def param_groups(model: nn.Module, run: TowerRunConfig) -> list[dict]:
-    """ManagerTower's three learning rates (encoders, heads, cross-modal), each with and without weight decay."""
+    """ManagerTower's three learning rates (encoders, heads, cross-modal), each with and without
+    weight decay.
+    """
 
     def rule(name: str) -> tuple[float, float]:
+        # 1. the learning rate: heads, cross-modal part, and the encoders, which have the base rate
         scale = 1.0
         if name.startswith("heads.") and name.split(".")[1] not in HEADS_AT_BASE_RATE:
             scale = run.lr_mult_head
         elif CROSS_MODAL.match(name):
             scale = run.lr_mult_cross_modal
+        # 2. the weight decay
         decay = 0.0 if UNDECAYED.fullmatch(name) else run.weight_decay
         return scale * run.learning_rate, decay
 
@@ -190,7 +231,9 @@ def param_groups(model: nn.Module, run: TowerRunConfig) -> list[dict]:
 
 
 def lr_multiplier(step: int, max_steps: int, warmup: int, schedule: str) -> float:
-    """Linear from 0 over `warmup` updates, then linear or cosine to 0. Update 0 has 0, as in the official code."""
+    """Linear from 0 over `warmup` updates, then linear or cosine to 0. Update 0 has 0, as in the
+    official code.
+    """
     if step < warmup:
         return step / warmup
     rest = max(0.0, (max_steps - step) / max(1, max_steps - warmup))
@@ -201,6 +244,7 @@ def lr_multiplier(step: int, max_steps: int, warmup: int, schedule: str) -> floa
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, run: RunConfig, step: int) -> float:
     """Give every group its rate of this step. Returns the multiplier of the peak rates."""
+    # a part of the whole run, rounded up as in the official code
     warmup_steps = math.ceil(run.max_steps * run.warmup)
     multiplier = lr_multiplier(step, run.max_steps, warmup_steps, run.schedule)
     for group in optimizer.param_groups:
@@ -209,8 +253,8 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, run: RunConfig, step: in
 
 
 def make_optimizer(groups: list[dict], run: RunConfig, device: torch.device) -> torch.optim.AdamW:
-    # HF's AdamW, which the official code uses, adds eps before the bias correction and decays after the update: with
-    # eps 1e-8 the updates agree to 1e-3 relative
+    # HF's AdamW, which the official code uses, adds eps before the bias correction and decays after
+    # the update: with eps 1e-8 the updates agree to 1e-3 relative
     fused = device.type in ("cuda", "cpu")
     return torch.optim.AdamW(groups, betas=(0.9, run.beta2), eps=1e-8, fused=fused)
 
@@ -230,20 +274,22 @@ FILES = (  # what a run writes into out_dir and out_dir/best
 def find_tokenizer_of(run: RunConfig, find: Callable[[], Tokenizer]) -> Tokenizer:
     """The tokenizer of the checkpoint that the run goes on from; without one, find().
 
-    So a resumed run keeps its ids, whatever has become of the data. A tokenizer that the user names is always taken,
-    and `Checkpoint` refuses it if it is another one.
+    So a resumed run keeps its ids, whatever has become of the data. A tokenizer that the user names
+    is always taken, and `Checkpoint` refuses it if it is another one.
     """
+    # 1. the checkpoint's own
     resumes = (Path(run.out_dir) / "training_state.pt").exists() and not run.fresh
     if resumes and not run.tokenizer:
         return load_tokenizer(run.out_dir)
+    # 2. a new run's
     return find()
 
 
 class Checkpoint:
     """out_dir: training_state.pt (the truth), the files for users (its weights), best/, log.jsonl.
 
-    identity: what else than `run.identity` changes the numbers: the model's config, the digests of data and tokenizer.
-    save_extras(folder) writes what belongs to the model besides its weights.
+    identity: what else than `run.identity` changes the numbers: the model's config, the digests of
+    data and tokenizer. save_extras(folder) writes what belongs to the model besides its weights.
     """
 
     def __init__(
@@ -264,43 +310,61 @@ class Checkpoint:
         self.step = 0  # of the last training state
         self.best: float | None = None  # the highest score so far
         fields = {name: getattr(run, name) for name in run.identity}
-        self.identity = json.loads(json.dumps({**fields, **identity}))  # as it comes back: lists for tuples
+        # through JSON and back, as it will be read: lists for tuples
+        self.identity = json.loads(json.dumps({**fields, **identity}))
 
     def guard(self, action: Callable[[], Any], what: Path) -> None:
-        """Run it on rank 0; a disk error is one sentence, and a failed write leaves the file that was there."""
+        """Run it on rank 0, the only one that writes. Raises ValueError for a disk error.
+
+        A write that fails leaves the file that was there.
+        """
         if self.world.rank > 0:
             return
         try:
             action()
         except OSError as error:
             reason = getattr(error, "strerror", None) or error
-            kept = f"The last good checkpoint, of step {self.step}, is untouched" if self.step else "Nothing is lost"
+            kept = "Nothing is lost"
+            if self.step:
+                kept = f"The last good checkpoint, of step {self.step}, is untouched"
             raise ValueError(f"cannot write {what}: {reason}. {kept}") from error
 
     def make_folder(self) -> None:
+        """Rank 0 makes out_dir, the others wait for it."""
         self.guard(lambda: self.folder.mkdir(parents=True, exist_ok=True), self.folder)
         self.world.barrier()
 
     def resume(self, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> int:
-        """Load training_state.pt if it is there. Returns the step to go on from. ValueError: another run's."""
+        """Load training_state.pt if it is there, and return the step to go on from.
+
+        Raises ValueError if the folder holds another run, or somebody's weights.
+        """
+        # 1. --fresh forgets the old run, and nothing else that lies in the folder
         if self.run.fresh:
             self.guard(lambda: self.state_file.unlink(missing_ok=True), self.state_file)
             self.guard(lambda: self.log_file.unlink(missing_ok=True), self.log_file)
         self.world.barrier()
+        # 2. go on, or begin in a folder that holds no weights yet
         if self.state_file.exists():
             self.load(optimizer, scaler)
-        elif (self.folder / "config.json").exists() and not self.run.fresh:
-            raise ValueError(
-                f"{self.folder} has a checkpoint but no training_state.pt; choose another --out_dir, or --fresh"
-            )
-        # now that the folder is known to be this run's: what a death amid a write has left
+        elif not self.run.fresh:
+            for name in ("config.json", "model.safetensors"):
+                if (self.folder / name).exists():
+                    raise ValueError(
+                        f"{self.folder} has a {name} but no training_state.pt to go on from; "
+                        "choose another --out_dir, or --fresh"
+                    )
+        # 3. now that the folder is known to be this run's, remove what a death amid a write left
         for folder in (self.folder, self.folder / "best"):
-            self.guard(lambda folder=folder: remove_temporary_files(folder, FILES), folder)
+            self.guard(functools.partial(remove_temporary_files, folder, FILES), folder)
+        # 4. what was logged after the state was saved will be logged again
         self.guard(self.cut_log, self.log_file)
         return self.step
 
     def load(self, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
+        """Fill model, optimizer and scaler from training_state.pt. Raises ValueError."""
         try:
+            # weights_only: a pickle from elsewhere executes nothing; mmap: no second copy in memory
             state = torch.load(self.state_file, map_location="cpu", weights_only=True, mmap=True)
         except (RuntimeError, EOFError, OSError) as error:
             raise ValueError(
@@ -309,8 +373,8 @@ class Checkpoint:
         differences = different_values(json.loads(state["identity"]), self.identity)
         if differences:
             raise ValueError(
-                f"{self.folder} holds another run ({'; '.join(differences[:4])}); choose another --out_dir, or "
-                "--fresh starts anew"
+                f"{self.folder} holds another run ({'; '.join(differences[:4])}); choose another "
+                "--out_dir, or --fresh starts anew"
             )
         self.model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
@@ -319,7 +383,7 @@ class Checkpoint:
         self.step = state["step"]
 
     def cut_log(self) -> None:
-        """Drop what was logged after the state was saved: it will be logged again. A new log gets its header."""
+        """Drop the rows after the saved step; a new log gets its header."""
         if self.log_file.exists():
             kept = [row for row in read_log(self.log_file) if row.get("step", 0) <= self.step]
             write_text(self.log_file, "".join(json.dumps(row) + "\n" for row in kept))
@@ -337,6 +401,8 @@ class Checkpoint:
         }
 
     def log(self, row: dict) -> None:
+        """Append a row to log.jsonl."""
+
         def append() -> None:
             with open(self.log_file, "a") as file:
                 file.write(json.dumps(row) + "\n")
@@ -347,18 +413,21 @@ class Checkpoint:
         """Log an evaluation, and keep the weights in best/ if they score higher than all before."""
         self.log({"step": step, "eval": metrics})
         if self.world.rank == 0:
-            numbers = [f"{name} {value:.4g}" for name, value in metrics.items() if isinstance(value, float)]
+            numbers = [f"{name} {x:.4g}" for name, x in metrics.items() if isinstance(x, float)]
             bar.write(f"step {step}: {', '.join(numbers)}")
         if self.best is None or metrics["score"] > self.best:
             self.best = metrics["score"]
             best = self.folder / "best"
             self.guard(lambda: self.export(best), best)
 
-    def save(self, step: int, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
-        """training_state.pt, then the users' files; a death in between is mended by the next save or start."""
+    def save(
+        self, step: int, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
+    ) -> None:
+        """training_state.pt, then the users' files. The next start mends a death in between."""
 
         def write() -> None:
-            # every random number is drawn from (seed, step): the step is all the random state there is
+            # every random number is drawn from (seed, step): the step is all the random state there
+            # is
             state = {
                 "step": step,
                 "best": self.best,
@@ -368,6 +437,7 @@ class Checkpoint:
                 "scaler": scaler.state_dict(),
             }
             write_atomically(self.state_file, lambda path: torch.save(state, path))
+            # from here on this is the last good checkpoint, whatever becomes of the users' files
             self.step = step
             self.export(self.folder)
 
@@ -375,13 +445,18 @@ class Checkpoint:
         self.step = step
 
     def export(self, folder: Path) -> None:
+        """What users of the model need: weights, config.json, tokenizer."""
+        # evaluation shows the model pictures as training did, so config.json says how
         transform = getattr(self.run, "transform", None)
         save_folder(self.model.state_dict(), self.model.config, folder, transform)
         self.save_extras(folder)
 
 
 def different_values(theirs: dict, ours: dict) -> list[str]:
-    """Where two identities differ, compared where both have the key; the config of the model key by key."""
+    """Where two identities differ, in words; the config of the model is compared key by key.
+
+    Only what both have is compared: a field that a later version adds changes no older run.
+    """
     differences = []
     for name, value in ours.items():
         if name not in theirs or theirs[name] == value:
@@ -395,6 +470,7 @@ def different_values(theirs: dict, ours: dict) -> list[str]:
 
 # ---------------------------------------------------------------- the loop
 def make_plan(run: RunConfig, world: World) -> BatchPlan:
+    """Which rows of a global batch each process takes, and in how many micro-steps."""
     return BatchPlan(run.batch_size, run.micro_batch_size, world.size, run.unit())
 
 
@@ -405,7 +481,10 @@ def make_loader(
     start_step: int,
     collate: Callable = collate,
 ) -> DataLoader:
-    """This process' micro-batches from start_step on; dataset.lengths, where it has them, group the rows (LLaVA)."""
+    """This process' micro-batches from start_step on.
+
+    A dataset with `lengths` is read in groups of rows of similar lengths (LLaVA).
+    """
     sampler = GlobalBatchSampler(
         len(dataset),
         make_plan(run, world),
@@ -427,10 +506,10 @@ def make_loader(
 
 
 def wrap(task: Task, run: RunConfig, world: World) -> nn.Module:
-    """The task compiled, and in DDP, if so wished."""
+    """The task compiled, if so wished, and in DDP if there are several processes."""
     if run.compile:
+        # block by block, in place: quick, and no key of the state is renamed
         for module in task.model.modules():
-            # block by block, in place: quick, and no key of the state is renamed
             if isinstance(module, task.model.blocks_to_compile):
                 module.compile()
     if world.size == 1:
@@ -442,43 +521,50 @@ def wrap(task: Task, run: RunConfig, world: World) -> nn.Module:
 
 
 def count_terms(task: Task, batches: list[dict], world: World) -> tuple[list[str], Tensor]:
-    """(names of the losses, how many terms each has in the global batch: (losses,) float64, at least 1)."""
+    """The names of the losses, and how many terms each has in the global batch.
+
+    The second is a float64 tensor (losses,), at least 1 everywhere.
+    """
     counts = [task.counts(batch) for batch in batches]
     names = list(counts[0])
-    table = torch.tensor([[float(count[name]) for name in names] for count in counts], dtype=torch.float64)
-    totals = table.sum(0).to(world.device)
+    own = [float(sum(count[name] for count in counts)) for name in names]
+    totals = torch.tensor(own, dtype=torch.float64, device=world.device)
     return names, world.sum(totals).clamp(min=1)
 
 
 def train_step(
     task: Task,
-    module: nn.Module,
+    module: Any,
     batches: list[dict],
     step: int,
     run: RunConfig,
     world: World,
     scaler: torch.amp.GradScaler,
 ) -> dict[str, float]:
-    """Forward and backward of one global batch; the mean losses over it. `module` is the task as `wrap` gives it.
+    """Forward and backward of one global batch. Returns the mean losses over it.
 
-    The denominators are known before the first forward pass, so that each loss is a mean over the whole global batch.
+    module: the task as `wrap` gives it.
     """
+    # the denominators come before the first forward pass, for a mean over the whole global batch
     names, counts = count_terms(task, batches, world)
     sizes = make_plan(run, world).sizes
     totals = torch.zeros_like(counts)
     for i, batch in enumerate(batches):
-        seed_all(run.seed, step, i, world.rank)  # dropout, manager noise
+        # dropout and the managers' noise differ between the processes
+        seed_all(run.seed, step, i, world.rank)
+        # hard negatives are drawn by all processes alike
         task.negatives.manual_seed(seed_of(run.seed, step, i))
         task.shares = sizes[i]
         # no synchronisation of the gradients before the last micro-batch
         is_last = i == len(batches) - 1
-        synchronisation = contextlib.nullcontext() if is_last or module is task else module.no_sync()
-        with synchronisation:
+        keep_local = module is not task and not is_last
+        with module.no_sync() if keep_local else contextlib.nullcontext():
             with autocast(run.precision, world.device):
                 sums = module(to_device(batch, world.device))
             # DDP averages the gradients over the processes: hence world.size
             loss = sum(sums[name] * (world.size / counts[k]) for k, name in enumerate(names))
             scaler.scale(loss).backward()
+        # for the log: sums over this process, then over all of them
         totals += torch.stack([sums[name].detach() for name in names]).double()
     means = (world.sum(totals) / counts).tolist()
     return dict(zip(names, means, strict=True))
@@ -487,10 +573,16 @@ def train_step(
 def apply_gradients(
     task: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, run: RunConfig
 ) -> float:
-    """Clip, update, clear. Returns the gradients' norm before clipping; without a finite norm there is no update."""
+    """Clip, update, clear. Returns the norm of the gradients before clipping.
+
+    Without a finite norm there is no update.
+    """
+    # fp16 gradients carry the scale of the loss; without fp16 this does nothing
     scaler.unscale_(optimizer)
+    # the norm of all gradients together, as if they were one vector
     trained = [parameter for parameter in task.parameters() if parameter.grad is not None]
-    norm = nn.utils.get_total_norm([parameter.grad for parameter in trained])
+    gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
+    norm = nn.utils.get_total_norm(gradients)
     if run.grad_clip:
         nn.utils.clip_grads_with_norm_(trained, run.grad_clip, norm)
     if scaler.is_enabled() or torch.isfinite(norm):
@@ -503,7 +595,7 @@ def apply_gradients(
 def check_finite(
     numbers: dict[str, float], step: int, batches: list[dict], dataset: Any, checkpoint: Checkpoint
 ) -> None:
-    """Raises ValueError, with the names of the samples, where a loss or the gradient's norm is not finite."""
+    """Raises ValueError, naming the samples, if a loss or the gradient's norm is not finite."""
     if all(math.isfinite(number) for number in numbers.values()):
         return
     names = []
@@ -519,6 +611,11 @@ def check_finite(
     )
 
 
+def is_due(done: int, every: int, last: int) -> bool:
+    """Whether what happens every so many steps (0 = never), and after the last one, is due."""
+    return done == last or (every > 0 and done % every == 0)
+
+
 def announce(run: RunConfig, world: World, start: int) -> None:
     """Say what is going to run."""
     begin = f"resuming after step {start}" if start else f"{run.max_steps} steps"
@@ -527,8 +624,8 @@ def announce(run: RunConfig, world: World, start: int) -> None:
     largest = max(max(sizes) for sizes in plan.sizes)
     rows = f"{largest}" if smallest == largest else f"{smallest} to {largest} rows"
     world.print(
-        f"{run.out_dir}: {begin}, batch {run.batch_size} = {rows} x {world.size} processes x {len(plan.sizes)} "
-        f"micro-batches, {world.device}, torch {torch.__version__}"
+        f"{run.out_dir}: {begin}, batch {run.batch_size} = {rows} x {world.size} processes x "
+        f"{len(plan.sizes)} micro-batches, {world.device}, torch {torch.__version__}"
     )
 
 
@@ -542,27 +639,38 @@ def fit(
     groups: list[dict],
     collate: Callable = collate,
 ) -> bool:
-    """Train task.model to run.max_steps, going on from what lies in run.out_dir. False if it left early, at SIGTERM.
+    """Train task.model to run.max_steps, going on from what lies in run.out_dir.
 
-    evaluate(): metrics on held-out data, computed by all ranks; "score" (higher is better) decides what is best/.
+    evaluate(): metrics on held-out data, computed by all ranks; "score" (higher is better) decides
+    what is kept in best/. Returns False if the run was ended early, by SIGTERM.
     """
+    # one run a folder: rank 0 holds its lock until the end
     checkpoint.make_folder()
     with folder_lock(checkpoint.folder, needed=world.rank == 0):
+        # everything that the training state is loaded into
         optimizer = make_optimizer(groups, run, world.device)
         scaler = torch.amp.GradScaler(world.device.type, enabled=run.precision == "fp16")
         start = checkpoint.resume(optimizer, scaler)
         if start >= run.max_steps:
-            # had the last save died between the state and the users' files
+            # in case the last save died between the state and the users' files
             checkpoint.guard(lambda: checkpoint.export(checkpoint.folder), checkpoint.folder)
-            world.print(f"{run.out_dir} is finished: {start} of {run.max_steps} steps. --fresh starts anew.")
+            world.print(
+                f"{run.out_dir} is finished: {start} of {run.max_steps} steps. --fresh starts anew."
+            )
             return True
         announce(run, world, start)
         loader = make_loader(dataset, run, world, start, collate)
-        bar = tqdm(total=run.max_steps, initial=start, unit="step", disable=world.rank > 0, mininterval=1)
-        with bar:
-            done = run_steps(run, task, loader, evaluate, checkpoint, world, optimizer, scaler, start, bar)
+        bar = tqdm(
+            total=run.max_steps, initial=start, unit="step", disable=world.rank > 0, mininterval=1
+        )
+        with bar:  # closed before an error is said
+            done = run_steps(
+                run, task, loader, evaluate, checkpoint, world, optimizer, scaler, start, bar
+            )
     if done < run.max_steps:
-        world.print(f"SIGTERM: saved step {done} in {run.out_dir}; the same command goes on from there.")
+        world.print(
+            f"SIGTERM: saved step {done} in {run.out_dir}; the same command goes on from there."
+        )
     return done == run.max_steps
 
 
@@ -582,7 +690,8 @@ def run_steps(
     module = wrap(task, run, world)
     batches = iter(loader)
     micro_steps = len(make_plan(run, world).sizes)
-    # SIGTERM, which clusters send before they take a machine away, sets a flag that the loop looks at after each step
+    # SIGTERM, which clusters send before they take a machine away, sets a flag that the loop looks
+    # at after each step
     terminated = torch.zeros(1, device=world.device)
     signal.signal(signal.SIGTERM, lambda *_: terminated.fill_(1))
     began = time.time()
@@ -595,7 +704,7 @@ def run_steps(
         losses = train_step(task, module, global_batch, step, run, world, scaler)
         norm = apply_gradients(task, optimizer, scaler, run)
         done = step + 1
-        # 3. stop before a broken update is saved; fp16's scaler has its own way with a norm that is not finite
+        # 3. stop before a broken update is saved; fp16's scaler expects norms that are not finite
         numbers = losses if scaler.is_enabled() else {**losses, "grad_norm": norm}
         check_finite(numbers, done, global_batch, loader.dataset, checkpoint)
         # 4. show and log
@@ -603,14 +712,14 @@ def run_steps(
         speed = (done - start) * run.batch_size / (time.time() - began)
         bar.set_postfix_str(f"loss {loss:.3f}, lr {rate:.1e}, {speed:.0f} samples/s", refresh=False)
         bar.update()
-        if done % run.log_every == 0 or done in (1, run.max_steps):
+        if done == 1 or is_due(done, run.log_every, run.max_steps):
             checkpoint.log({"step": done, "loss": loss, **losses, "lr": rate, "grad_norm": norm})
         # 5. measure on held-out data
-        if done == run.max_steps or (run.eval_every and done % run.eval_every == 0):
+        if is_due(done, run.eval_every, run.max_steps):
             checkpoint.record(done, evaluate(), bar)
         # 6. save; all processes leave at the same step
         leave = world.sum(terminated.clone()).item() > 0
-        if leave or done == run.max_steps or done % run.save_every == 0:
+        if leave or is_due(done, run.save_every, run.max_steps):
             checkpoint.save(done, optimizer, scaler)
         if leave:
             return done
@@ -618,10 +727,13 @@ def run_steps(
 
 
 # ---------------------------------------------------------------- the end of a run
-def summarize(run: RunConfig, checkpoint: Checkpoint, baselines: dict[str, dict], commands: list[str]) -> None:
-    """Held-out metrics beside those of the baselines, where the checkpoint is, what to type next."""
+def summarize(
+    run: RunConfig, checkpoint: Checkpoint, baselines: dict[str, dict], commands: list[str]
+) -> None:
+    """Show held-out metrics beside the baselines', where the checkpoint is, what to type next."""
     log = read_log(checkpoint.log_file)
     metrics = [row["eval"] for row in log if "eval" in row][-1]
+    # a run that is finished already has logged them
     if not any("baselines" in row for row in log):
         checkpoint.log({"step": run.max_steps, "baselines": baselines})
     titles = "".join(f"{name.replace('_', ' '):>12s}" for name in baselines)
@@ -630,11 +742,15 @@ def summarize(run: RunConfig, checkpoint: Checkpoint, baselines: dict[str, dict]
         if name != "score" and any(name in values for values in baselines.values()):
             cells = [format_metric(name, column) for column in (metrics, *baselines.values())]
             print(f"{name:15s}{''.join(cells)}")
-    print(f"The checkpoint is in {run.out_dir}, the best one in {run.out_dir}/best. Next:", *commands, sep="\n  ")
+    print(
+        f"The checkpoint is in {run.out_dir}, the best one in {run.out_dir}/best. Next:",
+        *commands,
+        sep="\n  ",
+    )
 
 
 def format_metric(name: str, column: dict) -> str:
-    """A cell of the table: a percentage, a loss as it is, or empty where a column lacks the metric."""
+    """A cell of the table: a percentage, a loss as it is, or empty if the column lacks it."""
     if name not in column:
         return " " * 12
     return f"{column[name]:12.4f}" if name == "loss" else f"{column[name]:12.1%}"

@@ -1,204 +1,420 @@
-"""model.py"""
+"""ManagerTower: two unimodal encoders, managers, cross-modal layers and heads.
+
+Papers: ManagerTower (ACL 2023), section 3; Manager (TCSVT 2025), section III. The papers' baselines
+BridgeTower and METER live in the same frame, as values of `fusion`. weights.py reads and writes the
+official checkpoints. Read manager.py first, then this file from `ManagerTower.fuse` on.
+
+    model = ManagerTower(ManagerTowerConfig.tiny())
+    features = model(pixels, input_ids, attention_mask)
+    match_logits = model.heads["itm"](features.pooled)  # (B, 2)
+
+Shapes, here and in all other files:
+
+    B   batch                              pixels           (B, 3, S, S)
+    S   pixels on each side                input_ids        (B, Lt)
+    L   tokens: Lt of text, Li of image    attention_mask   (B, Lt), 1 = real token, 0 = padding
+    D   width: D_text and D_image of the   stack of experts (B, N, L, D)
+        encoders, D of the cross-modal     hidden states    (B, L, D)
+        layers (hidden_size)
+    N   experts: encoder layers that a cross-modal layer reads (managed layers)
+    H   attention heads
+    V   vocabulary
+    C   contrastive size
+"""
+
 from collections import OrderedDict
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from torch import Tensor
-from torch import nn
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-import dataclasses
-import torch
-from fields import check_fields, option
+
+from fields import FieldError, check_fields, option
 from manager import AdaptiveManager, Manager, StaticManager, standardize
 
+MANAGER_FLAGS = (  # the fields that mean something only with managers
+    "manager_type",
+    "manager_weight",
+    "managed_layers_text",
+    "managed_layers_image",
+    "mask_fused_query",
+    "manager_noise",
+)
 
-HEADS = ("mlm", "itm", "itc", "vqa", "nlvr2", "snli_ve", "retrieval")
 
-
+# ---------------------------------------------------------------- the architecture
 @dataclass
 class ManagerTowerConfig:
-    """The architecture. Defaults: the papers' base model (CLIP ViT-B/16 + RoBERTa-base, 6 cross-modal layers)."""
+    """The architecture. Every field but the heads' is a flag of the training scripts.
+
+    The defaults are the papers' base model: CLIP ViT-B/16, RoBERTa-base, 6 cross-modal layers.
+    """
+
     # vision
-    image_size: int = option(288, "pixels a side", least=1)
-    patch_size: int = option(16, "patch size", least=1)
-    vision_width: int = option(768, "vision width", least=1)
-    vision_layers: int = option(12, "vision layers", least=1)
-    vision_heads: int = option(12, "vision heads", least=1)
+    image_size: int = option(288, "pixels on each side of a picture", least=1)
+    patch_size: int = option(16, "pixels on each side of a patch", least=1)
+    vision_width: int = option(768, "channels of the image encoder", least=1)
+    vision_layers: int = option(12, "layers of the image encoder", least=1)
+    vision_heads: int = option(12, "attention heads of the image encoder", least=1)
     # text
-    vocab_size: int = option(50265, "vocab size", least=1)
-    max_positions: int = option(514, "RoBERTa's positions start at pad_token_id + 1", least=1)
-    text_width: int = option(768, "text width", least=1)
-    text_layers: int = option(12, "text layers", least=1)
-    text_heads: int = option(12, "text heads", least=1)
-    text_mlp_width: int = option(3072, "text mlp width", least=1)
-    pad_token_id: int = option(1, "pad token id", least=0)
+    vocab_size: int = option(50265, "tokens in the vocabulary", least=1)
+    max_positions: int = option(
+        514, "rows of the text's position table; positions start at pad_token_id + 1", least=1
+    )
+    text_width: int = option(768, "channels of the text encoder", least=1)
+    text_layers: int = option(12, "layers of the text encoder", least=1)
+    text_heads: int = option(12, "attention heads of the text encoder", least=1)
+    text_mlp_width: int = option(3072, "hidden channels of the text encoder's MLPs", least=1)
+    pad_token_id: int = option(1, "id of the padding token", least=0)
     # cross-modal
-    hidden_size: int = option(768, "hidden size", least=1)
-    num_layers: int = option(6, "num layers", least=1)
-    num_heads: int = option(12, "num heads", least=1)
-    mlp_ratio: int = option(4, "mlp ratio", least=1)
-    dropout: float = option(0.1, "text encoder and cross-modal layers; CLIP, managers and heads have none", least=0, below=1)
-    contrastive_size: int = option(256, "contrastive size", least=1)
-    temperature: float = option(0.07, "of ITC at the start, a divisor", above=0)
-    initializer_range: float = option(0.02, "standard deviation of new matrices, BERT's", least=0)
+    hidden_size: int = option(768, "channels of the cross-modal layers", least=1)
+    num_layers: int = option(6, "cross-modal layers of each modality", least=1)
+    num_heads: int = option(12, "attention heads of the cross-modal layers", least=1)
+    mlp_ratio: int = option(
+        4, "hidden channels of the cross-modal MLPs, in units of hidden_size", least=1
+    )
+    dropout: float = option(
+        0.1,
+        "probability in the text encoder and the cross-modal layers; nothing else has dropout",
+        least=0,
+        below=1,
+    )
+    contrastive_size: int = option(256, "channels of the features that ITC compares", least=1)
+    temperature: float = option(
+        0.07, "what the similarities of ITC are divided by at the start; it is learnt", above=0
+    )
+    initializer_range: float = option(
+        0.02, "standard deviation of new weight matrices, as in BERT", least=0
+    )
     # managers
-    fusion: str = option("manager", "manager | bridge (BridgeTower) | last (METER)", choices=("manager", "bridge", "last"))
-    manager_type: str = option("aaue", "aaue | saue | sae", choices=("aaue", "saue", "sae"))
-    manager_weight: str = option("vector", "vector | scalar", choices=("vector", "scalar"))
-    managed_layers_text: int = option(6, "N: the last ones of the encoder", least=1)
-    managed_layers_image: int = option(6, "managed layers image", least=1)
-    mask_fused_query: bool = option(False, "mask padding in AAUE's attention; the released weights were trained without")
-    manager_noise: bool = option(True, "in training mode")
+    fusion: str = option(
+        "manager",
+        "what a cross-modal layer reads: managers over many encoder layers, bridges to one each "
+        "(BridgeTower), or the last one alone (METER)",
+        choices=("manager", "bridge", "last"),
+    )
+    manager_type: str = option(
+        "aaue",
+        "weights from both modalities (aaue), learnt ones (saue), or learnt ones also over all "
+        "previous cross-modal layers (sae)",
+        choices=("aaue", "saue", "sae"),
+    )
+    manager_weight: str = option(
+        "vector",
+        "a learnt weight for each channel of a layer, or one for the whole layer",
+        choices=("vector", "scalar"),
+    )
+    managed_layers_text: int = option(
+        6, "how many of the text encoder's last layers are managed", least=1
+    )
+    managed_layers_image: int = option(
+        6, "how many of the image encoder's last layers are managed", least=1
+    )
+    mask_fused_query: bool = option(
+        False, "mask padding in aaue's attention; the released weights were trained without"
+    )
+    manager_noise: bool = option(True, "noise on the managers' scores during training")
     # heads
-    heads: tuple[str, ...] = option(("mlm", "itm"), "heads", choices=HEADS, flag=False)
-    num_answers: int = option(3129, "num answers", least=1, flag=False)
-    head_hidden_scale: int = option(1, "hidden width of the classifiers, in units of 2 * hidden_size", least=1)
-    max_text_len: int = option(50, "text is padded to it: AAUE's results depend on the padded length", least=1)
+    heads: tuple[str, ...] = option(("mlm", "itm"), "names of rows of HEADS", flag=False)
+    num_answers: int = option(3129, "answers of the VQA head", least=1, flag=False)
+    head_hidden_scale: int = option(
+        1, "hidden channels of the classifiers, in units of 2 * hidden_size", least=1
+    )
+    max_text_len: int = option(
+        50, "tokens that each text is padded to; aaue's results depend on it", least=1
+    )
 
     @classmethod
-    def base(cls, **overrides) -> "ManagerTowerConfig":
+    def base(cls, **overrides: Any) -> "ManagerTowerConfig":
+        """CLIP ViT-B/16 and RoBERTa-base: the defaults."""
         return cls(**overrides)
 
     @classmethod
-    def large(cls, **overrides) -> "ManagerTowerConfig":
-        """CLIP ViT-L/14 + RoBERTa-large."""
-        return cls(**{
-            "image_size": 294, "patch_size": 14, "vision_width": 1024, "vision_layers": 24, "vision_heads": 16,
-            "text_width": 1024, "text_layers": 24, "text_heads": 16, "text_mlp_width": 4096,
-            "hidden_size": 1024, "num_heads": 16} | overrides)
+    def large(cls, **overrides: Any) -> "ManagerTowerConfig":
+        """CLIP ViT-L/14 and RoBERTa-large."""
+        fields: dict[str, Any] = {
+            "image_size": 294,
+            "patch_size": 14,
+            "vision_width": 1024,
+            "vision_layers": 24,
+            "vision_heads": 16,
+            "text_width": 1024,
+            "text_layers": 24,
+            "text_heads": 16,
+            "text_mlp_width": 4096,
+            "hidden_size": 1024,
+            "num_heads": 16,
+        }
+        fields.update(overrides)
+        return cls(**fields)
 
     @classmethod
-    def tiny(cls, **overrides) -> "ManagerTowerConfig":
-        """For the built-in demo data: learns on a CPU in minutes."""
-        return cls(**{
-            "image_size": 64, "patch_size": 16, "vision_width": 96, "vision_layers": 3, "vision_heads": 3,
-            "vocab_size": 300, "max_positions": 52, "text_width": 96, "text_layers": 3, "text_heads": 3,
-            "text_mlp_width": 384, "hidden_size": 96, "num_layers": 2, "num_heads": 3, "contrastive_size": 64,
-            "managed_layers_text": 3, "managed_layers_image": 3, "dropout": 0.0, "max_text_len": 16} | overrides)
+    def tiny(cls, **overrides: Any) -> "ManagerTowerConfig":
+        """For the built-in demo data: it learns on a CPU in minutes."""
+        fields: dict[str, Any] = {
+            "image_size": 64,
+            "patch_size": 16,
+            "vision_width": 96,
+            "vision_layers": 3,
+            "vision_heads": 3,
+            "vocab_size": 300,
+            "max_positions": 52,
+            "text_width": 96,
+            "text_layers": 3,
+            "text_heads": 3,
+            "text_mlp_width": 384,
+            "hidden_size": 96,
+            "num_layers": 2,
+            "num_heads": 3,
+            "dropout": 0.0,
+            "contrastive_size": 64,
+            "managed_layers_text": 3,
+            "managed_layers_image": 3,
+            "max_text_len": 16,
+        }
+        fields.update(overrides)
+        return cls(**fields)
 
-    def __post_init__(self):
-        self.heads = tuple(self.heads)
+    def __post_init__(self) -> None:
+        self.heads = tuple(self.heads)  # config.json has a list
         check_fields(self)
-        for total, part in (("vision_width", "vision_heads"), ("text_width", "text_heads"),
-                            ("hidden_size", "num_heads"), ("image_size", "patch_size")):
-            if getattr(self, total) % getattr(self, part):
-                raise ValueError(f"{total} {getattr(self, total)} is not a multiple of {part} {getattr(self, part)}")
+        for name in self.heads:
+            if name not in HEADS:
+                raise FieldError(f"heads is {name!r}; it must be one of {', '.join(HEADS)}")
+        check_multiple("vision_width", self.vision_width, "vision_heads", self.vision_heads)
+        check_multiple("text_width", self.text_width, "text_heads", self.text_heads)
+        check_multiple("hidden_size", self.hidden_size, "num_heads", self.num_heads)
+        check_multiple("image_size", self.image_size, "patch_size", self.patch_size)
         for modality, layers in (("text", self.text_layers), ("image", self.vision_layers)):
-            if (n := self.num_experts(modality)) > layers:
-                raise ValueError(f"{n} managed layers, the {modality} encoder has {layers} (fusion {self.fusion!r})")
-        if self.max_text_len + self.pad_token_id + 1 > self.max_positions:
-            raise ValueError(f"max_text_len {self.max_text_len} does not fit into max_positions {self.max_positions} "
-                             f"(positions start at {self.pad_token_id + 1})")
+            managed = self.num_experts(modality)
+            if managed > layers:
+                raise ValueError(
+                    f"{managed} managed layers, the {modality} encoder has {layers} (fusion "
+                    f"{self.fusion!r})"
+                )
+        first_position = self.pad_token_id + 1
+        if self.max_text_len + first_position > self.max_positions:
+            raise ValueError(
+                f"max_text_len {self.max_text_len} does not fit into max_positions "
+                f"{self.max_positions} (positions start at {first_position})"
+            )
 
     @staticmethod
-    def check_flags(flags: dict) -> None:
+    def check_flags(flags: dict[str, Any]) -> None:
         """Raises ValueError for flags of managers where there are none."""
-        if flags.get("fusion", "manager") == "manager":
+        fusion = flags.get("fusion", "manager")
+        if fusion == "manager":
             return
         for name in flags:
-            if name.startswith(("manager_", "managed_", "mask_fused")):
-                raise ValueError(f"--{name} means nothing with --fusion {flags['fusion']}: no managers")
+            if name in MANAGER_FLAGS:
+                raise ValueError(f"--{name} means nothing with --fusion {fusion}: no managers")
 
     def num_experts(self, modality: str) -> int:
-        """N: how many of the encoder's last layers reach the cross-modal layers; modality is "text" or "image"."""
-        managed = self.managed_layers_text if modality == "text" else self.managed_layers_image
-        return {"manager": managed, "bridge": self.num_layers, "last": 1}[self.fusion]
+        """N: how many of an encoder's last layers reach the cross-modal layers.
+
+        modality: "text" or "image".
+        """
+        if self.fusion == "last":
+            return 1
+        if self.fusion == "bridge":
+            return self.num_layers
+        if modality == "text":
+            return self.managed_layers_text
+        return self.managed_layers_image
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None, dropout: float = 0.0) -> Tensor:
-    """Multi-head attention (B, Lq, D), (B, Lk, D), (B, Lk, D) -> (B, Lq, D). mask: boolean, broadcastable to
-    (B, H, Lq, Lk), True = attend. dropout applies in every mode, so the caller passes it in training only."""
-    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))  # (B, H, L, D/H)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout).transpose(1, 2).flatten(2)
+def check_multiple(name: str, value: int, divisor_name: str, divisor: int) -> None:
+    if value % divisor != 0:
+        raise ValueError(f"{name} {value} is not a multiple of {divisor_name} {divisor}")
 
 
-def run(layer: nn.Module, checkpointing: bool, *args) -> Tensor:
+# ---------------------------------------------------------------- layers
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)  # (B, L, D) -> (B, H, L, D/H)
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None, dropout: float = 0.0
+) -> Tensor:
+    """Multi-head attention: q (B, Lq, D), k and v (B, Lk, D) -> (B, Lq, D).
+
+    mask: boolean, broadcastable to (B, H, Lq, Lk), True = attend. dropout applies in evaluation
+    mode too, so the caller passes it in training only.
+    """
+    out = F.scaled_dot_product_attention(
+        split_heads(q, heads),
+        split_heads(k, heads),
+        split_heads(v, heads),
+        attn_mask=mask,
+        dropout_p=dropout,
+    )
+    return out.transpose(1, 2).flatten(2)  # (B, H, Lq, D/H) -> (B, Lq, D)
+
+
+def run(layer: Callable[..., Tensor], checkpointing: bool, *args: Any) -> Tensor:
     """layer(*args); with checkpointing its activations are computed again in the backward pass."""
     if checkpointing and torch.is_grad_enabled():
         return checkpoint(layer, *args, use_reentrant=False)
     return layer(*args)
 
 
-def run_layers(layers: nn.ModuleList, x: Tensor, args: tuple, keep, checkpointing: bool) -> list[Tensor]:
-    """Hidden states `keep` in ascending order: 0 = x, k = output of layer k (from 1). Layers above do not run."""
-    keep = set(keep)
-    kept = [x] if 0 in keep else []
-    for k in range(1, max(keep) + 1):
+def run_layers(
+    layers: nn.ModuleList, x: Tensor, keep: Iterable[int], checkpointing: bool, *args: Any
+) -> list[Tensor]:
+    """The hidden states `keep`, in ascending order: 0 is x, k the output of the k-th layer.
+
+    args: what each layer takes besides the hidden states. Layers above the last kept one do not
+    run.
+    """
+    wanted = set(keep)
+    kept = []
+    if 0 in wanted:
+        kept.append(x)
+    for k in range(1, max(wanted) + 1):
         x = run(layers[k - 1], checkpointing, x, *args)
-        if k in keep:
+        if k in wanted:
             kept.append(x)
     return kept
 
 
 class ViTBlock(nn.Module):
-    """Pre-norm transformer block without dropout."""
+    """A pre-norm transformer block without dropout: CLIP's, or SigLIP's."""
 
     def __init__(self, width: int, heads: int, mlp_width: int, siglip: bool):
         super().__init__()
         eps = 1e-6 if siglip else 1e-5
-        self.heads, self.siglip = heads, siglip
-        self.ln_1, self.ln_2 = nn.LayerNorm(width, eps=eps), nn.LayerNorm(width, eps=eps)
-        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.fc, self.fc_out = nn.Linear(width, mlp_width), nn.Linear(mlp_width, width)
+        self.heads = heads
+        self.siglip = siglip
+        self.ln_1 = nn.LayerNorm(width, eps=eps)
+        self.ln_2 = nn.LayerNorm(width, eps=eps)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+        self.fc = nn.Linear(width, mlp_width)
+        self.fc_out = nn.Linear(mlp_width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.proj(attention(*self.qkv(self.ln_1(x)).chunk(3, dim=-1), self.heads))
+        """(B, L, D) -> (B, L, D)."""
+        q, k, v = self.qkv(self.ln_1(x)).chunk(3, dim=-1)
+        x = x + self.proj(attention(q, k, v, self.heads))
         hidden = self.fc(self.ln_2(x))
-        # CLIP has QuickGELU, h * sigmoid(1.702 h), here through the fused SiLU
-        hidden = F.gelu(hidden, approximate="tanh") if self.siglip else F.silu(1.702 * hidden) / 1.702
+        if self.siglip:
+            hidden = F.gelu(hidden, approximate="tanh")
+        else:
+            # CLIP's QuickGELU, h * sigmoid(1.702 h), through the SiLU, which is one fused kernel
+            hidden = F.silu(1.702 * hidden) / 1.702
         return x + self.fc_out(hidden)
 
 
 class ViT(nn.Module):
-    """CLIP's ViT (class token, ln_pre, QuickGELU), or SigLIP's (neither token nor ln_pre; patch bias, tanh GELU)."""
+    """CLIP's ViT: class token, ln_pre, QuickGELU. Or SigLIP's: neither, a patch bias, tanh GELU."""
 
-    def __init__(self, image_size: int, patch_size: int, width: int, layers: int, heads: int,
-                 mlp_width: int | None = None, siglip: bool = False):
+    def __init__(
+        self,
+        image_size: int,
+        patch_size: int,
+        width: int,
+        layers: int,
+        heads: int,
+        mlp_width: int | None = None,
+        siglip: bool = False,
+    ):
         super().__init__()
-        self.image_size, num_patches = image_size, (image_size // patch_size) ** 2
-        self.patch = nn.Conv2d(3, width, patch_size, patch_size, bias=siglip)
-        self.class_embedding = None if siglip else nn.Parameter(0.02 * torch.randn(width))
-        self.position_embedding = nn.Parameter(0.02 * torch.randn(num_patches + (not siglip), width))
-        self.ln_pre = nn.Identity() if siglip else nn.LayerNorm(width)
-        self.blocks = nn.ModuleList(ViTBlock(width, heads, mlp_width or 4 * width, siglip) for _ in range(layers))
-        self.ln_post = nn.LayerNorm(width, eps=1e-6 if siglip else 1e-5)
+        self.image_size = image_size
         self.checkpointing = False
+        self.patch = nn.Conv2d(3, width, patch_size, patch_size, bias=siglip)
+        num_tokens = (image_size // patch_size) ** 2
+        self.class_embedding = None
+        if not siglip:
+            self.class_embedding = nn.Parameter(0.02 * torch.randn(width))
+            num_tokens += 1
+        self.position_embedding = nn.Parameter(0.02 * torch.randn(num_tokens, width))
+        self.ln_pre = nn.Identity() if siglip else nn.LayerNorm(width)
+        mlp_width = mlp_width or 4 * width
+        self.blocks = nn.ModuleList(
+            ViTBlock(width, heads, mlp_width, siglip) for _ in range(layers)
+        )
+        self.ln_post = nn.LayerNorm(width, eps=1e-6 if siglip else 1e-5)
 
-    def forward(self, pixels: Tensor, keep) -> list[Tensor]:
-        """(B, 3, S, S) -> hidden states `keep` (0 = after ln_pre, k = block k), each (B, L, D), before ln_post."""
+    def forward(self, pixels: Tensor, keep: Iterable[int]) -> list[Tensor]:
+        """pixels (B, 3, S, S) -> the hidden states `keep`, each (B, L, D), before ln_post.
+
+        0 is the output of ln_pre, k the output of the k-th block. Raises ValueError for another S.
+        """
         if pixels.shape[-2:] != (self.image_size, self.image_size):
-            raise ValueError(f"pixels {tuple(pixels.shape)} do not have the encoder's image_size {self.image_size}")
-        x = self.patch(pixels).flatten(2).transpose(1, 2)  # (B, L, D)
+            raise ValueError(
+                f"pixels {tuple(pixels.shape)} do not have the encoder's image_size "
+                f"{self.image_size}"
+            )
+        x = self.patch(pixels).flatten(2).transpose(1, 2)  # (B, D, n, n) -> (B, n*n, D)
         if self.class_embedding is not None:
-            x = torch.cat([self.class_embedding.to(x.dtype).expand(len(x), 1, -1), x], dim=1)
+            class_token = self.class_embedding.to(x.dtype).expand(len(x), 1, -1)
+            x = torch.cat([class_token, x], dim=1)  # (B, 1 + n*n, D)
         x = self.ln_pre(x + self.position_embedding.to(x.dtype))
-        return run_layers(self.blocks, x, (), keep, self.checkpointing)
+        return run_layers(self.blocks, x, keep, self.checkpointing)
 
 
 class BertLayer(nn.Module):
-    """Post-norm BERT layer: RoBERTa's, or a cross-modal one (cross=True), which also attends to the other modality."""
+    """A post-norm BERT layer: RoBERTa's; or with cross=True a cross-modal one.
 
-    def __init__(self, width: int, heads: int, mlp_width: int, dropout: float, eps: float, cross: bool = False):
+    The cross-modal one also attends to the other modality, between self-attention and MLP.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        mlp_width: int,
+        dropout: float,
+        eps: float,
+        cross: bool = False,
+    ):
         super().__init__()
-        self.heads, self.dropout = heads, dropout
-        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.heads = heads
+        self.dropout = dropout
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
         self.ln_1 = nn.LayerNorm(width, eps=eps)
         if cross:
-            self.q, self.kv = nn.Linear(width, width), nn.Linear(width, 2 * width)
+            self.q = nn.Linear(width, width)
+            self.kv = nn.Linear(width, 2 * width)
             self.cross_proj = nn.Linear(width, width)
             self.ln_2 = nn.LayerNorm(width, eps=eps)
-        self.fc, self.fc_out = nn.Linear(width, mlp_width), nn.Linear(mlp_width, width)
+        self.fc = nn.Linear(width, mlp_width)
+        self.fc_out = nn.Linear(mlp_width, width)
         self.ln_3 = nn.LayerNorm(width, eps=eps)
 
-    def forward(self, x: Tensor, mask: Tensor | None, other: Tensor | None = None, other_mask=None) -> Tensor:
-        """x (B, L, D), other (B, Lo, D) or None; masks (B, 1, 1, L or Lo) boolean or None. Returns (B, L, D)."""
-        p = self.dropout if self.training else 0.0
-        out = attention(*self.qkv(x).chunk(3, dim=-1), self.heads, mask, p)
-        x = self.ln_1(x + F.dropout(self.proj(out), p))
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None,
+        other: Tensor | None = None,
+        other_mask: Tensor | None = None,
+    ) -> Tensor:
+        """x (B, L, D), other (B, Lo, D) or None -> (B, L, D).
+
+        mask (B, 1, 1, L), other_mask (B, 1, 1, Lo): boolean, True = real token; None masks nothing.
+        """
+        dropout = self.dropout if self.training else 0.0
+
+        # self-attention
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        out = attention(q, k, v, self.heads, mask, dropout)
+        x = self.ln_1(x + F.dropout(self.proj(out), dropout))
+
+        # cross-attention
         if other is not None:
-            out = attention(self.q(x), *self.kv(other).chunk(2, dim=-1), self.heads, other_mask, p)
-            x = self.ln_2(x + F.dropout(self.cross_proj(out), p))
-        return self.ln_3(x + F.dropout(self.fc_out(F.gelu(self.fc(x))), p))
+            q = self.q(x)
+            k, v = self.kv(other).chunk(2, dim=-1)
+            out = attention(q, k, v, self.heads, other_mask, dropout)
+            x = self.ln_2(x + F.dropout(self.cross_proj(out), dropout))
+
+        # MLP
+        out = self.fc_out(F.gelu(self.fc(x)))
+        return self.ln_3(x + F.dropout(out, dropout))
 
 
 class TextEncoder(nn.Module):
@@ -206,178 +422,385 @@ class TextEncoder(nn.Module):
 
     def __init__(self, config: ManagerTowerConfig):
         super().__init__()
-        width, self.pad, self.dropout = config.text_width, config.pad_token_id, config.dropout
+        width = config.text_width
+        self.pad = config.pad_token_id
+        self.dropout = config.dropout
+        self.checkpointing = False
         self.word_embedding = nn.Embedding(config.vocab_size, width, padding_idx=self.pad)
         self.position_embedding = nn.Embedding(config.max_positions, width, padding_idx=self.pad)
         self.type_embedding = nn.Parameter(0.02 * torch.randn(1, width))
         self.ln = nn.LayerNorm(width)
-        self.layers = nn.ModuleList(BertLayer(width, config.text_heads, config.text_mlp_width, config.dropout, 1e-5)
-                                    for _ in range(config.text_layers))
-        self.checkpointing = False
+        self.layers = nn.ModuleList(
+            BertLayer(width, config.text_heads, config.text_mlp_width, config.dropout, 1e-5)
+            for _ in range(config.text_layers)
+        )
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, keep) -> list[Tensor]:
-        """(B, L), (B, L) -> hidden states `keep` (0 = embeddings, k = output of layer k), each (B, L, D)."""
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, keep: Iterable[int]
+    ) -> list[Tensor]:
+        """input_ids, attention_mask (B, L) -> the hidden states `keep`, each (B, L, D).
+
+        0 is the embeddings, k the output of the k-th layer. Raises ValueError for too long a text.
+        """
         longest = self.position_embedding.num_embeddings - self.pad - 1
         if input_ids.shape[1] > longest:
-            raise ValueError(f"the text has {input_ids.shape[1]} tokens, the position table holds {longest}")
-        real = (input_ids != self.pad).long()
-        # from the ids, not from the mask: pad + 1, pad + 2, ... for tokens and pad for padding
-        positions = torch.cumsum(real, dim=1) * real + self.pad
-        x = self.word_embedding(input_ids) + self.position_embedding(positions) + self.type_embedding
-        x = F.dropout(self.ln(x), self.dropout, self.training)
-        return run_layers(self.layers, x, (attention_mask[:, None, None, :].bool(),), keep, self.checkpointing)
+            raise ValueError(
+                f"the text has {input_ids.shape[1]} tokens, the position table holds {longest}"
+            )
+        # RoBERTa's positions: pad + 1, pad + 2, ... for tokens, and pad for padding; they follow
+        # from the ids and not from the mask
+        is_token = (input_ids != self.pad).long()
+        positions = torch.cumsum(is_token, dim=1) * is_token + self.pad
+        x = self.word_embedding(input_ids) + self.position_embedding(positions)
+        x = F.dropout(self.ln(x + self.type_embedding), self.dropout, self.training)
+        mask = attention_mask[:, None, None, :].bool()  # (B, 1, 1, L)
+        return run_layers(self.layers, x, keep, self.checkpointing, mask)
 
 
+def init_weights(module: nn.Module, std: float) -> None:
+    """As in BERT and Qwen2: N(0, std^2) for matrices, zero biases, and a zero row for padding."""
+    if not isinstance(module, nn.Linear | nn.Embedding | nn.Conv2d):
+        return
+    nn.init.normal_(module.weight, std=std)
+    if isinstance(module, nn.Embedding):
+        if module.padding_idx is not None:
+            module.weight.data[module.padding_idx] = 0
+    elif module.bias is not None:
+        nn.init.zeros_(module.bias)
+
+
+# ---------------------------------------------------------------- heads
 class MLMHead(nn.Module):
-    """(..., D) -> (..., V); not tied to the word embedding."""
+    """Logits of the vocabulary for each token, (..., D) -> (..., V); not tied to word_embedding."""
 
     def __init__(self, width: int, vocab_size: int):
         super().__init__()
-        self.dense, self.ln = nn.Linear(width, width), nn.LayerNorm(width, eps=1e-12)
-        self.decoder, self.bias = nn.Linear(width, vocab_size, bias=False), nn.Parameter(torch.zeros(vocab_size))
+        self.dense = nn.Linear(width, width)
+        self.ln = nn.LayerNorm(width, eps=1e-12)
+        self.decoder = nn.Linear(width, vocab_size, bias=False)
+        self.bias = nn.Parameter(torch.zeros(vocab_size))
 
     def forward(self, text: Tensor) -> Tensor:
-        return self.decoder(self.ln(F.gelu(self.dense(text)))) + self.bias
+        hidden = self.ln(F.gelu(self.dense(text)))
+        return self.decoder(hidden) + self.bias
 
 
 class ContrastiveHead(nn.Module):
-    """First tokens (B, D_text), (B, D_image) -> unit vectors (B, C), (B, C)."""
+    """First tokens of both encoders, (B, D_text) and (B, D_image) -> unit vectors (B, C), (B, C)."""
 
     def __init__(self, config: ManagerTowerConfig):
         super().__init__()
-        # sized by the towers; the official code sizes them by hidden_size, which only works when all widths are equal
+        # Sized by the encoders. The official code sizes them by hidden_size, which works only where
+        # all widths are equal.
         self.text = nn.Linear(config.text_width, config.contrastive_size)
         self.image = nn.Linear(config.vision_width, config.contrastive_size)
         self.temperature = nn.Parameter(torch.tensor(config.temperature))
 
     def forward(self, text: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
-        return F.normalize(self.text(text), dim=-1), F.normalize(self.image(image), dim=-1)
+        text_vectors = F.normalize(self.text(text), dim=-1)
+        image_vectors = F.normalize(self.image(image), dim=-1)
+        return text_vectors, image_vectors
+
+
+class Head(NamedTuple):
+    """A row of HEADS. make(config, row) makes the head's module."""
+
+    make: Callable[[ManagerTowerConfig, "Head"], nn.Module]
+    classes: int = 0  # logits; 0: the config says how many
+    pictures: int = 1  # of a sample, each of them fused with the text
+
+    def input_width(self, config: ManagerTowerConfig) -> int:
+        """Width of the pooled features of all pictures of a sample, concatenated."""
+        return self.pictures * 2 * config.hidden_size
+
+
+def make_mlm_head(config: ManagerTowerConfig, row: Head) -> nn.Module:
+    return MLMHead(config.hidden_size, config.vocab_size)
+
+
+def make_contrastive_head(config: ManagerTowerConfig, row: Head) -> nn.Module:
+    return ContrastiveHead(config)
+
+
+def make_linear_head(config: ManagerTowerConfig, row: Head) -> nn.Module:
+    """One matrix, (B, input width) -> (B, classes)."""
+    return nn.Linear(row.input_width(config), row.classes)
+
+
+def make_classifier(config: ManagerTowerConfig, row: Head) -> nn.Module:
+    """An MLP, (B, input width) -> (B, classes).
+
+    It has no dropout, as in the released recipes: they set the official nlvr2_drop_rate to 0.
+    """
+    hidden_width = 2 * config.hidden_size * config.head_hidden_scale
+    classes = row.classes or config.num_answers
+    layers = OrderedDict(
+        fc=nn.Linear(row.input_width(config), hidden_width),
+        ln=nn.LayerNorm(hidden_width),
+        gelu=nn.GELU(),
+        fc_out=nn.Linear(hidden_width, classes),
+    )
+    return nn.Sequential(layers)
+
+
+# The one place where a head is added. What does not say otherwise reads Features.pooled.
+HEADS: dict[str, Head] = {
+    # pre-training
+    "mlm": Head(make_mlm_head),  # reads Features.text
+    "itm": Head(make_linear_head, classes=2),
+    "itc": Head(make_contrastive_head),  # reads the encoders: `ManagerTower.contrast`
+    # downstream tasks
+    "vqa": Head(make_classifier),  # as many classes as num_answers
+    "nlvr2": Head(make_classifier, classes=2, pictures=2),  # reads two Features.pooled
+    "snli_ve": Head(make_classifier, classes=3),
+    "retrieval": Head(make_linear_head, classes=1),
+}
 
 
 def make_head(name: str, config: ManagerTowerConfig) -> nn.Module:
-    width = 2 * config.hidden_size  # of the pooled features
-    if name == "mlm":
-        return MLMHead(config.hidden_size, config.vocab_size)
-    if name == "itc":
-        return ContrastiveHead(config)
-    classes = {"itm": 2, "retrieval": 1, "vqa": config.num_answers, "nlvr2": 2, "snli_ve": 3}[name]
-    if name in ("itm", "retrieval"):
-        return nn.Linear(width, classes)
-    hidden, width = width * config.head_hidden_scale, 2 * width if name == "nlvr2" else width
-    # without dropout, as in the released recipes: NLVR2's sets its nlvr2_drop_rate to 0
-    return nn.Sequential(OrderedDict(fc=nn.Linear(width, hidden), ln=nn.LayerNorm(hidden), gelu=nn.GELU(),
-                                     fc_out=nn.Linear(hidden, classes)))
+    row = HEADS[name]
+    return row.make(config, row)
 
 
-def init_weights(module: nn.Module, std: float):
-    """As in BERT and Qwen2: N(0, std^2) for matrices, zero biases, and a zero row for padding."""
-    if isinstance(module, nn.Linear | nn.Embedding | nn.Conv2d):
-        nn.init.normal_(module.weight, std=std)
-        if getattr(module, "padding_idx", None) is not None:
-            module.weight.data[module.padding_idx] = 0
-        elif getattr(module, "bias", None) is not None:
-            nn.init.zeros_(module.bias)
+# ---------------------------------------------------------------- the parts of the tower
+def make_type_embedding(config: ManagerTowerConfig) -> nn.Parameter:
+    """The token types (2 or 3, D): text, image, and the second image where a head reads two."""
+    types = 0.02 * torch.randn(2, config.hidden_size)
+    if any(HEADS[name].pictures == 2 for name in config.heads):
+        second_image = types[1:]  # it starts as a copy of the first one's
+        types = torch.cat([types, second_image])
+    return nn.Parameter(types)
 
 
+def make_layer_embedding(layers: int, config: ManagerTowerConfig) -> nn.Parameter:
+    """A row for each layer of an encoder, (layers, D): it tells a manager which expert is which."""
+    return nn.Parameter(0.02 * torch.randn(layers, config.hidden_size))
+
+
+def make_manager(i: int, modality: str, config: ManagerTowerConfig) -> Manager:
+    """The manager of a modality before cross-modal layer i."""
+    width = config.hidden_size
+    num_experts = config.num_experts(modality)
+    weight = config.manager_weight
+    noise = config.manager_noise
+    if config.manager_type == "sae":
+        return StaticManager(width, num_experts, i, weight, noise, sae=True)
+    if i == 0:  # no cross-modal layer before it, so there is no fused query: AAUE is static too
+        return StaticManager(width, num_experts, 0, weight, noise)
+    if config.manager_type == "saue":
+        return StaticManager(width, num_experts, 1, weight, noise)
+    return AdaptiveManager(width, num_experts, weight, noise)
+
+
+def make_managers(modality: str, config: ManagerTowerConfig) -> nn.ModuleList:
+    return nn.ModuleList(make_manager(i, modality, config) for i in range(config.num_layers))
+
+
+def make_bridges(config: ManagerTowerConfig) -> nn.ModuleList:
+    return nn.ModuleList(nn.LayerNorm(config.hidden_size) for _ in range(config.num_layers))
+
+
+def make_cross_modal_layers(config: ManagerTowerConfig) -> nn.ModuleList:
+    width = config.hidden_size
+    mlp_width = config.mlp_ratio * width
+    return nn.ModuleList(
+        BertLayer(width, config.num_heads, mlp_width, config.dropout, 1e-12, cross=True)
+        for _ in range(config.num_layers)
+    )
+
+
+# ---------------------------------------------------------------- the tower
 @dataclass
 class Features:
+    """What the cross-modal layers put out."""
+
     text: Tensor  # (B, Lt, D)
     image: Tensor  # (B, Li, D)
     pooled: Tensor  # (B, 2D): text, then image
 
 
 class ManagerTower(nn.Module):
-    """Two encoders, and num_layers pairs of cross-modal layers, each reading what its managers aggregate."""
+    """Two encoders, then num_layers pairs of cross-modal layers; managers stand before each pair.
 
-    blocks_to_compile = (ViTBlock, BertLayer, Manager)
+    Everything there is twice, for text and for image, under the names text_* and image_*.
+    """
+
+    blocks_to_compile = (ViTBlock, BertLayer, Manager)  # what --compile compiles, one by one
 
     def __init__(self, config: ManagerTowerConfig):
         super().__init__()
-        c, width = config, config.hidden_size
-        self.config, self.checkpointing = config, False
-        self.text_encoder = TextEncoder(c)
-        self.image_encoder = ViT(c.image_size, c.patch_size, c.vision_width, c.vision_layers, c.vision_heads)
-        self.text_transform, self.image_transform = nn.Linear(c.text_width, width), nn.Linear(c.vision_width, width)
-        types = 0.02 * torch.randn(2, width)  # text, image; NLVR2's second image starts as a copy of image
-        self.type_embedding = nn.Parameter(torch.cat([types, types[1:]]) if "nlvr2" in c.heads else types)
-        if c.fusion == "manager":
-            self.text_layer_embedding, self.image_layer_embedding = (
-                nn.Parameter(0.02 * torch.randn(layers, width)) for layers in (c.text_layers, c.vision_layers))
-            self.text_managers, self.image_managers = (
-                nn.ModuleList(make_manager(i, m, c) for i in range(c.num_layers)) for m in ("text", "image"))
-        elif c.fusion == "bridge":
-            self.text_bridges, self.image_bridges = (
-                nn.ModuleList(nn.LayerNorm(width) for _ in range(c.num_layers)) for _ in range(2))
-        self.text_layers, self.image_layers = (
-            nn.ModuleList(BertLayer(width, c.num_heads, c.mlp_ratio * width, c.dropout, 1e-12, cross=True)
-                          for _ in range(c.num_layers)) for _ in range(2))
-        self.text_pooler, self.image_pooler = nn.Linear(width, width), nn.Linear(width, width)
-        self.heads = nn.ModuleDict({name: make_head(name, c) for name in c.heads})
-        self.apply(partial(init_weights, std=c.initializer_range))
+        self.config = config
+        self.checkpointing = False
+        width = config.hidden_size
 
-    def set_checkpointing(self, on: bool):
-        """Activation checkpointing of encoder and cross-modal layers: a third more computation, far less memory."""
-        self.text_encoder.checkpointing = self.image_encoder.checkpointing = self.checkpointing = on
+        # the order of all that follows is the order of the random numbers of a fixed seed
+        self.text_encoder = TextEncoder(config)
+        self.image_encoder = ViT(
+            config.image_size,
+            config.patch_size,
+            config.vision_width,
+            config.vision_layers,
+            config.vision_heads,
+        )
+        self.text_transform = nn.Linear(config.text_width, width)
+        self.image_transform = nn.Linear(config.vision_width, width)
+        self.type_embedding = make_type_embedding(config)
 
+        # what stands between the encoders and the cross-modal layers; with fusion "last" nothing
+        if config.fusion == "manager":
+            self.text_layer_embedding = make_layer_embedding(config.text_layers, config)
+            self.image_layer_embedding = make_layer_embedding(config.vision_layers, config)
+            self.text_managers = make_managers("text", config)
+            self.image_managers = make_managers("image", config)
+        if config.fusion == "bridge":
+            self.text_bridges = make_bridges(config)
+            self.image_bridges = make_bridges(config)
+
+        self.text_layers = make_cross_modal_layers(config)
+        self.image_layers = make_cross_modal_layers(config)
+        self.text_pooler = nn.Linear(width, width)
+        self.image_pooler = nn.Linear(width, width)
+        self.heads = nn.ModuleDict({name: make_head(name, config) for name in config.heads})
+        self.apply(partial(init_weights, std=config.initializer_range))
+
+    def set_checkpointing(self, on: bool) -> None:
+        """Activation checkpointing of all layers: a third more computation, far less memory."""
+        self.text_encoder.checkpointing = on
+        self.image_encoder.checkpointing = on
+        self.checkpointing = on
+
+    # -------------------------------------------------------- the encoders
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """(B, Lt), (B, Lt) -> the text experts (B, N, Lt, D_text): the last N layers, before projection."""
-        last = range(self.config.text_layers + 1)[-self.config.num_experts("text") :]
-        return torch.stack(self.text_encoder(input_ids.long(), attention_mask, last), 1)
+        """input_ids, attention_mask (B, Lt) -> the text experts (B, N, Lt, D_text).
+
+        They are the last N layers of the text encoder, before the projection to D.
+        """
+        layers = self.config.text_layers
+        first = layers + 1 - self.config.num_experts("text")
+        last_layers = range(first, layers + 1)
+        states = self.text_encoder(input_ids.long(), attention_mask, last_layers)
+        return torch.stack(states, 1)  # N tensors (B, Lt, D_text) -> (B, N, Lt, D_text)
 
     def encode_image(self, pixels: Tensor) -> Tensor:
-        """(B, 3, S, S) -> the image experts (B, N, Li, D_image): the last N blocks, each after the shared ln_post."""
-        last = range(self.config.vision_layers + 1)[-self.config.num_experts("image") :]
-        return self.image_encoder.ln_post(torch.stack(self.image_encoder(pixels, last), 1))
+        """pixels (B, 3, S, S) -> the image experts (B, N, Li, D_image).
+
+        They are the last N layers of the image encoder, each after the shared ln_post, before the
+        projection to D.
+        """
+        layers = self.config.vision_layers
+        first = layers + 1 - self.config.num_experts("image")
+        last_layers = range(first, layers + 1)
+        states = self.image_encoder(pixels, last_layers)
+        return self.image_encoder.ln_post(torch.stack(states, 1))  # (B, N, Li, D_image)
 
     def contrast(self, text_experts: Tensor, image_experts: Tensor) -> tuple[Tensor, Tensor]:
-        """ITC features: unit vectors (B, C) of the first token of each modality's last expert, before any fusion."""
+        """The features that ITC compares: unit vectors (B, C) of texts, and (B, C) of images.
+
+        They come from the first token of each modality's last expert, before any fusion.
+        """
         return self.heads["itc"](text_experts[:, -1, 0], image_experts[:, -1, 0])
 
-    def project(self, modality: str, experts: Tensor, type_row: int) -> Tensor:
-        """(B, N, L, D_modality) -> (B, N, L, D) with type and layer embeddings; standardised if managers read them."""
-        embedding, managed = self.type_embedding[type_row], self.config.fusion == "manager"
-        if managed:  # one row for each layer of the encoder, the experts have the last ones
-            embedding = embedding + getattr(self, f"{modality}_layer_embedding")[-experts.shape[1] :, None]  # (N, 1, D)
-        experts = getattr(self, f"{modality}_transform")(experts) + embedding
-        return standardize(experts) if managed else experts
+    # -------------------------------------------------------- the fusion
+    def project(self, modality: str, experts: Tensor, token_type: int) -> Tensor:
+        """(B, N, L, D_text or D_image) -> (B, N, L, D), with the embeddings of type and layer.
 
-    def layer_input(self, modality: str, i: int, experts: Tensor, own: list, other: list, query_mask=None) -> Tensor:
-        """What cross-modal layer i reads, (B, L, D), from what the layers before it put out: own and other modality."""
-        if self.config.fusion == "last":
-            return own[-1] if i else experts[:, -1]
+        What managers will read is standardised.
+        """
+        transform = {"text": self.text_transform, "image": self.image_transform}[modality]
+        embedding = self.type_embedding[token_type]  # (D)
+        if self.config.fusion != "manager":
+            return transform(experts) + embedding
+        if modality == "text":
+            layer_embedding = self.text_layer_embedding
+        else:
+            layer_embedding = self.image_layer_embedding
+        # one row for each layer of the encoder: those of the experts are the last N
+        num_experts = experts.shape[1]
+        embedding = embedding + layer_embedding[-num_experts:, None]  # (N, 1, D)
+        return standardize(transform(experts) + embedding)
+
+    def layer_input(
+        self,
+        modality: str,
+        i: int,
+        experts: Tensor,
+        own: list[Tensor],
+        other: list[Tensor],
+        query_mask: Tensor | None = None,
+    ) -> Tensor:
+        """What cross-modal layer i of a modality reads, (B, L, D).
+
+        experts (B, N, L, D): what `project` returns. own, other: the outputs of the i cross-modal
+        layers before it, of its own modality, each (B, L, D), and of the other one. query_mask: of
+        the other modality's tokens, for AAUE.
+        """
+        if self.config.fusion == "manager":
+            return self.managed_input(modality, i, experts, own, other, query_mask)
         if self.config.fusion == "bridge":
-            return getattr(self, f"{modality}_bridges")[i](experts[:, i] + own[-1] if i else experts[:, i])
-        manager = getattr(self, f"{modality}_managers")[i]
-        if i == 0:
-            return manager(experts)
-        previous = torch.stack(own, 1) if self.config.manager_type == "sae" else own[-1]
-        return manager(experts, previous, other[-1], query_mask)
+            return self.bridged_input(modality, i, experts, own)
+        # METER: the first layer reads the last expert, each other layer the one before it
+        return own[-1] if own else experts[:, -1]
 
-    def fuse(self, text_experts: Tensor, image_experts: Tensor, attention_mask: Tensor, image_type=1) -> Features:
-        """The cross-modal encoder (ACL section 3.2; TCSVT section III): text_experts (B, N, Lt, D_text), image_experts
-        (B, N, Li, D_image), attention_mask (B, Lt); image_type is 2 for the second image of NLVR2, else 1."""
-        text_experts = self.project("text", text_experts, 0)
-        image_experts = self.project("image", image_experts, image_type)
+    def managed_input(
+        self,
+        modality: str,
+        i: int,
+        experts: Tensor,
+        own: list[Tensor],
+        other: list[Tensor],
+        query_mask: Tensor | None,
+    ) -> Tensor:
+        """ManagerTower: a manager over all experts."""
+        managers = {"text": self.text_managers, "image": self.image_managers}[modality]
+        if i == 0:
+            return managers[i](experts)
+        if self.config.manager_type == "sae":
+            previous = torch.stack(own, 1)  # (B, K, L, D)
+        else:
+            previous = own[-1]
+        return managers[i](experts, previous, other[-1], query_mask)
+
+    def bridged_input(self, modality: str, i: int, experts: Tensor, own: list[Tensor]) -> Tensor:
+        """BridgeTower: LN(V_i + C), for each cross-modal layer one expert."""
+        bridges = {"text": self.text_bridges, "image": self.image_bridges}[modality]
+        if i == 0:
+            return bridges[i](experts[:, i])
+        return bridges[i](experts[:, i] + own[-1])
+
+    def fuse(
+        self,
+        text_experts: Tensor,
+        image_experts: Tensor,
+        attention_mask: Tensor,
+        image_type: int = 1,
+    ) -> Features:
+        """The cross-modal encoder (ACL section 3.2; TCSVT section III).
+
+        text_experts (B, N, Lt, D_text), image_experts (B, N, Li, D_image), attention_mask (B, Lt).
+        image_type: 2 for the second picture of a sample, else 1.
+        """
+        text_experts = self.project("text", text_experts, token_type=0)  # (B, N, Lt, D)
+        image_experts = self.project("image", image_experts, token_type=image_type)  # (B, N, Li, D)
         text_mask = attention_mask[:, None, None, :].bool()  # (B, 1, 1, Lt)
         query_mask = attention_mask if self.config.mask_fused_query else None
-        text, image = [], []  # outputs of the cross-modal layers
-        for i, (text_layer, image_layer) in enumerate(zip(self.text_layers, self.image_layers, strict=True)):
+        text: list[Tensor] = []  # the outputs of the cross-modal layers, (B, Lt, D)
+        image: list[Tensor] = []  # (B, Li, D)
+        layers = zip(self.text_layers, self.image_layers, strict=True)
+        for i, (text_layer, image_layer) in enumerate(layers):
+            # both managers read what the layers before have put out, of both modalities ...
             text_in = self.layer_input("text", i, text_experts, text, image)
             image_in = self.layer_input("image", i, image_experts, image, text, query_mask)
+            # ... and each cross-modal layer attends to what the other modality's layer reads
             text.append(run(text_layer, self.checkpointing, text_in, text_mask, image_in, None))
             image.append(run(image_layer, self.checkpointing, image_in, None, text_in, text_mask))
-        pooled = [self.text_pooler(text[-1][:, 0]).tanh(), self.image_pooler(image[-1][:, 0]).tanh()]
-        return Features(text[-1], image[-1], torch.cat(pooled, dim=-1))
+        text_pooled = self.text_pooler(text[-1][:, 0]).tanh()  # (B, D), of the first token
+        image_pooled = self.image_pooler(image[-1][:, 0]).tanh()
+        return Features(text[-1], image[-1], torch.cat([text_pooled, image_pooled], dim=-1))
 
-    def forward(self, pixels: Tensor, input_ids: Tensor, attention_mask: Tensor, image_type: int = 1) -> Features:
+    def forward(
+        self, pixels: Tensor, input_ids: Tensor, attention_mask: Tensor, image_type: int = 1
+    ) -> Features:
         """pixels (B, 3, S, S), input_ids and attention_mask (B, Lt), of any integer dtype."""
-        experts = self.encode_text(input_ids, attention_mask), self.encode_image(pixels)
-        return self.fuse(*experts, attention_mask, image_type)
-
-
-def make_manager(i: int, modality: str, config: ManagerTowerConfig) -> nn.Module:
-    """The manager before cross-modal layer i. The first one has no layer before it: there AAUE is static."""
-    width, n, sae = config.hidden_size, config.num_experts(modality), config.manager_type == "sae"
-    if config.manager_type == "aaue" and i > 0:
-        return AdaptiveManager(width, n, config.manager_weight, config.manager_noise)
-    return StaticManager(width, n, i if sae else min(i, 1), config.manager_weight, config.manager_noise, sae)
+        text_experts = self.encode_text(input_ids, attention_mask)
+        image_experts = self.encode_image(pixels)
+        return self.fuse(text_experts, image_experts, attention_mask, image_type)

@@ -1,16 +1,31 @@
-"""multigrid.py"""
+"""Multi-grid images: an image becomes a base tile and a grid of tiles; their features become one
+sequence of tokens.
+
+Paper: Manager (TCSVT 2025), section IV, after LLaVA-OneVision's AnyRes. Official counterpart:
+`process_anyres_image` and the "spatial_unpad" branch of llava_arch.py in LLaVA-NeXT. The base tile
+is the whole image, squashed. The grid is the image at the best of several resolutions (the
+pinpoints), padded and cut into tiles.
+
+Sizes are (width, height) wherever they belong to a picture, as in Pillow; (height, width) where
+they belong to a map of patches.
+
+Shapes: T tiles, S pixels along a tile's side, n patches along it (config.side), L tokens, D width.
+"""
+
+import math
+import re
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
-from typing import NamedTuple
-import math
-import numpy as np
-import re
-import torch
-from typing import Protocol
-
 
 BICUBIC = Image.Resampling.BICUBIC
+GREY = 127  # of each channel: the padding of a picture that stays one tile
+BLACK = 0  # the padding of a grid
+MOST = 4096  # pinpoints in a config, and tiles in a grid
 
 
 class GridConfig(Protocol):
@@ -26,102 +41,246 @@ class GridConfig(Protocol):
 
 
 class ImageTiles(NamedTuple):
+    """An image as the model takes it."""
+
     pixels: Tensor  # (T, 3, S, S): the base tile, then the grid row by row
     size: tuple[int, int]  # of the original image
 
 
-def expand_pinpoints(pinpoints, image_size: int) -> tuple[tuple[int, int], ...]:
-    """"(1x1),...,(6x6)" -> ((s, s), (s, 2s), ..., (6s, 6s)); a list of sizes in pixels is only checked."""
+class GridGeometry(NamedTuple):
+    """How a grid becomes a map of patches."""
+
+    tiles: tuple[int, int]  # (columns, rows)
+    keep: tuple[slice, slice]  # (rows, columns) of patches that are not padding
+    final: tuple[int, int]  # (height, width), smaller than `keep` where anyres_max_K shrinks it
+
+
+# ---------------------------------------------------------------- which resolutions there are
+def parse_range(text: str, image_size: int) -> list[tuple[int, int]]:
+    """ "(1x1),...,(6x6)" in tiles -> the sizes (s, s), (s, 2s), ... (6s, 6s) in pixels."""
+    match = re.fullmatch(r"\((\d+)x(\d+)\),\.\.\.,\((\d+)x(\d+)\)", text.replace(" ", ""))
+    if match is None:
+        raise ValueError(
+            f'grid_pinpoints is {text!r:.80}; it must be like "(1x1),...,(6x6)", or a list of sizes'
+        )
+    first_width, first_height, last_width, last_height = (int(part) for part in match.groups())
+    widths = range(first_width, last_width + 1)
+    heights = range(first_height, last_height + 1)
+    # tested before the sizes are made: there may be more than memory holds
+    if len(widths) * len(heights) > MOST:
+        raise ValueError(
+            f"grid_pinpoints is {text!r:.80}, which is {len(widths) * len(heights)} sizes; there "
+            f"may be {MOST}"
+        )
+    sizes = []
+    for width in widths:
+        for height in heights:
+            sizes.append((width * image_size, height * image_size))
+    return sizes
+
+
+def is_size(value: Any, image_size: int) -> bool:
+    """Whether this is a (width, height) of whole tiles, and not of too many."""
+    if not isinstance(value, list | tuple) or len(value) != 2:
+        return False
+    for length in value:
+        if type(length) is not int or length < image_size or length % image_size:
+            return False
+    return value[0] * value[1] <= MOST * image_size**2
+
+
+def expand_pinpoints(pinpoints: Any, image_size: int) -> tuple[tuple[int, int], ...]:
+    """Sizes in pixels, from a range of tiles "(1x1),...,(6x6)", or from a list of such sizes, which
+    is only tested. Raises ValueError.
+    """
     if isinstance(pinpoints, str):
-        span = re.fullmatch(r"\((\d+)x(\d+)\),\.\.\.,\((\d+)x(\d+)\)", pinpoints.replace(" ", ""))
-        if not span:
-            raise ValueError(f'grid_pinpoints is {pinpoints!r}; it must be like "(1x1),...,(6x6)", or a list of sizes')
-        w0, h0, w1, h1 = map(int, span.groups())
-        pinpoints = [(w * image_size, h * image_size) for w in range(w0, w1 + 1) for h in range(h0, h1 + 1)]
-    pinpoints = tuple((int(w), int(h)) for w, h in pinpoints)
-    if not pinpoints or any(x < image_size or x % image_size for size in pinpoints for x in size):
-        raise ValueError(f"grid_pinpoints {pinpoints} must be sizes in pixels, multiples of the tile's {image_size}")
-    return pinpoints
+        pinpoints = parse_range(pinpoints, image_size)
+    if not isinstance(pinpoints, list | tuple) or not 0 < len(pinpoints) <= MOST:
+        raise ValueError(
+            f"grid_pinpoints is {str(pinpoints)[:80]}; it must be a list of 1 to {MOST} sizes"
+        )
+    for size in pinpoints:
+        if not is_size(size, image_size):
+            raise ValueError(
+                f"grid_pinpoints has {size!r:.80}; it must be (width, height) in pixels, multiples "
+                f"of the tile's {image_size}, with at most {MOST} tiles"
+            )
+    return tuple((width, height) for width, height in pinpoints)
 
 
-def select_best_resolution(size: tuple[int, int], pinpoints) -> tuple[int, int]:
-    """The (width, height) of `pinpoints` that keeps most of the image's pixels, then wastes least, then comes first."""
-    def key(candidate):
-        scale = min(candidate[0] / size[0], candidate[1] / size[1])
-        kept = min(int(size[0] * scale) * int(size[1] * scale), size[0] * size[1])
-        return kept, kept - candidate[0] * candidate[1]
-    return max(map(tuple, pinpoints), key=key)
+def select_best_resolution(size: tuple[int, int], pinpoints: Any) -> tuple[int, int]:
+    """The (width, height) of `pinpoints` that keeps most of the image's pixels; of those with as
+    many the one that wastes least; of those the first.
+
+    size: the image's (width, height). pinpoints: the expanded ones, see `expand_pinpoints`.
+    """
+    best = (0, 0)
+    best_score = (-1, 0)
+    for width, height in pinpoints:
+        scale = min(width / size[0], height / size[1])
+        scaled_area = int(size[0] * scale) * int(size[1] * scale)
+        kept = min(scaled_area, size[0] * size[1])
+        wasted = width * height - kept
+        score = (kept, -wasted)
+        if score > best_score:
+            best = (width, height)
+            best_score = score
+    return best
 
 
+# ---------------------------------------------------------------- picture -> tiles
 def paste_centred(image: Image.Image, size: tuple[int, int], grey: int) -> Image.Image:
-    canvas = Image.new("RGB", size, (grey,) * 3)
-    canvas.paste(image, ((size[0] - image.width) // 2, (size[1] - image.height) // 2))
+    """The picture in the middle of a canvas of this size and this shade of grey."""
+    canvas = Image.new("RGB", size, (grey, grey, grey))
+    left = (size[0] - image.width) // 2
+    top = (size[1] - image.height) // 2
+    canvas.paste(image, (left, top))
     return canvas
 
 
 def resize_and_pad(image: Image.Image, target: tuple[int, int]) -> Image.Image:
-    """Scale to fit into the target, the other side rounded up, and centre on black."""
+    """Scale the picture to fit into the target, its other side rounded up, and centre it on
+    black.
+    """
     scale = min(target[0] / image.width, target[1] / image.height)
-    fit = [min(math.ceil(x * scale), limit) for x, limit in zip(image.size, target)]
-    return paste_centred(image.resize(fit, BICUBIC), target, 0)
+    width = min(math.ceil(image.width * scale), target[0])
+    height = min(math.ceil(image.height * scale), target[1])
+    return paste_centred(image.resize((width, height), BICUBIC), target, BLACK)
 
 
-def preprocess_image(image: Image.Image, config: GridConfig, multi_image: bool = False) -> ImageTiles:
-    """The tiles that SigLIP sees. anyres: the whole image squashed into one, then its best resolution cut into tiles;
-    square: the first alone; pad, and every image of a conversation that has several (multi_image): one tile, padded."""
-    image, s = image.convert("RGB"), config.image_size
+def cut_into_tiles(image: Image.Image, side: int) -> list[Image.Image]:
+    """The tiles of a picture, row by row."""
+    tiles = []
+    for top in range(0, image.height, side):
+        for left in range(0, image.width, side):
+            tiles.append(image.crop((left, top, left + side, top + side)))
+    return tiles
+
+
+def preprocess_image(
+    image: Image.Image, config: GridConfig, multi_image: bool = False
+) -> ImageTiles:
+    """The tiles of a picture, with values from -1 to 1, as SigLIP takes them.
+
+    aspect anyres: the whole image squashed into one tile, then its best resolution cut into tiles.
+    aspect square: the first of these alone. aspect pad, and every image of a conversation that has
+    several (multi_image): one tile, padded to a square before.
+    """
+    image = image.convert("RGB")
     tiles = [image]
     if multi_image or config.aspect == "pad":
-        tiles = [paste_centred(image, (max(image.size), max(image.size)), 127)]
+        longest = max(image.size)
+        tiles = [paste_centred(image, (longest, longest), GREY)]
     elif config.aspect != "square":
-        big = resize_and_pad(image, select_best_resolution(image.size, config.grid_pinpoints))
-        tiles += [big.crop((x, y, x + s, y + s)) for y in range(0, big.height, s) for x in range(0, big.width, s)]
-    pixels = torch.from_numpy(np.stack([np.asarray(tile.resize((s, s), BICUBIC)) for tile in tiles]))
-    return ImageTiles(pixels.permute(0, 3, 1, 2).float().div(255).sub(0.5).div(0.5).contiguous(), image.size)
+        best = select_best_resolution(image.size, config.grid_pinpoints)
+        tiles += cut_into_tiles(resize_and_pad(image, best), config.image_size)
+
+    tile_size = (config.image_size, config.image_size)
+    arrays = [np.asarray(tile.resize(tile_size, BICUBIC)) for tile in tiles]
+    pixels = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)  # (T, 3, S, S)
+    # the bytes are put in order first: four times less to move than floats
+    pixels = pixels.contiguous().float()
+    return ImageTiles(pixels.div_(255).sub_(0.5).div_(0.5), image.size)
 
 
-def grid_geometry(size: tuple[int, int], config: GridConfig) -> tuple:
-    """(columns, rows) of tiles; the slices (rows, columns) of their map of patches that are not padding; the final
-    (height, width) of the map, smaller than the slices where anyres_max_K shrinks it."""
-    columns, rows = (x // config.image_size for x in select_best_resolution(size, config.grid_pinpoints))
-    h, w = rows * config.side, columns * config.side
-    # truncated, where resize_and_pad rounds up, and the same margin on both sides: so does the official code
-    if size[0] / size[1] > w / h:
-        top, left = (h - max(int(size[1] * (w / size[0])), 1)) // 2, 0
-    else:
-        top, left = 0, (w - max(int(size[0] * (h / size[1])), 1)) // 2
-    keep = slice(top, h - top), slice(left, w - left)
-    h, w = h - 2 * top, w - 2 * left
-    if "max" in config.aspect:
-        times = math.sqrt(h * w / (int(config.aspect.rpartition("_")[2]) * config.side**2))
-        if times > 1.1:
-            h, w = int(h // times), int(w // times)
-    return (columns, rows), keep, (h, w)
+# ---------------------------------------------------------------- features -> tokens
+def token_budget(config: GridConfig) -> int | None:
+    """K of anyres_max_K: a grid has at most about the tokens of K tiles. None without a limit."""
+    if not config.aspect.startswith("anyres_max_"):
+        return None
+    return int(config.aspect.removeprefix("anyres_max_"))
+
+
+def padding_margins(size: tuple[int, int], height: int, width: int) -> tuple[int, int]:
+    """(top, left): how many rows or columns of patches of a height x width map are padding, on each
+    of its two sides.
+
+    The length of the image is truncated here, where resize_and_pad rounds it up, and the margin is
+    the same on both sides, so a row of padding may remain: so does the official code.
+    """
+    if size[0] / size[1] > width / height:
+        image_height = max(int(size[1] * (width / size[0])), 1)
+        return (height - image_height) // 2, 0
+    image_width = max(int(size[0] * (height / size[1])), 1)
+    return 0, (width - image_width) // 2
+
+
+def grid_geometry(size: tuple[int, int], config: GridConfig) -> GridGeometry:
+    """How the grid of an image of this (width, height) becomes a map of patches."""
+    best = select_best_resolution(size, config.grid_pinpoints)
+    columns = best[0] // config.image_size
+    rows = best[1] // config.image_size
+    height = rows * config.side
+    width = columns * config.side
+
+    top, left = padding_margins(size, height, width)
+    keep = (slice(top, height - top), slice(left, width - left))
+    height -= 2 * top
+    width -= 2 * left
+
+    budget = token_budget(config)
+    if budget is not None:
+        times = math.sqrt(height * width / (budget * config.side**2))
+        if times > 1.1:  # a little more than the budget is left as it is: official
+            height = int(height // times)
+            width = int(width // times)
+    return GridGeometry((columns, rows), keep, (height, width))
 
 
 def count_image_tokens(num_tiles: int, size: tuple[int, int], config: GridConfig) -> int:
+    """How many tokens an image has for the LLM. size: its original (width, height)."""
     if num_tiles == 1 or config.merge == "flat":
         return num_tiles * config.side**2
-    h, w = grid_geometry(size, config)[2]
-    return config.side**2 + h * (w + 1)
+    height, width = grid_geometry(size, config).final
+    return config.side**2 + height * (width + 1)
 
 
-def merge_grids(features: Tensor, size: tuple[int, int], config: GridConfig,
-                newline: Tensor | None = None) -> Tensor:
-    """The tokens of one image: features (T, *, n*n, D) -> (*, tokens, D), the base tile's first.
-    spatial_unpad: the grid becomes one map, without what was padding, shrunk to the budget of anyres_max_K; each row
-    ends with `newline` (*, D), zeros when it is None. size: the original image's (width, height)."""
-    base, tiles, n = features[0], features[1:], config.side
+def assemble_map(tiles: Tensor, geometry: GridGeometry, side: int) -> Tensor:
+    """Features of the grid's tiles (columns * rows, *, n*n, D) -> one map (M, h, w, D), without
+    what was padding, and shrunk to the budget. M is the product of the dimensions *.
+    """
+    columns, rows = geometry.tiles
+    width = tiles.shape[-1]
+    grid = tiles.reshape(rows, columns, -1, side, side, width)
+    grid = grid.permute(2, 0, 3, 1, 4, 5)  # (*, rows, n, columns, n, D)
+    grid = grid.reshape(-1, rows * side, columns * side, width)
+    keep_rows, keep_columns = geometry.keep
+    grid = grid[:, keep_rows, keep_columns]
+    if grid.shape[1:3] != geometry.final:
+        grid = grid.permute(0, 3, 1, 2)  # (*, D, h, w)
+        grid = F.interpolate(grid, size=geometry.final, mode="bilinear")
+        grid = grid.permute(0, 2, 3, 1)  # (*, h, w, D)
+    return grid
+
+
+def merge_grids(
+    features: Tensor, size: tuple[int, int], config: GridConfig, newline: Tensor | None = None
+) -> Tensor:
+    """The tokens of one image: features (T, *, n*n, D) -> (*, L, D), the base tile's first.
+
+    merge flat: all tiles behind one another. merge spatial_unpad: the grid becomes one map, without
+    what was padding, shrunk to the budget of anyres_max_K; each of its rows ends with `newline`
+    (*, D), zeros when it is None. size: the original image's (width, height). Raises ValueError if
+    the number of tiles is not that of the image's grid.
+    """
+    base = features[0]
+    tiles = features[1:]
     if config.merge == "flat" or len(tiles) == 0:
         return features.movedim(0, -3).flatten(-3, -2)
-    (columns, rows), keep, (h, w) = grid_geometry(size, config)
+    geometry = grid_geometry(size, config)
+    columns, rows = geometry.tiles
     if len(tiles) != columns * rows:
-        raise ValueError(f"{len(tiles)} tiles, but an image of {size[0]} x {size[1]} has a grid of {columns} x {rows}")
-    *shape, _, width = base.shape
-    grid = tiles.reshape(rows, columns, -1, n, n, width).permute(2, 0, 3, 1, 4, 5)
-    grid = grid.reshape(-1, rows * n, columns * n, width)[:, keep[0], keep[1]]  # (M, h, w, D)
-    if grid.shape[1:3] != (h, w):
-        grid = F.interpolate(grid.permute(0, 3, 1, 2), size=(h, w), mode="bilinear").permute(0, 2, 3, 1)
-    newline = grid.new_zeros(1, width) if newline is None else newline.to(grid.dtype).reshape(-1, width)
-    grid = torch.cat([grid, newline[:, None, None].expand(len(grid), h, 1, width)], dim=2)
-    return torch.cat([base, grid.reshape(*shape, -1, width)], dim=-2)
+        raise ValueError(
+            f"{len(tiles)} tiles, but an image of {size[0]} x {size[1]} has a grid of {columns} x "
+            f"{rows}"
+        )
+
+    grid = assemble_map(tiles, geometry, config.side)  # (M, h, w, D), M = the product of *
+    width = base.shape[-1]
+    if newline is None:
+        newline = grid.new_zeros(1, width)
+    newline = newline.to(grid.dtype).reshape(-1, width)  # (M or 1, D)
+    ends = newline[:, None, None].expand(len(grid), grid.shape[1], 1, width)
+    grid = torch.cat([grid, ends], dim=2)  # (M, h, w + 1, D)
+    grid = grid.reshape(*base.shape[:-2], -1, width)  # (*, h * (w + 1), D)
+    return torch.cat([base, grid], dim=-2)

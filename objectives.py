@@ -1,10 +1,15 @@
-"""The objectives of ManagerTower: MLM, ITM, ITC with hard negatives, and those of the downstream tasks.
+"""The objectives of ManagerTower: MLM, ITM, ITC with hard negatives, and those of the downstream
+tasks.
 
-ACL 2023, section 4 and appendix A. Each objective is a `Task` of the loop: it returns the sum of each loss over this
-process' rows, and says how many terms that sum has; the loop makes means over the global batch of it.
+ACL 2023, section 4 and appendix A. Each objective is a `Task` of the loop: it returns the sum of
+each loss over this process' rows, and says how many terms that sum has; the loop makes means over
+the global batch of it.
 
-B rows of this process, W processes, A rows of all processes in this micro-step, C width of the ITC vectors.
+B rows of this process, W processes, A rows of all processes in this micro-step, C width of the ITC
+vectors.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,15 +22,19 @@ from world import gather, ranks
 
 # ---------------------------------------------------------------- ITC, and ITM with hard negatives
 def contrastive_logits(
-    model: ManagerTower, text_experts: Tensor, image_experts: Tensor, shares: list[int] | None = None
+    model: ManagerTower,
+    text_experts: Tensor,
+    image_experts: Tensor,
+    shares: list[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """ITC logits, text -> image and image -> text, both (A, A), over this micro-step of all processes.
+    """ITC logits, text -> image and image -> text, both (A, A), over this micro-step of all
+    processes.
 
-    shares: the rows of every process; None: there is only this one. The temperature is a divisor, clamped in place as
-    in the official code.
+    shares: the rows of every process; None: there is only this one. The temperature is a divisor,
+    clamped in place as in the official code.
     """
     shares = shares or [len(text_experts)]
-    head = model.heads["itc"]
+    head: Any = model.heads["itc"]
     with torch.no_grad():
         head.temperature.clamp_(0.001, 0.5)
     text, image = model.contrast(text_experts, image_experts)
@@ -34,21 +43,27 @@ def contrastive_logits(
 
 
 def itc_loss(logits: Tensor, logits_t: Tensor, same: Tensor, rows: slice) -> Tensor:
-    """Sum over this process' rows of the mean of both directions' cross-entropy; same (A, A): pairs that match."""
+    """Sum over this process' rows of the mean of both directions' cross-entropy; same (A, A): pairs
+    that match.
+    """
     targets = same / same.sum(1, keepdim=True)
     losses = [F.cross_entropy(x[rows], targets[rows], reduction="sum") for x in (logits, logits_t)]
-    return sum(losses) / 2
+    return (losses[0] + losses[1]) / 2
 
 
 def negative_weights(logits: Tensor, same: Tensor) -> Tensor:
-    """softmax(logits) without the matching pairs; a row with no weight left draws uniformly, its own pair too."""
+    """softmax(logits) without the matching pairs; a row with no weight left draws uniformly, its
+    own pair too.
+    """
     weights = torch.softmax(logits.detach(), dim=1).masked_fill(same.bool(), 0)
     has_none = weights.sum(1, keepdim=True) == 0
     return weights + 1e-5 * has_none  # official: + 1e-5 when multinomial raises
 
 
 def draw_negatives(weights: Tensor, generator: torch.Generator | None) -> Tensor:
-    """A column for each row, texts then images (2A). All processes draw the same, and take their own rows."""
+    """A column for each row, texts then images (2A). All processes draw the same, and take their
+    own rows.
+    """
     return torch.multinomial(weights, 1, generator=generator).squeeze(1)
 
 
@@ -63,7 +78,9 @@ def hard_negative_itm(
     generator: torch.Generator | None = None,
     shares: list[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """ITM on (t, i), (t, hard i), (hard t, i), with negatives from all processes: logits (3B, 2), labels (3B)."""
+    """ITM on (t, i), (t, hard i), (hard t, i), with negatives from all processes: logits (3B, 2),
+    labels (3B).
+    """
     shares = shares or [len(mask)]
     weights = torch.cat([negative_weights(x, same) for x in logits])
     image_of_text, text_of_image = draw_negatives(weights, generator).chunk(2)
@@ -87,10 +104,11 @@ def contrastive_losses(
     shares: list[int],
     image_index: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """Sums of ITC and of ITM with hard negatives, over this process' rows of one micro-step of all processes.
+    """Sums of ITC and of ITM with hard negatives, over this process' rows of one micro-step of all
+    processes.
 
-    text_experts, image_experts (B, N, L, D_modality). Captions with equal image_index (B,) match each other's picture;
-    None: every caption has a picture of its own.
+    text_experts, image_experts (B, N, L, D_modality). Captions with equal image_index (B,) match
+    each other's picture; None: every caption has a picture of its own.
     """
     logits = contrastive_logits(model, text_experts, image_experts, shares)
     if image_index is None:
@@ -112,9 +130,13 @@ def contrastive_losses(
 
 # ---------------------------------------------------------------- pre-training
 class Pretraining(Task):
-    """MLM + ITM, each with its own pass as in the official code, or with one shared image pass; and ITC."""
+    """MLM + ITM, each with its own pass as in the official code, or with one shared image pass; and
+    ITC.
+    """
 
-    def __init__(self, model: ManagerTower, objectives: tuple[str, ...], share_images: bool = False):
+    def __init__(
+        self, model: ManagerTower, objectives: tuple[str, ...], share_images: bool = False
+    ):
         super().__init__(model)
         self.objectives = objectives
         self.share_images = share_images
@@ -132,7 +154,7 @@ class Pretraining(Task):
     def forward(self, batch: dict) -> dict[str, Tensor]:
         model = self.model
         mask = batch["attention_mask"]
-        image_experts = None
+        image_experts: Any = None
         if self.share_images or "mlm" in self.objectives or "itc" in self.objectives:
             image_experts = model.encode_image(batch["pixels"])
         sums = {}
@@ -156,11 +178,15 @@ class Pretraining(Task):
         is_masked = batch["mlm_labels"] != -100
         text_experts = self.model.encode_text(batch["mlm_ids"], mask)
         text = self.model.fuse(text_experts, image_experts, mask).text
-        logits = self.model.heads["mlm"](text[is_masked])  # the vocabulary is wide: only the masked tokens
+        logits = self.model.heads["mlm"](
+            text[is_masked]
+        )  # the vocabulary is wide: only the masked tokens
         return F.cross_entropy(logits, batch["mlm_labels"][is_masked], reduction="sum")
 
-    def itm_images(self, batch: dict, image_experts: Tensor | None) -> Tensor:
-        """Experts of the pictures that ITM sees: a second pass; or, shared, false pairs take their partner's."""
+    def itm_images(self, batch: dict, image_experts: Any) -> Tensor:
+        """Experts of the pictures that ITM sees: a second pass; or, shared, false pairs take their
+        partner's.
+        """
         if not self.share_images:
             return self.model.encode_image(batch["itm_pixels"])
         own = torch.arange(len(image_experts), device=image_experts.device)
@@ -172,7 +198,8 @@ class Pretraining(Task):
 def class_logits(model: ManagerTower, head: str, batch: dict) -> Tensor:
     """Logits (B, classes) of a collated batch on the model's device.
 
-    A batch of pairs of pictures has "pixels" and "pixels_1": the head reads the pooled features of both.
+    A batch of pairs of pictures has "pixels" and "pixels_1": the head reads the pooled features of
+    both.
     """
     mask = batch["attention_mask"]
     text_experts = model.encode_text(batch["input_ids"], mask)
@@ -184,7 +211,8 @@ def class_logits(model: ManagerTower, head: str, batch: dict) -> Tensor:
 
 
 class Classification(Task):
-    """Soft targets: binary cross-entropy summed over the answers (VQA); one label: cross-entropy."""
+    """Soft targets: binary cross-entropy summed over the answers (VQA); one label: cross-entropy.
+    """
 
     def __init__(self, model: ManagerTower, head: str):
         super().__init__(model)
@@ -203,7 +231,9 @@ class Classification(Task):
 
 
 class Retrieval(Task):
-    """ITC, and ITM with hard negatives from all processes; other captions of a picture are no negatives."""
+    """ITC, and ITM with hard negatives from all processes; other captions of a picture are no
+    negatives.
+    """
 
     def counts(self, batch: dict) -> dict[str, int]:
         pairs = len(batch["input_ids"])
@@ -214,13 +244,21 @@ class Retrieval(Task):
         text_experts = self.model.encode_text(batch["input_ids"], mask)
         image_experts = self.model.encode_image(batch["pixels"])
         return contrastive_losses(
-            self.model, text_experts, image_experts, mask, self.negatives, self.shares, batch["image_index"]
+            self.model,
+            text_experts,
+            image_experts,
+            mask,
+            self.negatives,
+            self.shares,
+            batch["image_index"],
         )
 
 
-def rank_loss(model: ManagerTower, pixels: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """The older retrieval objective: cross-entropy of the head "retrieval" over the true caption, the first, and false
-    ones. pixels (B, 3, S, S); input_ids and attention_mask (B, F, L)."""
+def rank_loss(
+    model: ManagerTower, pixels: Tensor, input_ids: Tensor, attention_mask: Tensor
+) -> Tensor:
+    """The older retrieval objective: cross-entropy of the head "retrieval" over the true caption,
+    the first, and false ones. pixels (B, 3, S, S); input_ids and attention_mask (B, F, L)."""
     num_captions = input_ids.shape[1]
     ids = input_ids.flatten(0, 1)  # (B * F, L)
     mask = attention_mask.flatten(0, 1)

@@ -1,437 +1,1219 @@
-"""prepare.py"""
-from PIL import Image
-from collections import Counter
-from collections.abc import Callable
-from collections.abc import Iterable
-from collections.abc import Iterator
-from pathlib import Path
-from tqdm import tqdm
-from typing import NamedTuple
-import argparse
+"""What was downloaded -> what the other scripts read: manifests of datasets, and official weights.
+
+    python prepare.py NAME --root RAW --out DIR     DIR/<name>_<split>.jsonl (vqav2: answers.json)
+    python prepare.py weights --source X --out F    a checkpoint folder, or an encoder's weights
+
+A manifest is JSON Lines, one picture (or pair of pictures) a line; the pictures stay where they
+are. The rules are those of ACL 2023, section 4 and appendix A, and of the official code
+(src/utils/write_*.py of ManagerTower); each builder below says its own. The number of pictures and
+texts is printed beside the published one.
+
+A raw file that breaks its published layout ends in one sentence with file, entry and key. What a
+download may lack (pictures, mostly) is left out, counted and said.
+"""
+
 import hashlib
 import html
 import io
-import json
 import math
 import os
 import re
 import struct
-import sys
 import tarfile
-from data import load_answers
-from files import write_atomically, write_json
+import typing
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import NoneType
+from typing import Any, NamedTuple
+
+from PIL import Image
+from tqdm import tqdm
+
+from fields import FlagError, option, parse_flags
+from files import read_json, read_json_lines, write_atomically, write_json, write_json_lines
 from images import load_image
 from metrics import answer_score, normalize_answer
+from tasks import load_answers
 from weights import convert_weights
+from world import one_sentence
+
+Splits = dict[str, list[dict[str, Any]]]  # split -> the rows of its manifest
 
 
-FOLDERS = ("annotations", "images", "data", "utils", "karpathy", "coco_splits", "coco", "flickr30k", "nlvr2/data")
+# ---------------------------------------------------------------- raw records
+KIND_NAMES = {
+    str: "a text",
+    int: "a whole number",
+    bool: "true or false",
+    list: "a list",
+    NoneType: "null",
+}
 
 
-class Dataset(NamedTuple):
-    build: Callable  # Raw -> {split: rows}
-    files: dict[str, str]  # name -> where to get it
-    images: str  # where to get them
-    published: dict[str, str] = {}  # split -> the counts of the papers or of the authors
-    root: Path | None = None  # RAW, where it has a fixed place
+def kinds_of(declared: Any) -> tuple[type, ...]:
+    """`str | int` -> (str, int); `str` -> (str,)."""
+    return typing.get_args(declared) or (declared,)
 
 
-def fields(path: Path, items, *keys: str) -> Iterator[tuple]:
-    """The values of `keys` of each item of a file's list, with a progress bar; a key with a ? may be absent (None)."""
-    if not isinstance(items, list):
-        raise ValueError(f"{path}: expected a list of entries, found {type(items).__name__}")
-    for number, item in enumerate(tqdm(items, desc=path.name, unit_scale=True, leave=False, disable=len(items) < 1000)):
-        absent = [k for k in keys if not k.endswith("?") and (not isinstance(item, dict) or k not in item)]
-        if absent:
-            raise ValueError(f"{path}, entry {number} has no field {absent[0]!r}: {str(item)[:100]}")
-        yield tuple(item.get(k.rstrip("?")) for k in keys)
+def is_of_kind(value: Any, declared: Any) -> bool:
+    """Whether a value of a raw file has its declared type. A bool is no number."""
+    if isinstance(value, bool):
+        return bool in kinds_of(declared)
+    return isinstance(value, declared)
+
+
+def wrong_kind(place: str, value: Any, declared: Any) -> ValueError:
+    """The error for a value of another type; place: the file, the entry and the key."""
+    wanted = " or ".join(KIND_NAMES[kind] for kind in kinds_of(declared))
+    return ValueError(f"{place} is {value!r:.80}; it must be {wanted}")
+
+
+def need(place: str, record: Any, key: str, declared: Any) -> Any:
+    """The value of a key of a raw record. Raises ValueError, with place and key, for another type.
+
+    declared: str, int, list ... or several (`str | int`). A key that may be null may be absent too.
+    """
+    if not isinstance(record, dict):
+        raise ValueError(f"{place} has no field {key!r}: {record!r:.100}")
+    value = record.get(key)
+    if is_of_kind(value, declared):
+        if isinstance(value, str) and not value.isascii():
+            require_characters(f"{place}: {key}", value)
+        return value
+    if key not in record:
+        raise ValueError(f"{place} has no field {key!r}: {record!r:.100}")
+    raise wrong_kind(f"{place}: {key}", value, declared)
+
+
+def require_characters(place: str, text: str) -> None:
+    """Raises ValueError for half a character ("\\ud83d" alone), which no UTF-8 file can hold."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{place} is {text!r:.80}; it has half a character") from None
+
+
+def entries_with(
+    place: str, records: Iterable, kinds: dict[str, Any]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(place, record) of each record of a list, once the types of its keys are tested.
+
+    kinds: key -> type, as `need` takes them.
+    place: where the list stands; the place of a record is "{place}, entry {number from 0}".
+    """
+    for number, record in enumerate(records):
+        record_place = f"{place}, entry {number}"
+        for key, declared in kinds.items():
+            need(record_place, record, key, declared)
+        yield record_place, record
+
+
+def read_raw_text(path: Path) -> str:
+    """A UTF-8 file without its byte order mark. Raises ValueError with its name."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8: {error}") from None
+
+
+def dedupe(texts: Iterable[str]) -> list[str]:
+    """Distinct texts in order, white space made single, empty ones dropped.
+
+    The official list(set(...)) has another order in every process.
+    """
+    distinct = {}
+    for text in texts:
+        clean = " ".join(text.split())
+        if clean:
+            distinct[clean] = True
+    return list(distinct)
+
+
+# ---------------------------------------------------------------- the downloads of one dataset
+# the usual places of raw files below --root
+FOLDERS = (
+    "annotations",
+    "images",
+    "data",
+    "utils",
+    "karpathy",
+    "coco_splits",
+    "coco",
+    "flickr30k",
+    "nlvr2/data",
+)
 
 
 class Raw:
-    """The downloads of one dataset below `root`: finds files and images, and notes what is missing or left out."""
+    """The downloads of one dataset below `root`: finds files and pictures, notes what is left out.
+
+    out: the folder of the manifests, to which the paths of pictures are relative. Raises ValueError
+    with the names of all raw files that are missing, and where to get them.
+    """
 
     def __init__(self, name: str, root: Path, out: Path):
-        self.name, self.spec, self.root, self.out = name, DATASETS[name], root, Path(os.path.realpath(out))
-        self.bases = [base for folder in ("", name, *FOLDERS) if (base := root / folder).is_dir()]  # usual sub-folders
-        self.folders: dict[str, dict[str, str]] = {}  # listings of image folders
-        self.missing: dict[str, None] = {}  # images, in the order of their first use
-        self.found, self.left_out = 0, Counter()
-        absent = [f"  {file}   from {source}" for file, source in self.spec.files.items() if not self.find(file)]
-        if not self.bases or absent:
-            looked = ", ".join(map(str, self.bases)) or f"{root}: no such folder; {self.spec.images}"
-            raise ValueError("\n".join([f"files of {name} are missing (looked in {looked})", *absent]))
+        self.name = name
+        self.spec = DATASETS[name]
+        self.root = root
+        self.out = Path(os.path.realpath(out))
+        self.bases: list[Path] = []  # the folders to look in, in this order
+        for folder in ("", name, *FOLDERS):
+            if (root / folder).is_dir():
+                self.bases.append(root / folder)
+        self.paths = self.find_files()
+        self.listings: dict[str, dict[str, str]] = {}  # folder -> {name of a picture: its path}
+        self.found = 0  # pictures
+        self.missing: dict[str, None] = {}  # pictures, in the order of their first use
+        self.left_out: Counter[str] = Counter()
 
-    def find(self, file: str) -> Path | None:
-        return next((path for base in self.bases if (path := base / file).is_file()), None)
+    def find_files(self) -> dict[str, Path]:
+        """The path of each raw file."""
+        paths = {}
+        absent = []
+        for file, origin in self.spec.files.items():
+            candidates = [base / file for base in self.bases if (base / file).is_file()]
+            if candidates:
+                paths[file] = candidates[0]
+            else:
+                absent.append(f"  {file}   from {origin}")
+        if self.bases and not absent:
+            return paths
+        looked_in = ", ".join(str(base) for base in self.bases)
+        if not self.bases:
+            looked_in = f"{self.root}: no such folder; {self.spec.images}"
+        sentence = f"files of {self.name} are missing (looked in {looked_in})"
+        raise ValueError("\n".join([sentence, *absent]))
 
-    def entries(self, file: str, *keys: str, under: str | None = None, lines: bool = False) -> Iterator[tuple]:
-        """`fields` of a JSON list, of the list `under` a key, or of JSON Lines."""
-        items = read_raw_json(self.find(file), lines)
-        yield from fields(self.find(file), items.get(under) if under and isinstance(items, dict) else items, *keys)
+    def entries(
+        self, file: str, kinds: dict[str, Any], under: str = "", lines: bool = False
+    ) -> Iterator[tuple[str, dict[str, Any]]]:
+        """`entries_with` of a raw file: a JSON list, the list `under` a key, or JSON Lines.
+
+        An empty list is an error: it is what a broken download leaves.
+        """
+        path = self.paths[file]
+        records = read_json_lines(path) if lines else read_json(path)
+        wanted = "a list of entries"
+        if under:
+            wanted += f" under {under!r}"
+            records = records.get(under) if isinstance(records, dict) else None
+        if not isinstance(records, list):
+            raise ValueError(f"{path}: expected {wanted}, found {type(records).__name__}")
+        if not records:
+            raise ValueError(f"{path}: expected {wanted}, found none; download it again")
+        is_short = len(records) < 1000
+        bar = tqdm(records, desc=path.name, unit_scale=True, leave=False, disable=is_short)
+        yield from entries_with(str(path), bar, kinds)
+
+    def list_folder(self, folder: str) -> dict[str, str]:
+        """{name: path} of what a folder holds: one listing instead of a system call a picture."""
+        listing = {}
+        for base in reversed(self.bases):  # the first base wins
+            if (base / folder).is_dir():
+                for entry in os.scandir(os.path.realpath(base / folder)):
+                    listing[entry.name] = entry.path
+        return listing
 
     def image(self, *candidates: str) -> str | None:
-        """The first of these images that exists, relative to the manifest; None if none does, which is noted."""
+        """The first of these pictures that exists, relative to the manifest; or None, and noted."""
         for candidate in candidates:
             folder, _, file = candidate.rpartition("/")
-            if folder not in self.folders:  # one listing instead of a system call an image
-                places = [os.path.realpath(base / folder) for base in reversed(self.bases) if (base / folder).is_dir()]
-                self.folders[folder] = {entry.name: entry.path for place in places for entry in os.scandir(place)}
-            if path := self.folders[folder].get(file):
+            if folder not in self.listings:
+                self.listings[folder] = self.list_folder(folder)
+            path = self.listings[folder].get(file)
+            if path:
                 self.found += 1
                 return os.path.relpath(path, self.out)
         self.missing[candidates[0]] = None
         return None
 
-    def captions(self, image_id, captions: Iterable[str], *candidates: str) -> list[dict]:
-        """One row, or none where the image or every caption is missing."""
-        captions, image = dedupe(captions), self.image(*candidates)
-        self.left_out["images without a caption"] += not captions
-        return [{"image": image, "captions": captions, "image_id": image_id}] if captions and image else []
+    def captioned(self, image_id: int | str, texts: Iterable[str], *candidates: str) -> list[dict]:
+        """The row of a captioned picture, in a list: it is empty if picture or captions lack."""
+        captions = dedupe(texts)
+        image = self.image(*candidates)
+        if not captions:
+            self.left_out["images without a caption"] += 1
+            return []
+        if not image:
+            return []
+        return [{"image": image, "captions": captions, "image_id": image_id}]
 
 
-def dedupe(texts: Iterable[str]) -> list[str]:
-    """Distinct non-empty texts in order (the official list(set(...)) changes its order with every process)."""
-    return list(dict.fromkeys(text for t in texts if (text := " ".join(t.split()))))
+def count_row(row: dict) -> tuple[list[str], int]:
+    """The pictures of a row, and its number of texts."""
+    pictures = row["images"] if "images" in row else [row["image"]]
+    texts = row.get("captions") or row.get("questions") or [""]
+    return pictures, len(texts)
+
+
+def describe_split(rows: list[dict], published: str) -> str:
+    """How much a manifest holds, beside what was published."""
+    pictures: set[str] = set()
+    num_texts = 0
+    for row in rows:
+        row_pictures, row_texts = count_row(row)
+        pictures.update(row_pictures)
+        num_texts += row_texts
+    return f"{len(pictures):,} images, {num_texts:,} texts (published: {published})"
 
 
 def prepare_dataset(name: str, root: Path, out: Path) -> None:
-    """Write the manifests of one dataset and print its counts beside the published ones."""
+    """Write the manifests of one dataset into `out`; print what they hold. Raises ValueError."""
     raw = Raw(name, root, out)
+    out.mkdir(parents=True, exist_ok=True)
     splits = raw.spec.build(raw)
+    missing = list(raw.missing)
     if not raw.found:
-        raise ValueError(f"no image of {name} is in {root}, e.g. {[*raw.missing][:1]}; get them: {raw.spec.images}")
+        example = f", e.g. {missing[0]}" if missing else ""
+        raise ValueError(f"no image of {name} is in {root}{example}; get them: {raw.spec.images}")
     for split, rows in splits.items():
-        images = len({image for row in rows for image in row.get("images", [row.get("image")])})
-        texts = sum(len(row.get("captions", row.get("questions", [""]))) for row in rows)
-        print(f"{name}_{split}: {images:,} images, {texts:,} texts (published: {raw.spec.published.get(split, '-')})")
+        published = raw.spec.published.get(split, "-")
+        print(f"{name}_{split}: {describe_split(rows, published)}")
         if rows:  # an empty manifest is not written
-            write_json(out / f"{name}_{split}.jsonl", rows, lines=True)
-    for what, number in (+raw.left_out).items():
+            write_json_lines(out / f"{name}_{split}.jsonl", rows)
+    for what, number in raw.left_out.items():
         print(f"left out: {number:,} {what}")
-    if raw.missing:
-        print(f"left out: {len(raw.missing):,} missing images: {', '.join([*raw.missing][:3])} ... ({raw.spec.images})")
+    if missing:
+        examples = ", ".join(missing[:3])
+        print(f"left out: {len(missing):,} missing images: {examples} ... ({raw.spec.images})")
 
 
-def build_vqav2(raw: Raw) -> dict:
-    """Vocabulary: normalised multiple_choice_answer of train, then val, with count >= 9, ids by first occurrence."""
-    annotations, counts = {}, Counter()
-    keys = ("question_id", "multiple_choice_answer", "answers", "question_type?", "answer_type?")
+# ---------------------------------------------------------------- VQAv2
+ANNOTATION_KINDS = {
+    "question_id": int,
+    "multiple_choice_answer": str,
+    "answers": list,
+    "question_type": str | None,
+    "answer_type": str | None,
+}
+QUESTION_KINDS = {"image_id": int, "question_id": int, "question": str}
+TYPES = ("question_type", "answer_type")
+
+
+class Annotation(NamedTuple):
+    """What the ten annotators said about one question."""
+
+    counts: Counter  # normalised answer -> how many gave it
+    types: dict[str, str]  # question_type and answer_type, where the file has them
+
+
+def read_annotations(raw: Raw) -> tuple[dict[int, Annotation], Counter]:
+    """({question id: annotation}, of how many questions each answer is the most frequent one)."""
+    annotations = {}
+    majority: Counter[str] = Counter()
     for file in ("v2_mscoco_train2014_annotations.json", "v2_mscoco_val2014_annotations.json"):
-        for question_id, answer, answers, *types in raw.entries(file, *keys, under="annotations"):
-            counts[normalize_answer(answer)] += 1
-            given = Counter(normalize_answer(a) for a, in fields(raw.find(file), answers, "answer"))
-            annotations[question_id] = given, *types
-    vocabulary = [answer for answer, count in counts.items() if count >= 9]
+        for place, entry in raw.entries(file, ANNOTATION_KINDS, under="annotations"):
+            majority[normalize_answer(entry["multiple_choice_answer"])] += 1
+            counts: Counter[str] = Counter()
+            for _, answer in entries_with(f"{place}, answers", entry["answers"], {"answer": str}):
+                counts[normalize_answer(answer["answer"])] += 1
+            types = {key: entry[key] for key in TYPES if entry.get(key) is not None}
+            annotations[entry["question_id"]] = Annotation(counts, types)
+    return annotations, majority
+
+
+def build_vqav2(raw: Raw) -> Splits:
+    """VQAv2, as the ViLT family and the paper prepare it.
+
+    Vocabulary: the normalised multiple_choice_answer of train, then val, with count >= 9, in the
+    order of first occurrence. A score is the mean over left-out annotators (`answer_score`).
+    """
+    annotations, majority = read_annotations(raw)
+    vocabulary = [answer for answer, count in majority.items() if count >= 9]
     if not vocabulary:
-        raise ValueError("no answer stands 9 times: use whole annotation files (the images may be a subset)")
-    splits = {split: vqa_rows(raw, f"{split}2014", annotations, set(vocabulary)) for split in ("train", "val")}
-    # to choose a checkpoint when training on nearly everything; a subset keeps the share of the published 1,000 images
-    rest = len(splits["val"]) - min(1000, math.ceil(len(splits["val"]) / 40))
-    splits |= {"trainable_val": splits["val"][:rest], "rest_val": splits["val"][rest:]}
-    splits |= {"test": vqa_rows(raw, "test2015"), "test-dev": vqa_rows(raw, "test-dev2015")}
+        raise ValueError(
+            "no answer stands 9 times: use whole annotation files (the images may be a subset)"
+        )
+    train = annotated_questions(raw, "train2014", annotations, set(vocabulary))
+    val = annotated_questions(raw, "val2014", annotations, set(vocabulary))
+
+    # rest_val is to choose a checkpoint by when training on nearly everything. It has the last
+    # 1,000 pictures; in a subset of the data, their share.
+    num_rest = min(1000, math.ceil(len(val) / 40))
+    start_of_rest = len(val) - num_rest
+    splits = {
+        "train": train,
+        "val": val,
+        "trainable_val": val[:start_of_rest],
+        "rest_val": val[start_of_rest:],
+        "test": unanswered_questions(raw, "test2015"),
+        "test-dev": unanswered_questions(raw, "test-dev2015"),
+    }
     write_json(raw.out / "answers.json", vocabulary)
     print(f"answers.json: {len(vocabulary):,} answers (published: 3,129)")
     return splits
 
 
-def vqa_rows(raw: Raw, split: str, annotations: dict | None = None, vocabulary: set[str] = frozenset()) -> list[dict]:
-    """One row an image, in the order of the file. Questions without an answer of the vocabulary are left out."""
-    file, rows, folder = f"v2_OpenEnded_mscoco_{split}_questions.json", {}, split.replace("test-dev", "test")
-    for image_id, question_id, text in raw.entries(file, "image_id", "question_id", "question", under="questions"):
-        question = {"id": question_id, "question": text}
-        if annotations is not None:
-            if question_id not in annotations:
-                raise ValueError(f"{raw.find(file)}: question {question_id} is not in the annotations of {split}")
-            given, *types = annotations[question_id]
-            question["answers"] = {a: answer_score(n) for a, n in given.items() if a in vocabulary}
-            question |= {k: v for k, v in zip(("question_type", "answer_type"), types) if v is not None}
-        if question.get("answers") == {}:
+def questions_file(split: str) -> str:
+    return f"v2_OpenEnded_mscoco_{split}_questions.json"
+
+
+def annotated_questions(
+    raw: Raw, split: str, annotations: dict[int, Annotation], vocabulary: set[str]
+) -> list[dict]:
+    """The rows of train2014 or val2014. Questions with no answer of the vocabulary are left out."""
+    by_image: dict[int, list[dict]] = {}
+    for place, entry in raw.entries(questions_file(split), QUESTION_KINDS, under="questions"):
+        question_id = entry["question_id"]
+        if question_id not in annotations:
+            raise ValueError(
+                f"{place}: question {question_id} is not in the annotations of {split}"
+            )
+        annotation = annotations[question_id]
+        answers = {}
+        for answer, count in annotation.counts.items():
+            if answer in vocabulary:
+                answers[answer] = answer_score(count)
+        if not answers:
             raw.left_out[f"questions of {split} without an answer of the vocabulary"] += 1
-        else:
-            rows.setdefault(image_id, []).append(question)
-    return [{"image": image, "image_id": image_id, "questions": questions} for image_id, questions in rows.items()
-            if (image := raw.image(f"{folder}/COCO_{folder}_{image_id:012d}.jpg"))]
+            continue
+        question = {"id": question_id, "question": entry["question"], "answers": answers}
+        question.update(annotation.types)
+        by_image.setdefault(entry["image_id"], []).append(question)
+    return vqa_rows(raw, split, by_image)
 
 
-def build_vgqa(raw: Raw) -> dict:
-    """Questions with one distinct answer of the VQAv2 vocabulary (made before, in --out). coco_*: the images in COCO.
+def unanswered_questions(raw: Raw, split: str) -> list[dict]:
+    """The rows of test2015 or test-dev2015, whose answers are not published."""
+    by_image: dict[int, list[dict]] = {}
+    for _, entry in raw.entries(questions_file(split), QUESTION_KINDS, under="questions"):
+        question = {"id": entry["question_id"], "question": entry["question"]}
+        by_image.setdefault(entry["image_id"], []).append(question)
+    return vqa_rows(raw, "test2015", by_image)  # test-dev is a part of test's pictures
 
-    Karpathy's val and test images are never in train. Of the images outside COCO one in ten goes to val, by a hash.
+
+def vqa_rows(raw: Raw, folder: str, by_image: dict[int, list[dict]]) -> list[dict]:
+    """A row for each picture of COCO that is there, in the order of the questions' file."""
+    rows = []
+    for image_id, questions in by_image.items():
+        image = raw.image(f"{folder}/COCO_{folder}_{image_id:012d}.jpg")
+        if image:
+            rows.append({"image": image, "image_id": image_id, "questions": questions})
+    return rows
+
+
+# ---------------------------------------------------------------- questions of Visual Genome
+def read_vocabulary(folder: Path) -> list[str]:
+    """answers.json of a folder, or what its VQAv2 .arrow files hold. Raises ValueError."""
+    answers = load_answers(folder)
+    for number, answer in enumerate(answers):
+        if not is_of_kind(answer, str):
+            raise wrong_kind(f"{folder}/answers.json, entry {number}", answer, str)
+    if not answers:
+        raise ValueError(f"{folder}/answers.json is empty; it must be the answers of a vocabulary")
+    return answers
+
+
+def read_karpathy_images(path: Path) -> set[int]:
+    """COCO's ids of listed pictures. A line: val2014/COCO_val2014_000000391895.jpg 391895."""
+    ids = set()
+    for number, line in enumerate(read_raw_text(path).split("\n"), 1):
+        if not line.strip():
+            continue
+        name = re.search(r"(\d+)\.jpg", line)
+        if name is None:
+            raise ValueError(
+                f"{path}, line {number}: expected a picture like COCO_val2014_000000391895.jpg, "
+                f"found {line[:80]!r}"
+            )
+        ids.add(int(name[1]))
+    if not ids:
+        raise ValueError(f"{path} is empty: without it COCO's test pictures would be trained on")
+    return ids
+
+
+def unambiguous_questions(
+    raw: Raw, place: str, pairs: list, vocabulary: set[str]
+) -> list[dict[str, Any]]:
+    """The questions of one picture with one distinct answer of the vocabulary, whose score is 1."""
+    kinds = {"qa_id": int, "question": str, "answer": str}
+    answers_of: dict[str, dict[str, int]] = {}  # question -> {answer: id of its first question}
+    for _, pair in entries_with(f"{place}, qas", pairs, kinds):
+        answer = normalize_answer(pair["answer"])
+        if answer in vocabulary:
+            question = " ".join(pair["question"].split())
+            answers_of.setdefault(question, {}).setdefault(answer, pair["qa_id"])
+    questions = []
+    for question, ids in answers_of.items():
+        if len(ids) > 1:
+            raw.left_out["questions with several answers"] += 1
+            continue
+        answer, question_id = next(iter(ids.items()))
+        questions.append({"id": question_id, "question": question, "answers": {answer: 1.0}})
+    return questions
+
+
+def build_vgqa(raw: Raw) -> Splits:
+    """Visual Genome's questions whose one answer is in VQAv2's vocabulary, made before in --out.
+
+    coco_train and coco_val: the pictures that are in COCO too. Karpathy's val and test pictures are
+    never in train. Of the pictures outside COCO one in ten goes to val, by a hash.
     """
-    vocabulary, kept, file = set(load_answers(raw.out)), {}, "question_answers.json"
-    lines = "\n".join(raw.find(f"karpathy_{split}_images.txt").read_text() for split in ("val", "test")).split("\n")
-    held_out = {int(re.findall(r"\d+", line.split(".jpg")[0])[-1]) for line in lines if line.strip()}
-    coco = dict(raw.entries("image_data.json", "image_id", "coco_id?"))
-    for image_id, pairs in raw.entries(file, "id", "qas"):
-        questions = {}  # text -> {answer: id of its first question}
-        for question_id, text, answer in fields(raw.find(file), pairs, "qa_id", "question", "answer"):
-            if (answer := normalize_answer(answer)) in vocabulary:
-                questions.setdefault(" ".join(text.split()), {}).setdefault(answer, question_id)
-        raw.left_out["questions with several answers"] += sum(len(found) > 1 for found in questions.values())
-        kept[image_id] = [{"id": i, "question": text, "answers": {answer: 1.0}} for text, found in questions.items()
-                          if len(found) == 1 for answer, i in found.items()]
-    splits = {name: [] for name in ("coco_train", "coco_val", "train", "val")}
-    for image_id, questions in kept.items():
-        image = raw.image(f"VG_100K/{image_id}.jpg", f"VG_100K_2/{image_id}.jpg") if questions else None
-        coco_id = coco.get(image_id)
-        split = "val" if (coco_id in held_out if coco_id else bucket(str(image_id)) < 10) else "train"
-        for name in (split, f"coco_{split}")[: 1 + bool(coco_id)] if image else ():
-            splits[name].append({"image": image, "image_id": image_id, "questions": questions})
+    vocabulary = set(read_vocabulary(raw.out))
+    held_out = set()
+    for file in ("karpathy_val_images.txt", "karpathy_test_images.txt"):
+        held_out.update(read_karpathy_images(raw.paths[file]))
+    coco_ids = {}
+    for _, entry in raw.entries("image_data.json", {"image_id": int, "coco_id": int | None}):
+        coco_ids[entry["image_id"]] = entry.get("coco_id")
+    questions_of = {}
+    for place, entry in raw.entries("question_answers.json", {"id": int, "qas": list}):
+        questions_of[entry["id"]] = unambiguous_questions(raw, place, entry["qas"], vocabulary)
+
+    splits: Splits = {"coco_train": [], "coco_val": [], "train": [], "val": []}
+    for image_id, questions in questions_of.items():
+        if not questions:
+            continue
+        image = raw.image(f"VG_100K/{image_id}.jpg", f"VG_100K_2/{image_id}.jpg")
+        if not image:
+            continue
+        row = {"image": image, "image_id": image_id, "questions": questions}
+        coco_id = coco_ids.get(image_id)
+        if coco_id:
+            split = "val" if coco_id in held_out else "train"
+            splits[f"coco_{split}"].append(row)
+        else:
+            split = "val" if bucket(str(image_id)) < 10 else "train"
+        splits[split].append(row)
     return splits
 
 
-def build_nlvr2(raw: Raw) -> dict:
-    splits = {"train": [], "dev": [], "test1": []}
+# ---------------------------------------------------------------- NLVR2 and SNLI-VE
+def build_nlvr2(raw: Raw) -> Splits:
+    """Pairs of pictures with a statement; test1 is the paper's test-P."""
+    kinds = {
+        "sentence": str,
+        "identifier": str,
+        "label": str | bool,
+        "directory": int | str | None,
+    }
+    splits: Splits = {"train": [], "dev": [], "test1": []}
     for split, rows in splits.items():
-        keys = ("sentence", "identifier", "label", "directory?")
-        for sentence, identifier, label, directory in raw.entries(f"{split}.json", *keys, lines=True):
-            if str(label) not in ("True", "False"):
-                raise ValueError(f"{raw.find(split + '.json')}: label {label!r} of {identifier} is not True or False")
-            name = identifier.rpartition("-")[0]  # the last field numbers the sentences of a pair
-            folder = split if directory is None else f"{split}/{directory}"
-            pair = [raw.image(f"images/{folder}/{name}-img{k}.png", f"{folder}/{name}-img{k}.png") for k in (0, 1)]
-            if all(pair):
-                rows.append({"images": pair, "sentence": sentence, "label": str(label) == "True", "id": identifier})
+        for place, entry in raw.entries(f"{split}.json", kinds, lines=True):
+            identifier = entry["identifier"]
+            label = str(entry["label"])
+            if label not in ("True", "False"):
+                raise ValueError(f"{place}: label {label!r} of {identifier} is not True or False")
+            folder = split
+            if entry.get("directory") is not None:
+                folder = f"{split}/{entry['directory']}"
+            pair = nlvr2_pair(raw, folder, identifier)
+            if None not in pair:
+                row = {
+                    "images": pair,
+                    "sentence": entry["sentence"],
+                    "label": label == "True",
+                    "id": identifier,
+                }
+                rows.append(row)
     return splits
 
 
-def build_snli_ve(raw: Raw) -> dict:
-    splits = {"train": [], "dev": [], "test": []}
+def nlvr2_pair(raw: Raw, folder: str, identifier: str) -> list[str | None]:
+    """The left and the right picture of dev-7-1-0: ...dev-7-1-img0.png and ...dev-7-1-img1.png."""
+    name = identifier.rpartition("-")[0]  # the last field numbers the sentences of a pair
+    pair = []
+    for side in (0, 1):
+        file = f"{folder}/{name}-img{side}.png"
+        pair.append(raw.image(f"images/{file}", file))
+    return pair
+
+
+def build_snli_ve(raw: Raw) -> Splits:
+    """Flickr30K's pictures with a hypothesis; SNLI's premise is not used."""
+    kinds = {"Flickr30K_ID": str | int, "sentence2": str, "gold_label": str}
+    splits: Splits = {"train": [], "dev": [], "test": []}
     for split, rows in splits.items():
-        keys = ("Flickr30K_ID", "sentence2", "gold_label")
-        for image_id, hypothesis, label in raw.entries(f"snli_ve_{split}.jsonl", *keys, lines=True):
-            image = raw.image(f"flickr30k-images/{image_id}.jpg", f"flickr30k_images/{image_id}.jpg")
+        for _, entry in raw.entries(f"snli_ve_{split}.jsonl", kinds, lines=True):
+            image_id = entry["Flickr30K_ID"]
+            label = entry["gold_label"]
+            image = raw.image(
+                f"flickr30k-images/{image_id}.jpg", f"flickr30k_images/{image_id}.jpg"
+            )
             if label not in ("contradiction", "neutral", "entailment"):
                 raw.left_out[f"rows of {split} with label {label!r}"] += 1
             elif image:
-                rows.append({"image": image, "image_id": image_id, "hypothesis": hypothesis, "label": label})
+                row = {
+                    "image": image,
+                    "image_id": image_id,
+                    "hypothesis": entry["sentence2"],
+                    "label": label,
+                }
+                rows.append(row)
     return splits
 
 
-def build_karpathy(raw: Raw) -> dict:
-    """COCO and Flickr30K by Karpathy's splits. The papers train on COCO's restval and on Flickr30K's val as well."""
-    file, coco, splits = f"dataset_{raw.name}.json", raw.name == "coco", {"train": [], "val": [], "test": []}
-    for name, split, sentences in raw.entries(file, "filename", "split", "sentences", under="images"):
-        captions, stem = (caption for caption, in fields(raw.find(file), sentences, "raw")), Path(name).stem
-        if coco:  # COCO_val2014_000000391895.jpg
-            row = raw.captions(int(stem.split("_")[-1]), captions, f"{stem.split('_')[1]}/{name}")
-        else:
-            row = raw.captions(stem, captions, f"flickr30k-images/{name}", f"flickr30k_images/{name}")
-        for target in {"restval": ["train"], "val": ["val"] if coco else ["train", "val"]}.get(split, [split]):
-            splits[target] += row
+# ---------------------------------------------------------------- COCO and Flickr30K
+KarpathySplits = dict[str, tuple[str, ...]]  # split -> the manifests that its pictures go to
+
+# The papers train on COCO's restval and
+# on Flickr30K's val as well.
+COCO_SPLITS: KarpathySplits = {
+    "train": ("train",),
+    "restval": ("train",),
+    "val": ("val",),
+    "test": ("test",),
+}
+FLICKR_SPLITS: KarpathySplits = {"train": ("train",), "val": ("train", "val"), "test": ("test",)}
+KARPATHY_KINDS = {"filename": str, "split": str, "sentences": list}
+
+
+class KarpathyImage(NamedTuple):
+    """One picture of Karpathy's dataset_*.json."""
+
+    place: str  # file and entry
+    name: str  # of the file
+    manifests: tuple[str, ...]
+    captions: list[str]
+
+
+def karpathy_images(raw: Raw, file: str, manifests_of: KarpathySplits) -> Iterator[KarpathyImage]:
+    """The pictures of a dataset_*.json. Raises ValueError for a split not in `manifests_of`."""
+    for place, entry in raw.entries(file, KARPATHY_KINDS, under="images"):
+        split = entry["split"]
+        if split not in manifests_of:
+            expected = ", ".join(manifests_of)
+            raise ValueError(f"{place}: split is {split!r}; it must be one of {expected}")
+        captions = []
+        sentences_place = f"{place}, sentences"
+        for _, sentence in entries_with(sentences_place, entry["sentences"], {"raw": str}):
+            captions.append(sentence["raw"])
+        yield KarpathyImage(place, entry["filename"], manifests_of[split], captions)
+
+
+def build_coco(raw: Raw) -> Splits:
+    """COCO's captions by Karpathy's splits."""
+    splits: Splits = {"train": [], "val": [], "test": []}
+    for image in karpathy_images(raw, "dataset_coco.json", COCO_SPLITS):
+        parts = Path(image.name).stem.split("_")  # COCO, val2014, 000000391895
+        if len(parts) != 3 or not parts[2].isdecimal():
+            raise ValueError(
+                f"{image.place}: filename is {image.name!r}; "
+                "it must be like COCO_val2014_000000391895.jpg"
+            )
+        rows = raw.captioned(int(parts[2]), image.captions, f"{parts[1]}/{image.name}")
+        for manifest in image.manifests:
+            splits[manifest] += rows
     return splits
 
 
-def build_vg(raw: Raw) -> dict:
-    """Every distinct region phrase of an image is one of its captions."""
-    rows, file = [], "region_descriptions.json"
-    for regions, in raw.entries(file, "regions"):
-        phrases = list(fields(raw.find(file), regions, "image_id", "phrase"))
-        for image_id in dict(phrases):
-            texts = (phrase for owner, phrase in phrases if owner == image_id)
-            rows += raw.captions(image_id, texts, f"VG_100K/{image_id}.jpg", f"VG_100K_2/{image_id}.jpg")
+def build_flickr30k(raw: Raw) -> Splits:
+    """Flickr30K's captions by Karpathy's splits."""
+    splits: Splits = {"train": [], "val": [], "test": []}
+    for image in karpathy_images(raw, "dataset_flickr30k.json", FLICKR_SPLITS):
+        rows = raw.captioned(
+            Path(image.name).stem,
+            image.captions,
+            f"flickr30k-images/{image.name}",
+            f"flickr30k_images/{image.name}",
+        )
+        for manifest in image.manifests:
+            splits[manifest] += rows
+    return splits
+
+
+# ---------------------------------------------------------------- Visual Genome, SBU, CC3M
+def build_vg(raw: Raw) -> Splits:
+    """Every distinct region phrase of a picture is one of its captions."""
+    rows: list[dict] = []
+    for place, entry in raw.entries("region_descriptions.json", {"regions": list}):
+        phrases_of: dict[int, list[str]] = {}
+        kinds = {"image_id": int, "phrase": str}
+        for _, region in entries_with(f"{place}, regions", entry["regions"], kinds):
+            phrases_of.setdefault(region["image_id"], []).append(region["phrase"])
+        for image_id, phrases in phrases_of.items():
+            candidates = (f"VG_100K/{image_id}.jpg", f"VG_100K_2/{image_id}.jpg")
+            rows += raw.captioned(image_id, phrases, *candidates)
     return {"train": rows}
 
 
-def build_sbu(raw: Raw) -> dict:
-    path, rows = raw.find("sbu-captions-all.json"), []
-    (captions, urls), = fields(path, [read_raw_json(path)], "captions", "image_urls")
+def need_texts(path: Path, record: Any, key: str) -> list[str]:
+    """The list of texts under a key of a raw file."""
+    texts = need(str(path), record, key, list)
+    for number, text in enumerate(texts):
+        if not is_of_kind(text, str):
+            raise wrong_kind(f"{path}, entry {number} of {key}", text, str)
+        if not text.isascii():
+            require_characters(f"{path}, entry {number} of {key}", text)
+    return texts
+
+
+def build_sbu(raw: Raw) -> Splits:
+    """One caption a picture, called as the last part of its URL."""
+    path = raw.paths["sbu-captions-all.json"]
+    content = read_json(path)
+    captions = need_texts(path, content, "captions")
+    urls = need_texts(path, content, "image_urls")
     if len(captions) != len(urls):
         raise ValueError(f"{path}: {len(captions)} captions, but {len(urls)} image_urls")
-    for name, caption in zip((url.rpartition("/")[2] for url in urls), tqdm(captions, desc=path.name, leave=False)):
-        rows += raw.captions(name, [caption], f"SBU/{name}", f"images/{name}")
+    rows: list[dict] = []
+    for caption, url in zip(tqdm(captions, desc=path.name, leave=False), urls, strict=True):
+        name = url.rpartition("/")[2]
+        rows += raw.captioned(name, [caption], f"SBU/{name}", f"images/{name}")
     return {"train": rows}
 
 
-def build_cc3m(raw: Raw) -> dict:
-    """The image of row i (from 0) is <split>/i or <split>/i.jpg."""
-    splits = {"train": [], "val": []}
-    for (split, rows), file in zip(splits.items(), raw.spec.files):
-        path = raw.find(file)
-        lines = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
-        for i, line in enumerate(tqdm(lines, desc=file, unit_scale=True, leave=False)):
+def build_cc3m(raw: Raw) -> Splits:
+    """Lines of caption, tab, URL. The picture of line i (from 0) is <split>/i or <split>/i.jpg."""
+    file_of = {
+        "train": "Train_GCC-training.tsv",
+        "val": "Validation_GCC-1.1.0-Validation.tsv",
+    }
+    splits: Splits = {"train": [], "val": []}
+    for split, rows in splits.items():
+        path = raw.paths[file_of[split]]
+        lines = read_raw_text(path).rstrip("\n").split("\n")
+        for i, line in enumerate(tqdm(lines, desc=path.name, unit_scale=True, leave=False)):
             caption, tab, _ = line.partition("\t")
             if not tab:
-                raise ValueError(f"{path}, line {i + 1}: expected a caption, a tab and a URL, found {line[:80]!r}")
-            rows += raw.captions(str(i), [caption], f"{split}/{i}.jpg", f"{split}/{i}", f"images_{split}/{i}.jpg")
+                raise ValueError(
+                    f"{path}, line {i + 1}: expected a caption, a tab and a URL, "
+                    f"found {line[:80]!r}"
+                )
+            candidates = (f"{split}/{i}.jpg", f"{split}/{i}", f"images_{split}/{i}.jpg")
+            rows += raw.captioned(str(i), [caption], *candidates)
     return splits
 
 
-SKIPPED_STAMPS = re.compile(r"_(mirror|flip)\b|symbols/alphabets")
+# ---------------------------------------------------------------- texts of Openclipart
+MOST_USES = 25  # a title or description of more drawings is the name of a collection, no caption
+MOST_KEYWORDS = 6
+
+# in a title, a description or a keyword: somebody's advertising, a licence, a converter's remark
+BOILERPLATE = re.compile(
+    r"https?:|www\.|\.com\b|@|licen[sc]e|copyright|public domain|hash\(0x|clip ?arts?\b|theme|Ã"
+    r"|collection|icon ?set|inkscape|sodipodi|s[iu]bmission|convert|advertising|rollandin$",
+    re.IGNORECASE,
+)
+# keywords that say where a drawing is filed, not what it shows
+DULL_KEYWORD = re.compile(
+    r".*(sym|national|travel)|.*\d.*|hash|unsorted|signs?( and symbols)?|symbols?|shapes?|icons?"
+    r"|united nations member|recreation|geometry|menu|equipment|activities|miscellany|computer"
+)
+# " by Jane Doe", " di ...", the authors who sign without it, and a number at the end
+AUTHOR_OR_NUMBER = re.compile(
+    r"\s(by|di)\s[A-Z].*|\s*(?i:architetto|rollandin)\b.*|(?<=[a-z])[\s#]*\d{1,3}$"
+)
+FILE_SUFFIX = re.compile(r"\.(svg|png)\b", re.IGNORECASE)
+
+AGENT_START = re.compile(r"<(?:\w+:)?Agent\b")
+AGENT_END = re.compile(r"</(?:\w+:)?Agent>")
+TITLE_START = re.compile(r"<(?:\w+:)?title\b")
+DESCRIPTION_START = re.compile(r"<(?:\w+:)?description\b")
+KEYWORD_START = re.compile(r"<(?:\w+:)?li\b")
+IMAGE_START = re.compile(r"<image\b")
+HREF = 'href="'
 
 
-BOILERPLATE = re.compile(r"https?:|www\.|\.com\b|@|licen[sc]e|copyright|public domain|hash\(0x|clip ?arts?\b|theme|Ã"
-                         r"|collection|icon ?set|inkscape|sodipodi|s[iu]bmission|convert|advertising|rollandin$", re.I)
+class Drawing(NamedTuple):
+    """A PNG, and what the Dublin Core in the SVG of the same name says about it."""
+
+    path: Path
+    title: str
+    description: str
+    keywords: list[str]
 
 
-DULL_KEYWORD = re.compile(r".*(sym|national|travel)|.*\d.*|hash|unsorted|signs?( and symbols)?|symbols?|shapes?|icons?"
-                          r"|united nations member|recreation|geometry|menu|equipment|activities|miscellany|computer")
+def metadata_of(svg: str) -> str:
+    """The Dublin Core of an SVG: from <metadata to </metadata>, without what is about people."""
+    start = svg.find("<metadata")
+    end = svg.find("</metadata>", start + 1)
+    if start < 0 or end < 0:
+        return ""
+    metadata = svg[start:end]
+    parts = []
+    position = 0
+    while True:
+        # <cc:Agent> ... </cc:Agent> has a title as well: a person's name
+        opening = AGENT_START.search(metadata, position)
+        closing = AGENT_END.search(metadata, opening.end()) if opening else None
+        if opening is None or closing is None:
+            break
+        parts.append(metadata[position : opening.start()])
+        position = closing.end()
+    parts.append(metadata[position:])
+    return "".join(parts) + "</metadata>"
 
 
-def bucket(text: str) -> int:
-    """0..99, from a hash that is the same in every process."""
-    return int(hashlib.sha1(text.encode()).hexdigest(), 16) % 100
+def texts_of(metadata: str, element: re.Pattern) -> list[str]:
+    """What stands in the elements of one name, up to the next tag. Every character is read once.
+
+    <dc:title> and <dc:title x="y"> count; <dc:title/> and a tag with a slash inside do not.
+    """
+    texts: list[str] = []
+    position = 0
+    while True:
+        tag = element.search(metadata, position)
+        if tag is None:
+            return texts
+        end_of_tag = metadata.find(">", tag.end())
+        if end_of_tag < 0:
+            return texts
+        slash = metadata.find("/", tag.end(), end_of_tag)
+        if slash >= 0:
+            position = slash
+            continue
+        end_of_text = metadata.find("<", end_of_tag)
+        if end_of_text < 0:
+            return texts
+        texts.append(metadata[end_of_tag + 1 : end_of_text])
+        position = end_of_text + 1
 
 
-def tidy(text: str, title: bool = False) -> str:
-    """A caption without file-name spelling, numbering and author; empty if it is boilerplate or says nothing."""
-    text = " ".join(html.unescape(html.unescape(text)).split())
-    if title:
-        text = re.sub(r"\.(svg|png)\b", "", text.replace("_", " "), flags=re.I)
-        text = text.replace("-", " ") if " " not in text and text.count("-") > 1 else text
-        text = re.sub(r"\s(by|di)\s[A-Z].*|\s*(?i:architetto|rollandin)\b.*|(?<=[a-z])[\s#]*\d{1,3}$", "", text)
-    dull = BOILERPLATE.search(text) or len(text.split()) > 40 or len(re.findall(r"[^\W\d_]", text)) < 2
-    return "" if dull else text.strip(" -,")
+def links_a_picture(svg: str) -> bool:
+    """Whether a drawing shows another file: then its PNG says "linked image not found"."""
+    position = 0
+    while True:
+        tag = IMAGE_START.search(svg, position)
+        if tag is None:
+            return False
+        end_of_tag = svg.find(">", tag.end())
+        if end_of_tag < 0:
+            end_of_tag = len(svg)
+        href = svg.find(HREF, tag.end(), end_of_tag)
+        while href >= 0:
+            target = href + len(HREF)
+            if not svg.startswith(("data:", "#"), target):
+                return True
+            href = svg.find(HREF, target, end_of_tag)
+        position = end_of_tag
 
 
-def build_openclipart(raw: Raw) -> dict:
-    """Images with [title, description, title with keywords], from the Dublin Core in the SVG of the same name."""
-    found, pictures = [], []
-    for path in sorted(p for p in (raw.root / "png").rglob("*.png") if not p.is_symlink()):
-        svg = (raw.root / "svg" / path.relative_to(raw.root / "png")).with_suffix(".svg")
-        drawing = svg.read_text(encoding="utf-8", errors="replace") if svg.is_file() else ""
-        core = re.search(r"<metadata.*?</metadata>|$", drawing, re.S)[0]
-        core = re.sub(r"<(\w+:)?Agent\b.*?</(\w+:)?Agent>", "", core, flags=re.S)  # people have titles as well
-        texts = [re.findall(rf"<(?:\w+:)?{tag}\b[^/>]*>([^<]*)<", core) for tag in ("title", "description", "li")]
-        if not re.search(r'<image\b[^>]*href="(?!data:|#)', drawing):  # its PNG says "linked image not found"
-            found.append((path, *("".join(t[:1]) for t in texts[:2]), texts[2]))
-    uses = [Counter(row[i] for row in found) for i in (1, 2)]
-    for path, title, description, keywords in found:  # what stands on more than 25 images is the name of a collection
-        title = tidy(title, title=True) if uses[0][title] <= 25 else ""
-        description = tidy(description) if uses[1][description] <= 25 else ""
-        first = title or description
-        keywords = dict.fromkeys(k.replace("_", " ").lower() for k in keywords if tidy(k))
-        keywords = [k for k in keywords if not DULL_KEYWORD.fullmatch(k) and k not in first.lower()][:6]
-        pictures.append((path, [first, description, ", ".join([first, *keywords])] if first else []))
+def read_drawings(root: Path) -> list[Drawing]:
+    """The drawings below root/png, with the texts of their twins below root/svg."""
+    drawings = []
+    for path in sorted((root / "png").rglob("*.png")):
+        if path.is_symlink():
+            continue
+        twin = root / "svg" / path.relative_to(root / "png").with_suffix(".svg")
+        svg = twin.read_text(encoding="utf-8", errors="replace") if twin.is_file() else ""
+        if links_a_picture(svg):
+            continue
+        metadata = metadata_of(svg)
+        titles = texts_of(metadata, TITLE_START) or [""]
+        descriptions = texts_of(metadata, DESCRIPTION_START) or [""]
+        keywords = texts_of(metadata, KEYWORD_START)
+        drawings.append(Drawing(path, titles[0], descriptions[0], keywords))
+    return drawings
+
+
+def unescape(text: str) -> str:
+    """A text of an SVG: its entities (many are escaped twice) and its white space made plain."""
+    return " ".join(html.unescape(html.unescape(text)).split())
+
+
+def useful(text: str) -> str:
+    """The text, or nothing if it is boilerplate, longer than 40 words, or without two letters."""
+    if BOILERPLATE.search(text) or len(text.split()) > 40:
+        return ""
+    letters = re.findall(r"[^\W\d_]", text)
+    if len(letters) < 2:
+        return ""
+    return text.strip(" -,")
+
+
+def tidy(text: str) -> str:
+    """A description or a keyword as a caption; empty if it says nothing."""
+    return useful(unescape(text))
+
+
+def tidy_title(text: str) -> str:
+    """A title as a caption, without the spelling of file names, numbering and author; or empty."""
+    title = unescape(text).replace("_", " ")
+    title = FILE_SUFFIX.sub("", title)
+    if " " not in title and title.count("-") > 1:
+        title = title.replace("-", " ")
+    return useful(AUTHOR_OR_NUMBER.sub("", title))
+
+
+def tidy_keywords(keywords: list[str], caption: str) -> list[str]:
+    """The first keywords that tell more than the caption does."""
+    chosen: dict[str, None] = {}
+    for keyword in keywords:
+        plain = keyword.replace("_", " ").lower()
+        if tidy(keyword) and not DULL_KEYWORD.fullmatch(plain) and plain not in caption.lower():
+            chosen[plain] = None
+    return list(chosen)[:MOST_KEYWORDS]
+
+
+def drawing_captions(
+    drawing: Drawing, title_uses: Counter[str], description_uses: Counter[str]
+) -> list[str]:
+    """[title, description, title with keywords]. Without a title the description comes first."""
+    title = ""
+    if title_uses[drawing.title] <= MOST_USES:
+        title = tidy_title(drawing.title)
+    description = ""
+    if description_uses[drawing.description] <= MOST_USES:
+        description = tidy(drawing.description)
+    first = title or description
+    if not first:
+        return []
+    keywords = tidy_keywords(drawing.keywords, first)
+    return [first, description, ", ".join([first, *keywords])]
+
+
+def build_openclipart(raw: Raw) -> Splits:
+    """Public-domain drawings, with their titles, descriptions and keywords as captions."""
+    drawings = read_drawings(raw.root)
+    title_uses = Counter(drawing.title for drawing in drawings)
+    description_uses = Counter(drawing.description for drawing in drawings)
+    pictures = []
+    for drawing in drawings:
+        captions = drawing_captions(drawing, title_uses, description_uses)
+        pictures.append((drawing.path, captions))
     return split_pictures(raw, pictures)
 
 
-def build_tuxpaint(raw: Raw) -> dict:
-    """Stamps with the first, English line of their .txt."""
-    paths = [path for path in sorted(raw.root.rglob("*.png")) if not SKIPPED_STAMPS.search(path.as_posix())]
-    texts = [t.read_text(encoding="utf-8") if (t := p.with_suffix(".txt")).is_file() else "" for p in paths]
-    return split_pictures(raw, [(path, [text.partition("\n")[0]]) for path, text in zip(paths, texts)])
+# ---------------------------------------------------------------- Tux Paint
+SKIPPED_STAMPS = re.compile(r"_(mirror|flip)\b|symbols/alphabets")
 
 
-def split_pictures(raw: Raw, pictures: list[tuple[Path, list[str]]]) -> dict:
-    """What is fit to learn from, 80 / 10 / 10 by a hash of the first caption; no caption is in two splits."""
-    splits, where, seen, uses = {"train": [], "val": [], "test": []}, {}, set(), Counter()
-    for path, captions in tqdm(pictures, desc=raw.name, leave=False):
-        captions = list({c.casefold().rstrip("."): c for c in reversed(dedupe(captions))}.values())[::-1]
-        content, first = path.read_bytes(), captions[0].casefold() if captions else ""
-        digest = hashlib.sha1(content).digest()
-        # the size stands in the header; nothing is decoded, for there are files of 600 megapixels
-        sides = struct.unpack(">II", content[16:24]) if content[:4] == b"\x89PNG" and len(content) > 24 else (0, 0)
-        area, ratio = math.prod(sides), max(sides) / max(1, min(sides))
-        checks = {"without a caption": not captions, "below 32 px": min(sides) < 32, "above 8 megapixels": area > 8e6,
-                  "longer than 5:1": ratio > 5, "that are blank": area > 2000 * len(content),
-                  "that are copies": digest in seen, "beyond six of a caption": uses[first] == 6}
-        if wrong := [reason for reason, holds in checks.items() if holds]:
-            raw.left_out[f"images {wrong[0]}"] += 1
+def build_tuxpaint(raw: Raw) -> Splits:
+    """Stamps with the first, English line of the .txt beside them."""
+    pictures = []
+    for path in sorted(raw.root.rglob("*.png")):
+        if SKIPPED_STAMPS.search(path.as_posix()):
             continue
-        seen.add(digest)
+        text_file = path.with_suffix(".txt")
+        text = read_raw_text(text_file) if text_file.is_file() else ""
+        pictures.append((path, [text.partition("\n")[0]]))
+    return split_pictures(raw, pictures)
+
+
+# ---------------------------------------------------------------- pictures that go into an archive
+SPLIT_ENDS = {"train": 80, "val": 90, "test": 100}  # split -> the first bucket after it
+MOST_PICTURES = 6  # of one first caption: flags
+LEAST_SIDE = 32  # pixels
+MOST_PIXELS = 8e6
+MOST_RATIO = 5  # of the sides
+BLANK = 2000  # pixels for each byte of the file
+ARCHIVED_SIDE = 256  # pixels
+
+
+def bucket(text: str) -> int:
+    """0 to 99, from a hash that is the same in every process."""
+    return int(hashlib.sha1(text.encode()).hexdigest(), 16) % 100
+
+
+def split_of(caption: str) -> str:
+    """train, val or test, 80 / 10 / 10 by a hash of the caption."""
+    number = bucket(caption)
+    return next(split for split, end in SPLIT_ENDS.items() if number < end)
+
+
+def png_size(content: bytes) -> tuple[int, int]:
+    """(width, height) in the header of a PNG; (0, 0) if it is none.
+
+    Nothing is decoded, for there are files of 600 megapixels.
+    """
+    if content[:4] != b"\x89PNG" or len(content) <= 24:
+        return 0, 0
+    width, height = struct.unpack(">II", content[16:24])
+    return width, height
+
+
+def distinct_captions(texts: list[str]) -> list[str]:
+    """Without those that differ only in case or in a full stop: the first spelling stays."""
+    spellings: dict[str, str] = {}
+    for text in dedupe(texts):
+        spellings.setdefault(text.casefold().rstrip("."), text)
+    return list(spellings.values())
+
+
+def why_unfit(content: bytes) -> str:
+    """Why nothing can be learned from a picture file; empty if it is fit."""
+    width, height = png_size(content)
+    shorter = min(width, height)
+    longer = max(width, height)
+    if shorter < LEAST_SIDE:
+        return f"below {LEAST_SIDE} px"
+    if width * height > MOST_PIXELS:
+        return "above 8 megapixels"
+    if longer / shorter > MOST_RATIO:
+        return f"longer than {MOST_RATIO}:1"
+    if width * height > BLANK * len(content):
+        return "that are blank"
+    return ""
+
+
+def fit_pictures(raw: Raw, pictures: list[tuple[Path, list[str]]]) -> list[tuple[Path, list[str]]]:
+    """The pictures to learn from, with distinct captions. Counts why the others are left out."""
+    fit = []
+    digests = set()
+    uses: Counter[str] = Counter()  # of a first caption
+    for path, texts in tqdm(pictures, desc=raw.name, leave=False):
+        captions = distinct_captions(texts)
+        if not captions:
+            raw.left_out["images without a caption"] += 1
+            continue
+        content = path.read_bytes()
+        digest = hashlib.sha1(content).digest()
+        first = captions[0].casefold()
+        reason = why_unfit(content)
+        if not reason and digest in digests:
+            reason = "that are copies"
+        if not reason and uses[first] == MOST_PICTURES:
+            reason = "beyond six of a caption"
+        if reason:
+            raw.left_out[f"images {reason}"] += 1
+            continue
+        digests.add(digest)
         uses[first] += 1
-        raw.found += 1
-        split = "train" if bucket(first) < 80 else "val" if bucket(first) < 90 else "test"
-        image_id = path.relative_to(raw.root).as_posix()
-        splits[split].append({"image": f"{raw.name}.tar::{image_id}", "captions": captions, "image_id": image_id})
-        for caption in captions:
-            where.setdefault(caption.casefold(), set()).add(split)
-    for row in (row for rows in splits.values() for row in rows):
-        first, *others = row["captions"]
-        row["captions"] = [first, *(c for c in others if len(where[c.casefold()]) == 1)]
-    names = sorted(row["image_id"] for rows in splits.values() for row in rows)
-    raw.out.mkdir(parents=True, exist_ok=True)
-    write_atomically(raw.out / f"{raw.name}.tar", lambda file: pack(file, raw.root, names))
+        fit.append((path, captions))
+    return fit
+
+
+def drop_shared_captions(splits: Splits) -> None:
+    """Drop the captions that another split has too. A row's first one is in its split only."""
+    splits_of: dict[str, set[str]] = {}  # caption -> where it stands
+    for split, rows in splits.items():
+        for row in rows:
+            for caption in row["captions"]:
+                splits_of.setdefault(caption.casefold(), set()).add(split)
+    for rows in splits.values():
+        for row in rows:
+            first, *others = row["captions"]
+            own = [text for text in others if len(splits_of[text.casefold()]) == 1]
+            row["captions"] = [first, *own]
+
+
+def split_pictures(raw: Raw, pictures: list[tuple[Path, list[str]]]) -> Splits:
+    """Splits of (picture, captions) pairs, no caption in two; the pictures go into a tar."""
+    splits: Splits = {split: [] for split in SPLIT_ENDS}
+    names = []
+    for path, captions in fit_pictures(raw, pictures):
+        name = path.relative_to(raw.root).as_posix()
+        names.append(name)
+        row = {"image": f"{raw.name}.tar::{name}", "captions": captions, "image_id": name}
+        splits[split_of(captions[0].casefold())].append(row)
+    raw.found += len(names)
+    drop_shared_captions(splits)
+    if names:
+        archive = raw.out / f"{raw.name}.tar"
+        write_atomically(archive, lambda temporary: pack(temporary, raw.root, sorted(names)))
     return splits
 
 
-def pack(file: Path, root: Path, names: list[str], side: int = 256) -> None:
-    """Copies of at most `side` pixels, RGB over white, in a tar; decoding the originals takes 0.1 s each."""
+def pack(file: Path, root: Path, names: list[str]) -> None:
+    """A tar of copies of at most 256 x 256 pixels, RGB over white.
+
+    Decoding the originals at every use would take 0.1 s each.
+    """
+    title = file.name.partition(".")[0]
     with tarfile.open(file, "w") as archive:
-        for name in tqdm(names, desc=file.name.partition(".")[0], leave=False):
-            image, content = load_image(root / name), io.BytesIO()
-            image.thumbnail((side, side), Image.Resampling.BICUBIC)
+        for name in tqdm(names, desc=title, leave=False):
+            image = load_image(root / name)
+            image.thumbnail((ARCHIVED_SIDE, ARCHIVED_SIDE), Image.Resampling.BICUBIC)
+            content = io.BytesIO()
             image.save(content, "PNG")
-            member = tarfile.TarInfo(name)  # without a time stamp
+            member = tarfile.TarInfo(name)  # without a time stamp: the same bytes every time
             member.size = content.tell()
             content.seek(0)
             archive.addfile(member, content)
 
 
-COCO, NLVR2, SHARE = "https://cocodataset.org", "https://github.com/lil-lab/nlvr", Path("/usr/share")
+# ---------------------------------------------------------------- the command line
+@dataclass(kw_only=True)
+class DatasetConfig:
+    """The flags of a dataset."""
+
+    root: str = option(help="folder of the raw files and the pictures")
+    out: str = option(help="folder to write the manifests to")
 
 
-SPLITS = "https://github.com/peteanderson80/bottom-up-attention/tree/master/data/genome/coco_splits"
+@dataclass(kw_only=True)
+class OpenclipartConfig(DatasetConfig):
+    root: str = option("/usr/share/openclipart", "folder with png/ and svg/")
 
 
+@dataclass(kw_only=True)
+class TuxpaintConfig(DatasetConfig):
+    root: str = option("/usr/share/tuxpaint/stamps", "folder of the stamps")
+
+
+@dataclass(kw_only=True)
+class WeightsConfig:
+    """The flags of `weights`."""
+
+    source: str = option(help=".ckpt, .pt, .bin, .safetensors, or a folder of Hugging Face's")
+    out: str = option(help="folder to write to")
+    tokenizer: str = option("", "tokenizer.json, *.model or a folder, to go along")
+    answers: str = option("", "folder with answers.json, to go along with a VQA model")
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """How the manifests of a dataset are made, and where its downloads come from."""
+
+    build: Callable[[Raw], Splits]
+    files: dict[str, str]  # name of a raw file -> where to get it
+    images: str  # where to get the pictures
+    published: dict[str, str]  # split -> the counts of the papers, or of the authors of the data
+    config: type[DatasetConfig] = DatasetConfig  # its flags
+
+
+COCO = "https://cocodataset.org"
+FLICKR30K = "https://shannon.cs.illinois.edu/DenotationGraph"
 KARPATHY = "https://cs.stanford.edu/people/karpathy/deepimagesent/caption_datasets.zip"
-
-
-GENOME = "https://homes.cs.washington.edu/~ranjay/visualgenome/api.html"
-
-
-FLICKR, SNLI_VE = "https://shannon.cs.illinois.edu/DenotationGraph", "https://github.com/necla-ml/SNLI-VE"
-
-
-SBU, CC3M = "https://www.cs.rice.edu/~vo/sbucaptions", "https://ai.google.com/research/ConceptualCaptions/download"
-
+COCO_SPLIT_LISTS = (
+    "https://github.com/peteanderson80/bottom-up-attention/tree/master/data/genome/coco_splits"
+)
+VQA = "https://visualqa.org/download.html"
+VISUAL_GENOME = "https://homes.cs.washington.edu/~ranjay/visualgenome/api.html"
+NLVR2 = "https://github.com/lil-lab/nlvr"
+SNLI_VE = "https://github.com/necla-ml/SNLI-VE"
+SBU = "https://www.cs.rice.edu/~vo/sbucaptions"
+CC3M = "https://ai.google.com/research/ConceptualCaptions/download"
 
 DATASETS = {
-    "vqav2": Dataset(build_vqav2, dict.fromkeys([f"v2_{name}.json" for name in (
-        "OpenEnded_mscoco_train2014_questions", "OpenEnded_mscoco_val2014_questions", "mscoco_train2014_annotations",
-        "mscoco_val2014_annotations", "OpenEnded_mscoco_test2015_questions", "OpenEnded_mscoco_test-dev2015_questions"
-        )], "https://visualqa.org/download.html"), COCO, {
-        "train": "82,774 images, 435,174 questions", "val": "40,503 images, 210,207 questions"}),
-    "vgqa": Dataset(build_vgqa, {
-        "question_answers.json": GENOME, "image_data.json": GENOME, "karpathy_val_images.txt": SPLITS,
-        "karpathy_test_images.txt": SPLITS}, GENOME, {
-        "coco_train": "429,061 questions", "coco_val": "38,855", "train": "846,015", "val": "85,851"}),
-    "nlvr2": Dataset(build_nlvr2, dict.fromkeys(["train.json", "dev.json", "test1.json"], NLVR2), NLVR2, {
-        "train": "86,373 sentences", "dev": "6,982", "test1": "6,967"}),
-    "snli_ve": Dataset(build_snli_ve, {f"snli_ve_{s}.jsonl": SNLI_VE for s in ("train", "dev", "test")}, FLICKR, {
-        "train": "529,527 hypotheses", "dev": "17,858", "test": "17,901"}),
-    "flickr30k": Dataset(build_karpathy, {"dataset_flickr30k.json": KARPATHY}, FLICKR, {
-        "train": "29,000 + 1,014 images", "val": "1,014", "test": "1,000"}),
-    "coco": Dataset(build_karpathy, {"dataset_coco.json": KARPATHY}, COCO, {
-        "train": "113,287 images, 567K captions", "val": "5,000", "test": "5,000"}),
-    "vg": Dataset(build_vg, {"region_descriptions.json": GENOME}, GENOME, {"train": "108K images, 4.8M captions"}),
-    "sbu": Dataset(build_sbu, {"sbu-captions-all.json": SBU}, "its image_urls", {"train": "860K images"}),
-    "cc3m": Dataset(build_cc3m, dict.fromkeys(["Train_GCC-training.tsv", "Validation_GCC-1.1.0-Validation.tsv"], CC3M),
-                    "their URLs", {"train": "2.9M images"}),
-    "openclipart": Dataset(build_openclipart, {}, "apt-get install openclipart-png openclipart-svg", {},
-                           SHARE / "openclipart"),
-    "tuxpaint": Dataset(build_tuxpaint, {}, "apt-get install tuxpaint-stamps-default", {}, SHARE / "tuxpaint/stamps")}
+    "vqav2": Dataset(
+        build=build_vqav2,
+        files={
+            "v2_OpenEnded_mscoco_train2014_questions.json": VQA,
+            "v2_OpenEnded_mscoco_val2014_questions.json": VQA,
+            "v2_mscoco_train2014_annotations.json": VQA,
+            "v2_mscoco_val2014_annotations.json": VQA,
+            "v2_OpenEnded_mscoco_test2015_questions.json": VQA,
+            "v2_OpenEnded_mscoco_test-dev2015_questions.json": VQA,
+        },
+        images=COCO,
+        published={
+            "train": "82,774 images, 435,174 questions",
+            "val": "40,503 images, 210,207 questions",
+        },
+    ),
+    "vgqa": Dataset(
+        build=build_vgqa,
+        files={
+            "question_answers.json": VISUAL_GENOME,
+            "image_data.json": VISUAL_GENOME,
+            "karpathy_val_images.txt": COCO_SPLIT_LISTS,
+            "karpathy_test_images.txt": COCO_SPLIT_LISTS,
+        },
+        images=VISUAL_GENOME,
+        published={
+            "coco_train": "429,061 questions",
+            "coco_val": "38,855",
+            "train": "846,015",
+            "val": "85,851",
+        },
+    ),
+    "nlvr2": Dataset(
+        build=build_nlvr2,
+        files={"train.json": NLVR2, "dev.json": NLVR2, "test1.json": NLVR2},
+        images=NLVR2,
+        published={"train": "86,373 sentences", "dev": "6,982", "test1": "6,967"},
+    ),
+    "snli_ve": Dataset(
+        build=build_snli_ve,
+        files={
+            "snli_ve_train.jsonl": SNLI_VE,
+            "snli_ve_dev.jsonl": SNLI_VE,
+            "snli_ve_test.jsonl": SNLI_VE,
+        },
+        images=FLICKR30K,
+        published={"train": "529,527 hypotheses", "dev": "17,858", "test": "17,901"},
+    ),
+    "flickr30k": Dataset(
+        build=build_flickr30k,
+        files={"dataset_flickr30k.json": KARPATHY},
+        images=FLICKR30K,
+        published={"train": "29,000 + 1,014 images", "val": "1,014", "test": "1,000"},
+    ),
+    "coco": Dataset(
+        build=build_coco,
+        files={"dataset_coco.json": KARPATHY},
+        images=COCO,
+        published={"train": "113,287 images, 567K captions", "val": "5,000", "test": "5,000"},
+    ),
+    "vg": Dataset(
+        build=build_vg,
+        files={"region_descriptions.json": VISUAL_GENOME},
+        images=VISUAL_GENOME,
+        published={"train": "108K images, 4.8M captions"},
+    ),
+    "sbu": Dataset(
+        build=build_sbu,
+        files={"sbu-captions-all.json": SBU},
+        images="its image_urls",
+        published={"train": "860K images"},
+    ),
+    "cc3m": Dataset(
+        build=build_cc3m,
+        files={"Train_GCC-training.tsv": CC3M, "Validation_GCC-1.1.0-Validation.tsv": CC3M},
+        images="their URLs",
+        published={"train": "2.9M images"},
+    ),
+    "openclipart": Dataset(
+        build=build_openclipart,
+        files={},
+        images="apt-get install openclipart-png openclipart-svg",
+        published={},
+        config=OpenclipartConfig,
+    ),
+    "tuxpaint": Dataset(
+        build=build_tuxpaint,
+        files={},
+        images="apt-get install tuxpaint-stamps-default",
+        published={},
+        config=TuxpaintConfig,
+    ),
+}
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    commands = parser.add_subparsers(dest="command", required=True, metavar="NAME")
-    weights = commands.add_parser("weights", help="official weights -> a checkpoint folder, without executing them")
-    weights.add_argument("--source", type=Path, required=True, help=".ckpt, .pt, .bin, .safetensors or a HF folder")
-    weights.add_argument("--tokenizer", type=Path, help="tokenizer.json, *.model or a folder, to go along")
-    weights.add_argument("--answers", type=Path, help="folder with answers.json, to go along with a VQA model")
+def help_page() -> str:
+    """What `python prepare.py -h` prints."""
+    lines = [
+        "usage: prepare.py NAME --root RAW --out DIR",
+        "       prepare.py weights --source X --out F [--tokenizer T] [--answers A]",
+        "",
+        "Downloads -> what the other scripts read. `prepare.py NAME -h` lists the flags.",
+        "",
+        f"  {'weights':12s} official weights -> a checkpoint folder, without executing them",
+    ]
     for name, spec in DATASETS.items():
-        command = commands.add_parser(name, help=spec.images)
-        command.add_argument("--root", type=Path, default=spec.root, required=not spec.root, help="the raw files")
-    for command in commands.choices.values():
-        command.add_argument("--out", type=Path, required=True, help="folder to write to")
-    args = parser.parse_args(arguments)
-    try:
-        if args.command == "weights":
-            convert_weights(args.source, args.out, args.tokenizer, args.answers)
-        else:
-            prepare_dataset(args.command, args.root, args.out)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        lines.append(f"  {name:12s} pictures: {spec.images}")
+    return "\n".join(lines)
 
 
-def read_raw_json(path: Path, lines: bool = False):
-    """A JSON file, or JSON Lines as a list."""
-    values = []
-    for number, part in enumerate(path.read_bytes().split(b"\n") if lines else [path.read_bytes()], 1):
-        try:
-            values += [json.loads(part)] if part.strip() or not lines else []
-        except ValueError as error:  # JSONDecodeError or UnicodeDecodeError
-            raise ValueError(f"{path}, {f'line {number}' if lines else 'the file'} is not JSON: {error}") from error
-    return values if lines else values[0]
+def describe_dataset(name: str) -> str:
+    """What `python prepare.py NAME -h` says above the flags."""
+    spec = DATASETS[name]
+    lines = [f"The manifests of {name}. Pictures: {spec.images}"]
+    for file, origin in spec.files.items():
+        lines.append(f"  {file}   from {origin}")
+    return "\n".join(lines)
+
+
+def prepare_weights(argv: list[str]) -> None:
+    """The command `weights`."""
+    description = "Official weights -> a checkpoint folder, without executing them."
+    config = parse_flags(WeightsConfig, argv, description, "weights")
+    answers = read_vocabulary(Path(config.answers)) if config.answers else None
+    tokenizer = Path(config.tokenizer) if config.tokenizer else None
+    convert_weights(Path(config.source), Path(config.out), tokenizer, answers)
+
+
+def main(argv: list[str]) -> None:
+    command = argv[0] if argv else ""
+    if command in ("-h", "--help"):
+        print(help_page())
+    elif command == "weights":
+        prepare_weights(argv[1:])
+    elif command in DATASETS:
+        spec = DATASETS[command]
+        config = parse_flags(spec.config, argv[1:], describe_dataset(command), command)
+        prepare_dataset(command, Path(config.root), Path(config.out))
+    else:
+        commands = ", ".join(["weights", *DATASETS])
+        raise FlagError(
+            f"the first word is {command!r}; it must be one of {commands}; "
+            "`python prepare.py -h` says what they are"
+        )
+
+
+if __name__ == "__main__":
+    one_sentence(main)

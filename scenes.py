@@ -1,159 +1,338 @@
-"""scenes.py"""
-from PIL import Image
-from PIL import ImageDraw
-from collections import namedtuple
+"""The built-in demo data: scenes of two coloured shapes, with texts that are true or false of them.
+
+It needs no download: Pillow draws the scenes from a seed, for every kind of records in data.py.
+Everything is a function of (seed, kind, split, index). The splits train and heldout share no scene.
+What is said about a scene can be read off its pixels, and tests/test_scenes.py does that.
+
+The order of the random draws in each function below makes the scenes what they are: do not change it.
+"""
+
 import random
 import zlib
-from data import FIELDS, Part, SNLI_LABELS, Source
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from PIL import Image, ImageDraw
+
+from data import SNLI_LABELS, Part, Source
 from images import GRAY
 from tokenizer import Tokenizer, train_tokenizer
 
-
-COLORS = {"red": (220, 0, 0), "green": (0, 160, 60), "blue": (40, 80, 230), "yellow": (250, 200, 0), "black": (9, 9, 9)}
-
-
-SHAPES, SIZES = ("circle", "square", "triangle"), {"small": 0.12, "large": 0.20}  # radius as a part of the side
-
-
-OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
-
-
-PLACES = {"left of": ("left", "right"), "above": ("top", "bottom")}
-
-
+# ---------------------------------------------------------------- what a scene is
+COLORS = {
+    "red": (220, 0, 0),
+    "green": (0, 160, 60),
+    "blue": (40, 80, 230),
+    "yellow": (250, 200, 0),
+    "black": (9, 9, 9),
+}
+SHAPES = ("circle", "square", "triangle")
+SIZES = {"small": 0.12, "large": 0.20}  # radius as a part of the picture's side
+OPPOSITE = {
+    "left of": "right of",
+    "right of": "left of",
+    "above": "below",
+    "below": "above",
+}
+PLACES = {
+    "left of": ("left", "right"),
+    "above": ("top", "bottom"),
+}  # of the first, the second thing
 DEMO_ANSWERS = ["yes", "no", *SIZES, *COLORS, *SHAPES]
 
 
-Thing = namedtuple("Thing", "size color shape")
+class Thing(NamedTuple):
+    size: str
+    color: str
+    shape: str
 
 
-Scene = namedtuple("Scene", "first second relation")  # first is "left of" or "above" second
+class Scene(NamedTuple):
+    first: Thing
+    second: Thing
+    relation: str  # first is "left of" or "above" second
 
 
-COVER = Thing("large", "gray", "square")  # SNLI-VE: hides what is behind it
+COVER = Thing("large", "gray", "square")  # hides what is behind it
 
 
-def describe(scene: Scene, swap=False) -> str:
-    first, second, relation = scene if not swap else (scene.second, scene.first, OPPOSITE[scene.relation])
+def random_thing(draw: random.Random) -> Thing:
+    size = draw.choice(list(SIZES))
+    color = draw.choice(list(COLORS))
+    shape = draw.choice(SHAPES)
+    return Thing(size, color, shape)
+
+
+def is_heldout(scene: Scene) -> bool:
+    """Whether the scene belongs to the held-out fifth, by a hash of its description."""
+    return zlib.crc32(describe(scene).encode()) % 5 == 0
+
+
+def random_scene(draw: random.Random, heldout: bool) -> Scene:
+    """Two different things. A training scene is never a held-out one, in no record of any kind."""
+    while True:
+        first = random_thing(draw)
+        second = random_thing(draw)
+        relation = draw.choice(list(PLACES))
+        scene = Scene(first, second, relation)
+        if first != second and is_heldout(scene) == heldout:
+            return scene
+
+
+# ---------------------------------------------------------------- what is said about it
+def describe(scene: Scene, swap: bool = False) -> str:
+    """ "a large red circle is above a small blue square"; swap: the second thing comes first."""
+    first, second, relation = scene
+    if swap:
+        first, second = second, first
+        relation = OPPOSITE[relation]
     return f"a {' '.join(first)} is {relation} a {' '.join(second)}"
 
 
-def random_thing(draw) -> Thing:
-    return Thing(draw.choice(list(SIZES)), draw.choice(list(COLORS)), draw.choice(SHAPES))
-
-
-def refer(scene, number, asked=None) -> str:
-    """The shortest phrase that fits only one of the two things, without its attribute `asked`."""
-    thing, other = scene[number], scene[1 - number]
+def refer(scene: Scene, number: int, asked: str | None = None) -> str:
+    """The shortest phrase that fits only thing `number`, and leaves its attribute `asked` out."""
+    things = (scene.first, scene.second)
+    thing = things[number]
+    other = things[1 - number]
+    if asked != "shape" and thing.shape != other.shape:
+        return thing.shape
     noun = "object" if asked == "shape" else thing.shape
-    if noun not in ("object", other.shape):
-        return noun
-    differing = [name for name in ("color", "size") if name != asked and getattr(thing, name) != getattr(other, name)]
-    return f"{getattr(thing, differing[0]) if differing else PLACES[scene.relation][number]} {noun}"
+    if asked != "color" and thing.color != other.color:
+        return f"{thing.color} {noun}"
+    if asked != "size" and thing.size != other.size:
+        return f"{thing.size} {noun}"
+    return f"{PLACES[scene.relation][number]} {noun}"
 
 
-def ask(draw, scene) -> tuple[str, str]:
-    """A question about a scene and its answer, one of DEMO_ANSWERS; yes and no are equally likely."""
-    number, answer = draw.randrange(2), draw.choice(("yes", "no"))
-    kind = draw.choice((*Thing._fields, "exists", "relation"))
-    if kind in Thing._fields:
-        return f"what {kind} is the {refer(scene, number, kind)}?", getattr(scene[number], kind)
-    if kind == "exists":
-        thing = scene[number]
-        while answer == "no" and thing[1:] in (scene.first[1:], scene.second[1:]):
-            thing = random_thing(draw)
-        return f"is there a {thing.color} {thing.shape}?", answer
-    true = scene.relation if number == 0 else OPPOSITE[scene.relation]
-    relation = true if answer == "yes" else draw.choice([relation for relation in OPPOSITE if relation != true])
+def ask_attribute(scene: Scene, number: int, attribute: str) -> tuple[str, str]:
+    answer = getattr(scene[number], attribute)  # Thing.size, Thing.color or Thing.shape
+    return f"what {attribute} is the {refer(scene, number, attribute)}?", answer
+
+
+def ask_existence(draw: random.Random, scene: Scene, number: int, answer: str) -> tuple[str, str]:
+    """Color and shape of one of the things, or for "no" of a thing that is not there."""
+    things = (scene.first, scene.second)
+    looks = [(thing.color, thing.shape) for thing in things]
+    thing = things[number]
+    while answer == "no" and (thing.color, thing.shape) in looks:
+        thing = random_thing(draw)
+    return f"is there a {thing.color} {thing.shape}?", answer
+
+
+def ask_relation(draw: random.Random, scene: Scene, number: int, answer: str) -> tuple[str, str]:
+    relation = scene.relation if number == 0 else OPPOSITE[scene.relation]
+    if answer == "no":
+        relation = draw.choice([other for other in OPPOSITE if other != relation])
     return f"is the {refer(scene, number)} {relation} the {refer(scene, 1 - number)}?", answer
 
 
-# what the random numbers of a kind are drawn from; older names, so that the scenes stay what they were
-SEED_NAMES = {"captions": "captions", "questions": "vqa", "statements": "nlvr2", "hypotheses": "snli_ve",
-              "chat": "chat", "chat_captions": "chat_captions"}
+def ask(draw: random.Random, scene: Scene) -> tuple[str, str]:
+    """A question about a scene and its answer, one of DEMO_ANSWERS; yes is as likely as no."""
+    number = draw.randrange(2)
+    answer = draw.choice(("yes", "no"))
+    subject = draw.choice(("size", "color", "shape", "exists", "relation"))
+    if subject == "exists":
+        return ask_existence(draw, scene, number, answer)
+    if subject == "relation":
+        return ask_relation(draw, scene, number, answer)
+    return ask_attribute(scene, number, subject)
 
 
+# ---------------------------------------------------------------- how it is drawn
+def draw_thing(
+    canvas: ImageDraw.ImageDraw, thing: Thing, x: float, y: float, radius: float
+) -> None:
+    """A thing around the point (x, y), all in pixels."""
+    fill = COLORS.get(thing.color, GRAY)
+    short = 0.9 * radius
+    if thing.shape == "circle":
+        canvas.ellipse((x - radius, y - radius, x + radius, y + radius), fill)
+    elif thing.shape == "square":
+        canvas.rectangle((x - short, y - short, x + short, y + short), fill)
+    else:
+        top = (x, y - radius)
+        left = (x - radius, y + short)
+        right = (x + radius, y + short)
+        canvas.polygon((top, left, right), fill)
+
+
+def paint(draw: random.Random, scene: Scene, size: int) -> Image.Image:
+    """A picture of size x size pixels.
+
+    `draw` jitters tone and places, never so far that relation, size or colour are in doubt.
+    """
+    across = draw.uniform(0.3, 0.7)  # of both things, at right angles to their relation
+    background = draw.randint(235, 255)
+    image = Image.new("RGB", (size, size), (background, background, background))
+    canvas = ImageDraw.Draw(image)
+    for thing, middle in ((scene.first, 0.25), (scene.second, 0.75)):
+        thing_along = size * (middle + draw.uniform(-0.03, 0.03))
+        thing_across = size * (across + draw.uniform(-0.06, 0.06))
+        radius = SIZES[thing.size] * size
+        if scene.relation == "left of":
+            draw_thing(canvas, thing, thing_along, thing_across, radius)
+        else:
+            draw_thing(canvas, thing, thing_across, thing_along, radius)
+    return image
+
+
+# ---------------------------------------------------------------- records, one painter a kind
+class Brush(NamedTuple):
+    """What a painter draws a record with."""
+
+    draw: random.Random  # of this record alone
+    heldout: bool
+    image_size: int
+
+    def scene(self) -> Scene:
+        return random_scene(self.draw, self.heldout)
+
+    def paint(self, scene: Scene) -> Image.Image:
+        return paint(self.draw, scene, self.image_size)
+
+    def coin(self) -> bool:
+        return self.draw.random() < 0.5
+
+
+def paint_caption(brush: Brush, number: int) -> dict:
+    """For pre-training in both directions, for the MLLM in one, as it has to know what to say."""
+    scene = brush.scene()
+    image = brush.paint(scene)
+    caption = describe(scene, swap=brush.coin())
+    turns = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": describe(scene)}]
+    return {"image": image, "captions": [caption], "conversations": turns}
+
+
+def paint_questions(brush: Brush, number: int) -> dict:
+    """Three different questions, and the same ones as a conversation."""
+    scene = brush.scene()
+    asked: dict[str, str] = {}
+    while len(asked) < 3:
+        question, answer = ask(brush.draw, scene)
+        asked[question] = answer
+    image = brush.paint(scene)
+
+    turns = []
+    questions = []
+    for k, (question, answer) in enumerate(asked.items()):
+        turns.append({"from": "human", "value": question})
+        turns.append({"from": "gpt", "value": answer})
+        questions.append(
+            {
+                "id": 3 * number + k,
+                "question": question,
+                "answers": {answer: 1.0},
+                "question_type": question.split()[1],
+            }
+        )
+    turns[0]["value"] = f"<image>\n{turns[0]['value']}"
+    return {"image": image, "conversations": turns, "questions": questions}
+
+
+def where_it_is_shown(place: str, label: bool, other: bool) -> tuple[bool, bool]:
+    """Whether the left, the right image show what is told, if "... in <place>" has this label.
+
+    other: a coin for what the label leaves open.
+    """
+    if place == "left image":
+        return label, other
+    if place == "right image":
+        return other, label
+    if place == "both images":
+        return (True, True) if label else (other, not other)
+    # one image: exactly one of them
+    return label == other, not other
+
+
+def paint_statement(brush: Brush, number: int) -> dict:
+    """The label and the place are drawn before the scenes: the text alone tells nothing."""
+    label = number % 2 == 0
+    place = ("left image", "right image", "both images", "one image")[brush.draw.randrange(4)]
+    told = brush.scene()
+    shown = where_it_is_shown(place, label, brush.coin())
+    others = [brush.scene(), brush.scene()]
+    while told in others:
+        others = [brush.scene(), brush.scene()]
+    images = []
+    for is_shown, other in zip(shown, others, strict=True):
+        images.append(brush.paint(told if is_shown else other))
+    sentence = f"{describe(told, swap=brush.coin())} in {place}"
+    return {"images": images, "label": label, "id": f"demo-{number}", "sentence": sentence}
+
+
+def paint_hypothesis(brush: Brush, number: int) -> dict:
+    """Entailment: all is seen. Neutral: what is not covered agrees. Contradiction: it disagrees."""
+    label = SNLI_LABELS[number % 3]
+    told = brush.scene()
+    covered = brush.draw.randrange(2)  # which thing may be covered
+    seen = 1 - covered
+    is_covered = label == "neutral" or (label == "contradiction" and brush.coin())
+    scene = told
+    if label == "contradiction":
+        # what stays visible has to differ
+        while scene[seen] == told[seen] and scene.relation == told.relation:
+            scene = brush.scene()
+    if is_covered and covered == 0:
+        scene = scene._replace(first=COVER)
+    elif is_covered:
+        scene = scene._replace(second=COVER)
+    image = brush.paint(scene)
+    return {"image": image, "hypothesis": describe(told, swap=brush.coin()), "label": label}
+
+
+Painter = Callable[[Brush, int], dict]  # the brush and the number of the record
+
+PAINTERS: dict[str, Painter] = {
+    "captions": paint_caption,
+    "chat_captions": paint_caption,
+    "questions": paint_questions,
+    "chat": paint_questions,
+    "statements": paint_statement,
+    "hypotheses": paint_hypothesis,
+}
+# what the random numbers of a kind are drawn from: older names, so that the scenes stay the same
+SEED_NAMES = {
+    "captions": "captions",
+    "questions": "vqa",
+    "statements": "nlvr2",
+    "hypotheses": "snli_ve",
+    "chat": "chat",
+    "chat_captions": "chat_captions",
+}
+
+
+# ---------------------------------------------------------------- the source
 class Demo(Part):
-    """The built-in data, drawn at need from (seed, kind, split, index). The splits train and heldout share no scene."""
+    """`size` drawn records of one kind; image_size in pixels."""
 
-    def __init__(self, kind, split, size, seed=0, image_size=64):
+    def __init__(self, kind: str, split: str, size: int, seed: int = 0, image_size: int = 64):
         assert split in ("train", "heldout"), split
-        self.path, self.places, self.rows_each = f"demo {SEED_NAMES[kind]} {split}", range(size), 3 if kind == "questions" else 1
-        self.kind, self.heldout, self.seed, self.image_size = kind, split == "heldout", seed, image_size
+        self.path = f"demo {SEED_NAMES[kind]} {split}"
+        self.places = range(size)
+        self.rows_each = 3 if kind == "questions" else 1
+        self.description = f"{self.path}, {size} records, seed {seed}"
+        self.painter = PAINTERS[kind]
+        self.heldout = split == "heldout"
+        self.seed = seed
+        self.image_size = image_size
 
-    def parse(self, raw):
-        return getattr(self, self.kind)(raw, random.Random(f"{self.seed} {self.name(raw)}"))
-
-    def scene(self, draw) -> Scene:
-        """Held out is a fifth of all scenes, by a hash of the description: no training picture ever shows one."""
-        while True:
-            scene = Scene(random_thing(draw), random_thing(draw), draw.choice(list(PLACES)))
-            if scene.first != scene.second and (zlib.crc32(describe(scene).encode()) % 5 == 0) == self.heldout:
-                return scene
-
-    def paint(self, draw, scene) -> Image.Image:
-        """`draw` jitters tone and places, never so far that relation, size or colour are in doubt."""
-        size, across = self.image_size, draw.uniform(0.3, 0.7)
-        image = Image.new("RGB", (size, size), (draw.randint(235, 255),) * 3)
-        for thing, middle in ((scene.first, 0.25), (scene.second, 0.75)):
-            place = middle + draw.uniform(-0.03, 0.03), across + draw.uniform(-0.06, 0.06)
-            x, y = (size * side for side in (place if scene.relation == "left of" else place[::-1]))
-            canvas, fill, r = ImageDraw.Draw(image), COLORS.get(thing.color, GRAY), SIZES[thing.size] * size
-            if thing.shape == "circle":
-                canvas.ellipse((x - r, y - r, x + r, y + r), fill)
-            elif thing.shape == "square":
-                canvas.rectangle((x - 0.9 * r, y - 0.9 * r, x + 0.9 * r, y + 0.9 * r), fill)
-            else:
-                canvas.polygon(((x, y - r), (x - r, y + 0.9 * r), (x + r, y + 0.9 * r)), fill)
-        return image
-
-    def captions(self, number, draw):
-        """In both directions for pre-training, in one for the MLLM, which has to know what to say."""
-        scene = self.scene(draw)
-        return {"image": self.paint(draw, scene), "captions": [describe(scene, swap=draw.random() < 0.5)],
-                "conversations": [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": describe(scene)}]}
-
-    def questions(self, number, draw):
-        scene, asked = self.scene(draw), {}
-        while len(asked) < 3:
-            asked |= [ask(draw, scene)]
-        turns = [{"from": role, "value": text} for turn in asked.items() for role, text in zip(("human", "gpt"), turn)]
-        turns[0]["value"] = "<image>\n" + turns[0]["value"]
-        return {"image": self.paint(draw, scene), "conversations": turns, "questions": [
-            {"id": 3 * number + k, "question": question, "answers": {answer: 1.0}, "question_type": question.split()[1]}
-            for k, (question, answer) in enumerate(asked.items())]}
-
-    def statements(self, number, draw):
-        """The label and the kind are drawn first, then the scenes: the text alone tells nothing."""
-        label, kind, told, other = number % 2 == 0, draw.randrange(4), self.scene(draw), draw.random() < 0.5
-        left, right = ((label, other), (other, label), (label or other, label or not other),
-                       (label == other, not other))[kind]  # which images show what is told
-        scenes = [self.scene(draw) for _ in range(2)]
-        while told in scenes:
-            scenes = [self.scene(draw) for _ in range(2)]
-        scenes = [told if shown else scene for shown, scene in zip((left, right), scenes)]
-        place = ("left image", "right image", "both images", "one image")[kind]
-        return {"images": [self.paint(draw, scene) for scene in scenes], "label": label, "id": f"demo-{number}",
-                "sentence": f"{describe(told, swap=draw.random() < 0.5)} in {place}"}
-
-    def hypotheses(self, number, draw):
-        """Entailment: it is seen. Neutral: what is seen agrees, the rest is covered. Contradiction: it disagrees."""
-        label, told, k = SNLI_LABELS[number % 3], self.scene(draw), draw.randrange(2)  # thing k may be covered
-        covered, scene = label == "neutral" or (label == "contradiction" and draw.random() < 0.5), told
-        while label == "contradiction" and scene[1 - k] == told[1 - k] and scene.relation == told.relation:
-            scene = self.scene(draw)
-        shown = scene._replace(**{Scene._fields[k]: COVER}) if covered else scene
-        return {"image": self.paint(draw, shown), "hypothesis": describe(told, draw.random() < 0.5), "label": label}
-
-    chat_captions, chat = captions, questions
+    def record(self, index: int) -> Any:
+        draw = random.Random(f"{self.seed} {self.name(index)}")
+        return self.painter(Brush(draw, self.heldout, self.image_size), index)
 
 
 def demo_source(kind: str, split: str, size: int, seed: int = 0, image_size: int = 64) -> Source:
-    """`size` records of captions, vqa (3 questions each), nlvr2, snli_ve, chat_captions or chat; train or heldout."""
+    """`size` records of a kind, a key of PAINTERS; questions have 3 rows each.
+
+    split: train or heldout. image_size: pixels a side.
+    """
     return Source(kind, [Demo(kind, split, size, seed, image_size)])
 
 
-def demo_tokenizer(vocab_size=512) -> Tokenizer:
+def demo_tokenizer(vocab_size: int = 512) -> Tokenizer:
     """A byte-level BPE in which every word of the demo data is one token."""
-    texts = [row["text"] for kind in FIELDS for row in demo_source(kind, "train", 300).texts()]
+    texts = []
+    for kind in ("captions", "hypotheses", "statements", "questions"):
+        for row in demo_source(kind, "train", 300).texts():
+            texts.append(row["text"])
     return train_tokenizer(texts, vocab_size)

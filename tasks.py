@@ -1,10 +1,10 @@
 """The downstream tasks, one row each: kind of data, heads, splits, recipe, and the papers' numbers.
 
-A new task is a new row here, a parser of its records in data.py (unless its kind of records is there already) and a
-head in model.py. No other file names a task.
+A new task is a new row here, a parser of its records in data.py (unless its kind of records is
+there already) and a head in model.py. No other file names a task.
 
-Papers: ACL 2023, section 4, tables 1 and 3, appendix A; TCSVT 2025, table III. The recipes hold the papers' values, and
-those of the released scripts where the papers say nothing.
+Papers: ACL 2023, section 4, tables 1 and 3, appendix A; TCSVT 2025, table III. The recipes hold the
+papers' values, and those of the released scripts where the papers say nothing.
 """
 
 from collections import Counter, defaultdict
@@ -19,17 +19,23 @@ from scenes import demo_source
 
 @dataclass(frozen=True)
 class DownstreamTask:
-    """recipe, unimodal, demo: values of finetune.FinetuneConfig; the model's are fields of ManagerTowerConfig."""
+    """recipe, unimodal, demo: values of finetune.FinetuneConfig; the model's are fields of
+    ManagerTowerConfig.
+    """
 
     kind: str  # of its records: a key of data.PARSERS
     heads: tuple[str, ...]  # that are trained; the first one decides the metric
     splits: tuple[str, ...]  # that eval.py measures
     recipe: dict[str, Any] = field(default_factory=dict)  # empty: it is only evaluated
     model: dict[str, Any] = field(default_factory=dict)
-    unimodal_recipe: dict[str, Any] = field(default_factory=dict)  # --init unimodal, where it differs
+    unimodal_recipe: dict[str, Any] = field(
+        default_factory=dict
+    )  # --init unimodal, where it differs
     unimodal_model: dict[str, Any] = field(default_factory=dict)
     demo: dict[str, Any] = field(default_factory=dict)  # on the built-in scenes, with a tiny model
-    paper: dict[str, dict] = field(default_factory=dict)  # split -> metric -> ManagerTower base with 4M VLP, in percent
+    paper: dict[str, dict] = field(
+        default_factory=dict
+    )  # split -> metric -> ManagerTower base with 4M VLP, in percent
 
     @property
     def is_retrieval(self) -> bool:
@@ -53,111 +59,118 @@ DEMO = {
     "save_every": 100,
 }
 
+# ---------------------------------------------------------------- the tasks
+VQAV2_SPLITS = {"train_split": "train+val", "eval_split": "rest_val"}
+VQAV2 = DownstreamTask(
+    kind="questions",
+    heads=("vqa",),
+    # The papers train on val too: rest_val, a part of it, only shows that the run learns.
+    splits=("rest_val",),
+    # The released script has batch 504 and warmup 0.1.
+    recipe={
+        "epochs": 10.0,
+        "batch_size": 576,
+        "learning_rate": 9e-6,
+        "weight_decay": 0.06,
+        "warmup": 0.06,
+        "lr_mult_head": 50.0,
+        "transform": "albef_randaug_wohf",
+        **VQAV2_SPLITS,
+    },
+    model={"image_size": 576, "head_hidden_scale": 2},
+    unimodal_recipe={
+        "epochs": 10.0,
+        "batch_size": 512,
+        "learning_rate": 2e-5,
+        "weight_decay": 0.01,
+        "warmup": 0.1,
+        "lr_mult_head": 50.0,
+        "transform": "albef_randaug_wohf",
+        **VQAV2_SPLITS,
+    },
+    unimodal_model={"image_size": 576, "head_hidden_scale": 1},
+    demo={**DEMO, "max_steps": 1000},  # a question's step is cheap, and there are six kinds of them
+    paper={"rest_val": {"accuracy": "79.39 test-dev, 79.15 test-std"}},
+)
+
+NLVR2 = DownstreamTask(
+    kind="statements",
+    heads=("nlvr2",),
+    splits=("dev", "test1"),
+    recipe={
+        "epochs": 5.0,
+        "batch_size": 256,
+        "learning_rate": 1.4e-5,
+        "weight_decay": 0.01,
+        "warmup": 0.1,
+        "lr_mult_head": 10.0,
+        "eval_split": "dev",
+    },
+    model={"image_size": 384},
+    demo=DEMO,
+    paper={"dev": {"accuracy": 82.81}, "test1": {"accuracy": 83.34}},
+)
+
+SNLI_VE = DownstreamTask(
+    kind="hypotheses",
+    heads=("snli_ve",),
+    splits=("dev", "test"),
+    recipe={
+        "epochs": 4.0,
+        "batch_size": 64,
+        "learning_rate": 3e-6,
+        "weight_decay": 0.01,
+        "warmup": 0.06,
+        "lr_mult_head": 10.0,
+        "eval_split": "dev",
+    },
+    model={"image_size": 384, "head_hidden_scale": 2},
+    demo=DEMO,
+    paper={"dev": {"accuracy": 81.26}, "test": {"accuracy": 81.44}},
+)
+
+RETRIEVAL_RECIPE = {
+    "batch_size": 512,
+    "learning_rate": 6e-6,
+    "weight_decay": 0.01,
+    "warmup": 0.1,
+    "lr_mult_head": 5.0,
+    "eval_split": "test",
+}
+RETRIEVAL_MODEL = {"image_size": 384, "max_text_len": 40}
+
+FLICKR30K = DownstreamTask(
+    kind="captions",
+    heads=("itm", "itc"),
+    splits=("test",),
+    recipe={"epochs": 20.0, **RETRIEVAL_RECIPE},
+    model=RETRIEVAL_MODEL,
+    demo=DEMO,
+    # RMEAN is the number without VLP (ACL table 1)
+    paper={"test": {"ir_r1": 86.56, "tr_r1": 95.64, "rmean": "93.97 without VLP"}},
+)
+
+COCO = DownstreamTask(  # not in the papers
+    kind="captions",
+    heads=("itm", "itc"),
+    splits=("test",),
+    recipe={"epochs": 10.0, **RETRIEVAL_RECIPE},
+    model=RETRIEVAL_MODEL,
+    demo=DEMO,
+)
+
+# pictures of two Debian packages, see prepare.py: `train.py --recipe clipart` learns on them
+OPENCLIPART = DownstreamTask(kind="captions", heads=("itm", "itc"), splits=("test",))
+TUXPAINT = DownstreamTask(kind="captions", heads=("itm", "itc"), splits=("test",))
+
 TASKS = {
-    "vqav2": DownstreamTask(
-        kind="questions",
-        heads=("vqa",),
-        splits=("rest_val",),
-        # The papers train on val too: rest_val, a part of it, only shows that the run learns. The released script has
-        # batch 504 and warmup 0.1.
-        recipe={
-            "epochs": 10.0,
-            "batch_size": 576,
-            "learning_rate": 9e-6,
-            "weight_decay": 0.06,
-            "warmup": 0.06,
-            "lr_mult_head": 50.0,
-            "transform": "albef_randaug_wohf",
-            "train_split": "train+val",
-            "eval_split": "rest_val",
-        },
-        model={"image_size": 576, "head_hidden_scale": 2},
-        unimodal_recipe={
-            "epochs": 10.0,
-            "batch_size": 512,
-            "learning_rate": 2e-5,
-            "weight_decay": 0.01,
-            "warmup": 0.1,
-            "lr_mult_head": 50.0,
-            "transform": "albef_randaug_wohf",
-            "train_split": "train+val",
-            "eval_split": "rest_val",
-        },
-        unimodal_model={"image_size": 576, "head_hidden_scale": 1},
-        demo={**DEMO, "max_steps": 1000},  # a question's step is cheap, and there are six kinds of them
-        paper={"rest_val": {"accuracy": "79.39 test-dev, 79.15 test-std"}},
-    ),
-    "nlvr2": DownstreamTask(
-        kind="statements",
-        heads=("nlvr2",),
-        splits=("dev", "test1"),
-        recipe={
-            "epochs": 5.0,
-            "batch_size": 256,
-            "learning_rate": 1.4e-5,
-            "weight_decay": 0.01,
-            "warmup": 0.1,
-            "lr_mult_head": 10.0,
-            "eval_split": "dev",
-        },
-        model={"image_size": 384},
-        demo=DEMO,
-        paper={"dev": {"accuracy": 82.81}, "test1": {"accuracy": 83.34}},
-    ),
-    "snli_ve": DownstreamTask(
-        kind="hypotheses",
-        heads=("snli_ve",),
-        splits=("dev", "test"),
-        recipe={
-            "epochs": 4.0,
-            "batch_size": 64,
-            "learning_rate": 3e-6,
-            "weight_decay": 0.01,
-            "warmup": 0.06,
-            "lr_mult_head": 10.0,
-            "eval_split": "dev",
-        },
-        model={"image_size": 384, "head_hidden_scale": 2},
-        demo=DEMO,
-        paper={"dev": {"accuracy": 81.26}, "test": {"accuracy": 81.44}},
-    ),
-    "flickr30k": DownstreamTask(
-        kind="captions",
-        heads=("itm", "itc"),
-        splits=("test",),
-        recipe={
-            "epochs": 20.0,
-            "batch_size": 512,
-            "learning_rate": 6e-6,
-            "weight_decay": 0.01,
-            "warmup": 0.1,
-            "lr_mult_head": 5.0,
-            "eval_split": "test",
-        },
-        model={"image_size": 384, "max_text_len": 40},
-        demo=DEMO,
-        # RMEAN is the number without VLP (ACL table 1)
-        paper={"test": {"ir_r1": 86.56, "tr_r1": 95.64, "rmean": "93.97 without VLP"}},
-    ),
-    "coco": DownstreamTask(  # not in the papers
-        kind="captions",
-        heads=("itm", "itc"),
-        splits=("test",),
-        recipe={
-            "epochs": 10.0,
-            "batch_size": 512,
-            "learning_rate": 6e-6,
-            "weight_decay": 0.01,
-            "warmup": 0.1,
-            "lr_mult_head": 5.0,
-            "eval_split": "test",
-        },
-        model={"image_size": 384, "max_text_len": 40},
-        demo=DEMO,
-    ),
-    # pictures of two Debian packages, see prepare.py: `train.py --recipe clipart` learns on them
-    "openclipart": DownstreamTask(kind="captions", heads=("itm", "itc"), splits=("test",)),
-    "tuxpaint": DownstreamTask(kind="captions", heads=("itm", "itc"), splits=("test",)),
+    "vqav2": VQAV2,
+    "nlvr2": NLVR2,
+    "snli_ve": SNLI_VE,
+    "flickr30k": FLICKR30K,
+    "coco": COCO,
+    "openclipart": OPENCLIPART,
+    "tuxpaint": TUXPAINT,
 }
 
 # the sets of images and captions that the papers pre-train on (4M images)
@@ -172,7 +185,9 @@ def find_task(name: str) -> DownstreamTask:
 
 
 def task_of_heads(heads: tuple[str, ...]) -> str:
-    """The first task that a model with these heads can do; pre-training heads do the first one of captions."""
+    """The first task that a model with these heads can do; pre-training heads do the first one of
+    captions.
+    """
     for name, task in TASKS.items():
         if task.heads[0] in heads:
             return name
@@ -190,7 +205,9 @@ def open_split(
     image_size: int,
     answers: list[str] | None = None,
 ) -> PairDataset:
-    """One split of a task to measure on: below data_root, or with `demo` 512 held-out built-in scenes."""
+    """One split of a task to measure on: below data_root, or with `demo` 512 held-out built-in
+    scenes.
+    """
     task = find_task(name)
     if demo:
         source = demo_source(task.kind, "heldout", 512, image_size=image_size)
@@ -200,7 +217,8 @@ def open_split(
 
 
 # ---------------------------------------------------------------- where the data of a set lie
-# names of .arrow files in the ViLT family: set -> first part of the name, (set, split) -> its shards
+# names of .arrow files in the ViLT family: set -> first part of the name, (set, split) -> its
+# shards
 ARROW_STEMS = {
     "coco": "coco_caption_karpathy",
     "flickr30k": "f30k_caption_karpathy",
@@ -218,7 +236,8 @@ ARROW_SHARDS = {
 
 
 def arrow_files(root: Path, name: str, split: str) -> list[Path]:
-    """The .arrow shards of one split of a set; of VQAv2 those with normalised human answers ("_fix") come first.
+    """The .arrow shards of one split of a set; of VQAv2 those with normalised human answers
+    ("_fix") come first.
 
     A file may be missing: the caller looks.
     """
@@ -232,7 +251,9 @@ def arrow_files(root: Path, name: str, split: str) -> list[Path]:
 
 
 def split_files(root: str | Path, name: str, split: str) -> list[Path]:
-    """The files of one split of a set: `<name>_<split>.jsonl`, or all its .arrow shards. Raises ValueError."""
+    """The files of one split of a set: `<name>_<split>.jsonl`, or all its .arrow shards. Raises
+    ValueError.
+    """
     manifest = Path(root) / f"{name}_{split}.jsonl"
     if manifest.is_file():
         return [manifest]
@@ -248,9 +269,11 @@ def split_files(root: str | Path, name: str, split: str) -> list[Path]:
 def open_sets(
     kind: str, root: str | Path, names: tuple[str, ...], split: str, on_bad_sample: str = "error"
 ) -> Source:
-    """The sets `names` of a folder, one after the other; split "train+val" takes both. Or `root` is one file.
+    """The sets `names` of a folder, one after the other; split "train+val" takes both. Or `root` is
+    one file.
 
-    Names: coco, flickr30k, vg, sbu, cc3m, vqav2, vgqa_coco, nlvr2, snli_ve, or the <name> of any <name>_<split>.jsonl.
+    Names: coco, flickr30k, vg, sbu, cc3m, vqav2, vgqa_coco, nlvr2, snli_ve, or the <name> of any
+    <name>_<split>.jsonl.
     """
     if Path(root).is_file():
         files = [Path(root)]
@@ -265,23 +288,28 @@ def open_sets(
 
 
 def load_answers(root: str | Path) -> list[str]:
-    """The VQA vocabulary: answers.json (a list), or rebuilt from the answers and labels inside vqav2_*.arrow."""
+    """The VQA vocabulary: answers.json (a list), or rebuilt from the answers and labels inside
+    vqav2_*.arrow.
+    """
     file = Path(root) / "answers.json"
     if file.is_file():
         return read_json(file, list)
     vocabulary: dict[int, str] = {}
     for path in sorted(Path(root).glob("vqav2_*.arrow")):
         for row in arrow_rows(path, ["answers", "answer_labels"]):
-            for answers, labels in zip(row["answers"] or [], row["answer_labels"] or [], strict=True):
+            for answers, labels in zip(
+                row["answers"] or [], row["answer_labels"] or [], strict=True
+            ):
                 vocabulary.update(zip(labels or [], answers or [], strict=True))
     if not vocabulary or max(vocabulary) >= len(vocabulary):
         raise ValueError(
-            f"no VQA vocabulary in {root}: neither answers.json nor vqav2_*.arrow files with all answers"
+            f"no VQA vocabulary in {root}: neither answers.json nor vqav2_*.arrow files with all "
+            "answers"
         )
     return [vocabulary[i] for i in range(len(vocabulary))]
 
 
-# ---------------------------------------------------------------- what is known without looking at the picture
+# ---------------------------------------------------- what is known without looking at the picture
 def true_answers(source: Source, row: dict) -> dict:
     """{answer or label: score} of a row."""
     if source.kind == "questions":
@@ -290,7 +318,9 @@ def true_answers(source: Source, row: dict) -> dict:
 
 
 def text_only_guess(source: Source, heldout: Source) -> dict[str, float]:
-    """Accuracy of the commonest answer, and of the commonest answer to the very same text in the training data."""
+    """Accuracy of the commonest answer, and of the commonest answer to the very same text in the
+    training data.
+    """
     overall: Counter = Counter()
     by_text: dict[str, Counter] = defaultdict(Counter)
     for row in source.texts():
@@ -307,7 +337,9 @@ def text_only_guess(source: Source, heldout: Source) -> dict[str, float]:
 
 
 def baselines(source: Source, heldout: Source) -> dict[str, dict]:
-    """What a model has to beat: chance for retrieval, guesses from the text alone for the other tasks."""
+    """What a model has to beat: chance for retrieval, guesses from the text alone for the other
+    tasks.
+    """
     if source.kind == "captions":
         chance = {}
         for direction in ("ir", "tr"):
@@ -315,5 +347,3 @@ def baselines(source: Source, heldout: Source) -> dict[str, dict]:
                 chance[f"{direction}_r{k}"] = min(1.0, k / heldout.num_images)
         return {"chance": chance}
     return {name: {"accuracy": value} for name, value in text_only_guess(source, heldout).items()}
-
-

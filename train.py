@@ -1,10 +1,13 @@
-"""Pre-training of ManagerTower: MLM and ITM (ACL 2023, section 4), on request ITC with hard negatives.
+"""Pre-training of ManagerTower: MLM and ITM (ACL 2023, section 4), on request ITC with hard
+negatives.
 
-    python train.py                                                     # the built-in scenes, a CPU is enough
-    torchrun --standalone --nproc_per_node 8 train.py --recipe pretrain --data_root D --vision CLIP --text ROBERTA
-    torchrun ... train.py --recipe llava_stage1 ...                     # the MLLM's recipes are in train_llava.py
+    python train.py                                                     # the built-in scenes, a CPU
+    is enough torchrun --standalone --nproc_per_node 8 train.py --recipe pretrain --data_root D
+    --vision CLIP --text ROBERTA torchrun ... train.py --recipe llava_stage1 ...
+    # the MLLM's recipes are in train_llava.py
 
-`python train.py -h` lists all flags. The loop itself is in loop.py, the objectives are in objectives.py.
+`python train.py -h` lists all flags. The loop itself is in loop.py, the objectives are in
+objectives.py.
 """
 
 import dataclasses
@@ -19,7 +22,7 @@ import torch
 from torch.utils.data import DataLoader, Subset
 
 from data import PretrainDataset, Source, collate
-from fields import option, parse_recipe
+from fields import make_parser, option, parse_recipe
 from images import image_transform
 from loop import Checkpoint, TowerRunConfig, find_tokenizer_of, fit, param_groups, summarize
 from model import ManagerTower, ManagerTowerConfig
@@ -47,10 +50,14 @@ class TrainConfig(TowerRunConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.objectives or ("itc" in self.objectives and "itm" not in self.objectives):
-            raise ValueError(f"--objectives {','.join(self.objectives)} must be some of mlm,itm,itc; itc needs itm")
+            raise ValueError(
+                f"--objectives {','.join(self.objectives)} must be some of mlm,itm,itc; itc needs "
+                "itm"
+            )
         if self.micro_batch_size < self.unit():
             raise ValueError(
-                f"--micro_batch_size {self.micro_batch_size} must be at least 2, as --share_images pairs rows"
+                f"--micro_batch_size {self.micro_batch_size} must be at least 2, as --share_images "
+                "pairs rows"
             )
 
     def unit(self) -> int:
@@ -60,8 +67,8 @@ class TrainConfig(TowerRunConfig):
 # (run, fields of the model)
 RECIPES: dict[str, tuple[Any, dict]] = {
     "demo": (TrainConfig(share_images=True), {}),
-    # The papers' pre-training (ACL appendix A): 100k steps of 4,096 pairs, linear decay after 10k steps, heads and
-    # cross-modal layers at five times the encoders' learning rate.
+    # The papers' pre-training (ACL appendix A): 100k steps of 4,096 pairs, linear decay after 10k
+    # steps, heads and cross-modal layers at five times the encoders' learning rate.
     "pretrain": (
         TrainConfig(
             out_dir="out/pretrain",
@@ -93,7 +100,8 @@ RECIPES: dict[str, tuple[Any, dict]] = {
         {},
     ),
 }
-LLAVA = "llava_"  # the recipes that begin so are the MLLM's
+# the MLLM's, which are in train_llava.py
+LLAVA_RECIPES = ("llava_demo", "llava_stage1", "llava_stage1_5", "llava_stage2")
 
 
 # ---------------------------------------------------------------- data, tokenizer, model
@@ -109,7 +117,9 @@ def make_sources(run: TrainConfig, image_size: int) -> tuple[Source, Source]:
 
 
 def find_tokenizer(run: TowerRunConfig, source: Source | None = None) -> Tokenizer:
-    """--tokenizer, or the one beside --text, or that of the scenes, or a small BPE trained on the captions."""
+    """--tokenizer, or the one beside --text, or that of the scenes, or a small BPE trained on the
+    captions.
+    """
     if run.tokenizer:
         return load_tokenizer(run.tokenizer)
     if run.text:
@@ -119,10 +129,16 @@ def find_tokenizer(run: TowerRunConfig, source: Source | None = None) -> Tokeniz
     return train_tokenizer((row["text"] for row in source.texts()), 8000)
 
 
-def make_model(run: TowerRunConfig, fields: dict, tokenizer: Tokenizer, **heads: Any) -> ManagerTower:
-    """The preset --model with `fields` replaced, sized for the tokenizer; encoders from --vision, --text or random."""
+def make_model(
+    run: TowerRunConfig, fields: dict, tokenizer: Tokenizer, **heads: Any
+) -> ManagerTower:
+    """The preset --model with `fields` replaced, sized for the tokenizer; encoders from --vision,
+    --text or random.
+    """
     if bool(run.vision) != bool(run.text):
-        raise ValueError("--vision and --text go together: both encoders are pre-trained, or neither")
+        raise ValueError(
+            "--vision and --text go together: both encoders are pre-trained, or neither"
+        )
     values: dict[str, Any] = {}
     if not run.text:
         values |= {"vocab_size": tokenizer.vocab_size, "pad_token_id": tokenizer.pad_id}
@@ -144,12 +160,16 @@ def make_model(run: TowerRunConfig, fields: dict, tokenizer: Tokenizer, **heads:
 def evaluate_pretraining(
     model: ManagerTower, dataset: Any, run: TrainConfig, world: World
 ) -> dict[str, float]:
-    """Held-out accuracy of MLM (over all masked tokens) and ITM (over all pairs, half of them false), of all ranks."""
+    """Held-out accuracy of MLM (over all masked tokens) and ITM (over all pairs, half of them
+    false), of all ranks.
+    """
     model.eval()
     own_rows = Subset(dataset, range(world.rank, len(dataset), world.size))
     right = torch.zeros(2, dtype=torch.float64, device=world.device)  # of MLM, of ITM
     total = torch.zeros(2, dtype=torch.float64, device=world.device)
-    for batch in DataLoader(own_rows, run.micro_batch_size, collate_fn=collate, num_workers=run.num_workers):
+    for batch in DataLoader(
+        own_rows, run.micro_batch_size, collate_fn=collate, num_workers=run.num_workers
+    ):
         batch = to_device(batch, world.device)
         mask = batch["attention_mask"]
         is_masked = batch["mlm_labels"] != -100
@@ -183,7 +203,9 @@ def masked_tokens(dataset: Any, samples: int) -> Iterator[tuple[tuple[int, int],
 
 
 def text_only_mlm_guess(training: Any, heldout: Any, samples: int = 2000) -> float:
-    """MLM accuracy without pictures: each masked token is the commonest one between the same neighbours."""
+    """MLM accuracy without pictures: each masked token is the commonest one between the same
+    neighbours.
+    """
     between: dict[tuple[int, int], Counter] = defaultdict(Counter)
     overall: Counter = Counter()
     for neighbours, label in masked_tokens(training, samples):
@@ -233,7 +255,8 @@ def pretrain(run: TrainConfig, fields: dict, world: World) -> None:
     encoders = f"{run.vision} and {run.text}" if run.vision else "random weights"
     parameters = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     world.print(
-        f"ManagerTower, {parameters:.2f}M parameters, encoders from {encoders}; {len(source)} captions of "
+        f"ManagerTower, {parameters:.2f}M parameters, encoders from {encoders}; {len(source)} "
+        "captions of "
         f"{source.num_images} pictures, {len(heldout)} held out"
     )
     untrained = evaluate()
@@ -248,7 +271,9 @@ def pretrain(run: TrainConfig, fields: dict, world: World) -> None:
 def next_commands(run: TrainConfig) -> list[str]:
     """What to type after a run."""
     if run.data_root:
-        return [f"python figures.py managers --checkpoint {run.out_dir} --data_root {run.data_root}"]
+        return [
+            f"python figures.py managers --checkpoint {run.out_dir} --data_root {run.data_root}"
+        ]
     return [
         f"python figures.py managers --checkpoint {run.out_dir} --data demo",
         f"python finetune.py --task {next(iter(TASKS))} --init {run.out_dir} --data demo",
@@ -257,13 +282,9 @@ def next_commands(run: TrainConfig) -> list[str]:
 
 def is_llava(argv: list[str]) -> bool:
     """Whether the command line names one of the MLLM's recipes."""
-    for i, argument in enumerate(argv):
-        value = argument.removeprefix("--recipe=")
-        if argument == "--recipe" and i + 1 < len(argv):
-            value = argv[i + 1]
-        if argument.startswith("--recipe") and value.startswith(LLAVA):
-            return True
-    return False
+    parser = make_parser("", add_help=False)
+    parser.add_argument("--recipe", default="")
+    return parser.parse_known_args(argv)[0].recipe in LLAVA_RECIPES
 
 
 def main(argv: list[str]) -> None:
@@ -271,7 +292,7 @@ def main(argv: list[str]) -> None:
         import train_llava  # the MLLM's training, which the two-tower model does not need
 
         return train_llava.main(argv)
-    _, run, fields = parse_recipe(argv, RECIPES, "recipe")
+    _, run, fields = parse_recipe(argv, RECIPES, "recipe", elsewhere=LLAVA_RECIPES)
     return pretrain(run, fields, World(run.device))
 
 

@@ -1,11 +1,14 @@
-"""The training recipes of LLaVA-OV-Manager (TCSVT 2025, section IV), in the loop of loop.py; train.py runs them.
+"""The training recipes of LLaVA-OV-Manager (TCSVT 2025, section IV), in the loop of loop.py;
+train.py runs them.
 
-    python train.py --recipe llava_demo [--manager_type none]                     # built-in scenes, a CPU is enough
-    torchrun ... train.py --recipe llava_stage1 --vision SIGLIP --text QWEN2 --data_path captions.json --image_folder D
-    torchrun ... train.py --recipe llava_stage1_5 --init out/llava_stage1 --data_path mixture.yaml --image_folder D
-    torchrun ... train.py --recipe llava_stage2 --init out/llava_stage1_5 ...     # --grid false: without multi-grid
+    python train.py --recipe llava_demo [--manager_type none]                     # built-in scenes,
+    a CPU is enough torchrun ... train.py --recipe llava_stage1 --vision SIGLIP --text QWEN2
+    --data_path captions.json --image_folder D torchrun ... train.py --recipe llava_stage1_5 --init
+    out/llava_stage1 --data_path mixture.yaml --image_folder D torchrun ... train.py --recipe
+    llava_stage2 --init out/llava_stage1_5 ...     # --grid false: without multi-grid
 
-Stage 1 aligns the projector and the managers on captions; stages 1.5 and 2 train everything on conversations.
+Stage 1 aligns the projector and the managers on captions; stages 1.5 and 2 train everything on
+conversations.
 """
 
 import dataclasses
@@ -50,24 +53,36 @@ class LlavaTrainConfig(RunConfig):
         "lr_manager",
     )
 
-    data_path: str = option("", "LLaVA's .json or .jsonl, or a mixture of them (.yaml, .json), below --data_root")
+    data_path: str = option(
+        "", "LLaVA's .json or .jsonl, or a mixture of them (.yaml, .json), below --data_root"
+    )
     image_folder: str = option("", "where its pictures lie, below --data_root")
-    init: str = option("", "the previous stage's folder, or an official one; else --vision and --text, folders")
-    grid: bool = option(True, "false: an image is one squashed tile, the paper's models without +Grid")
+    init: str = option(
+        "", "the previous stage's folder, or an official one; else --vision and --text, folders"
+    )
+    grid: bool = option(
+        True, "false: an image is one squashed tile, the paper's models without +Grid"
+    )
     alignment: bool = option(
-        False, "stage 1: plain captions, the rest frozen, batches without regard to length", flag=False
+        False,
+        "stage 1: plain captions, the rest frozen, batches without regard to length",
+        flag=False,
     )
     strict_labels: bool = option(
-        False, "no loss on newlines and special tokens of user turns; the official masking leaves them in"
+        False,
+        "no loss on newlines and special tokens of user turns; the official masking leaves them in",
     )
-    # The paper's rates. The released scripts give DeepSpeed a config with an optimizer, which takes all parameters as
-    # one list: there these two seem to have had no effect (here: --lr_vision 1e-5 --lr_manager 1e-5).
+    # The paper's rates. The released scripts give DeepSpeed a config with an optimizer, which takes
+    # all parameters as one list: there these two seem to have had no effect (here: --lr_vision 1e-5
+    # --lr_manager 1e-5).
     lr_vision: float = option(2e-6, "highest learning rate of SigLIP", least=0)
     lr_manager: float = option(5e-5, "highest learning rate of the managers", least=0)
     max_steps: int = option(0, "optimizer updates; 0 = one epoch", least=0)
 
     def model_defaults(self, model_fields: dict) -> dict:
-        preset = LlavaManagerConfig.tiny() if self.out_dir.endswith("demo") else LlavaManagerConfig()
+        preset = (
+            LlavaManagerConfig.tiny() if self.out_dir.endswith("demo") else LlavaManagerConfig()
+        )
         return {**dataclasses.asdict(preset), "grid_pinpoints": "(1x1),...,(6x6)", **model_fields}
 
 
@@ -106,7 +121,13 @@ LLAVA_RECIPES: dict[str, tuple[Any, dict]] = {  # (run, fields of the model)
             eval_every=400,
             eval_size=128,
         ),
-        {"aspect": "square", "merge": "flat", "image_size": 64, "patch_size": 16, "initializer_range": 0.1},
+        {
+            "aspect": "square",
+            "merge": "flat",
+            "image_size": 64,
+            "patch_size": 16,
+            "initializer_range": 0.1,
+        },
     ),
     "llava_stage1": (
         stage(
@@ -140,7 +161,15 @@ LLAVA_RECIPES: dict[str, tuple[Any, dict]] = {  # (run, fields of the model)
 DEMO = "llava_demo"
 CAPTION_PART = 0.375  # of the demo's steps: questions alone teach nothing in that time
 # what may differ from --init: it does not change what the parameters mean
-FREE_FIELDS = {"aspect", "merge", "grid_pinpoints", "managed_grids", "max_length", "im_start_id", "eos_ids"}
+FREE_FIELDS = {
+    "aspect",
+    "merge",
+    "grid_pinpoints",
+    "managed_grids",
+    "max_length",
+    "im_start_id",
+    "eos_ids",
+}
 MANAGERS = ("managers.", "layer_embedding")
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
@@ -160,7 +189,9 @@ class Chat(Task):
 
 
 def llava_groups(model: LlavaManager, run: LlavaTrainConfig) -> list[dict]:
-    """SigLIP, managers, the rest. Biases and SigLIP's norms, but not Qwen2's, have no weight decay: official."""
+    """SigLIP, managers, the rest. Biases and SigLIP's norms, but not Qwen2's, have no weight decay:
+    official.
+    """
 
     def rule(name: str) -> tuple[float, float]:
         rate = run.learning_rate
@@ -174,9 +205,11 @@ def llava_groups(model: LlavaManager, run: LlavaTrainConfig) -> list[dict]:
     return make_groups(model, rule)
 
 
-# ---------------------------------------------------------------- the model that a stage starts from
+# ---------------------------------------------------- the model that a stage starts from
 def initial_llava(run: LlavaTrainConfig, fields: dict) -> LlavaManager:
-    """--init, with `fields` of its config replaced; those that change what the parameters mean must stay."""
+    """--init, with `fields` of its config replaced; those that change what the parameters mean must
+    stay.
+    """
     model = load_model(run.init)
     if not isinstance(model, LlavaManager):
         raise ValueError(f"--init {run.init} is a {type(model).__name__}, not a LlavaManager")
@@ -193,7 +226,9 @@ def initial_llava(run: LlavaTrainConfig, fields: dict) -> LlavaManager:
 
 
 def make_llava(run: LlavaTrainConfig, fields: dict, tokenizer: Tokenizer) -> LlavaManager:
-    """--init with `fields` of its config; or --vision and --text with new managers; or, the demo, random weights."""
+    """--init with `fields` of its config; or --vision and --text with new managers; or, the demo,
+    random weights.
+    """
     _, im_start, im_end = (tokenize(name, tokenizer) for name in SPECIALS)
     fields = {**fields, "im_start_id": im_start[0], "eos_ids": im_end}
     seed_all(run.seed, "model")
@@ -207,7 +242,9 @@ def make_llava(run: LlavaTrainConfig, fields: dict, tokenizer: Tokenizer) -> Lla
         model = LlavaManager(config)
         load_unimodal(model, run.vision, run.text)
     else:
-        model = LlavaManager(LlavaManagerConfig.tiny(**{"vocab_size": tokenizer.vocab_size, **fields}))
+        model = LlavaManager(
+            LlavaManagerConfig.tiny(**{"vocab_size": tokenizer.vocab_size, **fields})
+        )
     if run.alignment:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name.startswith(("projector.", *MANAGERS)))
@@ -217,13 +254,18 @@ def make_llava(run: LlavaTrainConfig, fields: dict, tokenizer: Tokenizer) -> Lla
 
 # ---------------------------------------------------------------- held-out measures
 @torch.no_grad()
-def heldout_loss(task: Chat, dataset: ChatDataset, run: RunConfig, world: World) -> dict[str, float]:
+def heldout_loss(
+    task: Chat, dataset: ChatDataset, run: RunConfig, world: World
+) -> dict[str, float]:
     """Mean over the label tokens of all ranks' rows."""
     totals = torch.zeros(2, dtype=torch.float64)  # of the losses, of the tokens
     own_rows = Subset(dataset, range(world.rank, len(dataset), world.size))
     task.eval()
     for batch in DataLoader(
-        own_rows, run.micro_batch_size, collate_fn=collate_conversations, num_workers=run.num_workers
+        own_rows,
+        run.micro_batch_size,
+        collate_fn=collate_conversations,
+        num_workers=run.num_workers,
     ):
         with autocast(run.precision, world.device):
             loss_sum = task(to_device(batch, world.device))["lm"].item()
@@ -237,7 +279,9 @@ def heldout_loss(task: Chat, dataset: ChatDataset, run: RunConfig, world: World)
 def answer_accuracy(
     model: LlavaManager, quiz: list[tuple], tokenizer: Tokenizer, run: RunConfig, world: World
 ) -> dict:
-    """Share of the (prompt, answer, image) in `quiz` whose greedy answer is the true one to the letter."""
+    """Share of the (prompt, answer, image) in `quiz` whose greedy answer is the true one to the
+    letter.
+    """
     right = torch.zeros((), dtype=torch.float64)
     size = 2 * run.micro_batch_size
     model.eval()
@@ -245,7 +289,9 @@ def answer_accuracy(
         prompts, answers, images = zip(*quiz[start : start + size], strict=True)
         batch = collate_chat([(prompt, prompt) for prompt in prompts])
         with autocast(run.precision, world.device):
-            new_ids = model.generate(batch["input_ids"], batch["attention_mask"], images, max_new_tokens=4)
+            new_ids = model.generate(
+                batch["input_ids"], batch["attention_mask"], images, max_new_tokens=4
+            )
         for ids, answer in zip(new_ids.tolist(), answers, strict=True):
             right += tokenizer.decode(ids) == answer
     accuracy = world.sum(right.to(world.device)).item() / len(quiz)
@@ -314,10 +360,13 @@ def prepare_stage(run: LlavaTrainConfig, fields: dict, world: World) -> Prepared
     source = open_chat(data_path, image_folder, run.seed, run.on_bad_sample)
     if not run.eval_size < len(source):
         raise ValueError(
-            f"--eval_size {run.eval_size} must be from 1 to {len(source) - 1}, as {run.data_path} has "
+            f"--eval_size {run.eval_size} must be from 1 to {len(source) - 1}, as {run.data_path} "
+            "has "
             f"{len(source)} rows"
         )
-    tokenizer = find_tokenizer_of(run, lambda: load_tokenizer(run.tokenizer or run.init or run.text))
+    tokenizer = find_tokenizer_of(
+        run, lambda: load_tokenizer(run.tokenizer or run.init or run.text)
+    )
     model = make_llava(run, fields, tokenizer).to(world.device)
     order = np.random.default_rng((run.seed, len(source))).permutation(len(source))
     make_dataset = functools.partial(
@@ -351,7 +400,15 @@ def prepare_stage(run: LlavaTrainConfig, fields: dict, world: World) -> Prepared
 def check_start(name: str, run: LlavaTrainConfig, fields: dict) -> None:
     """Raises ValueError for flags that do not fit together."""
     if name == DEMO:
-        for flag in ("data_path", "data_root", "image_folder", "init", "vision", "text", "tokenizer"):
+        for flag in (
+            "data_path",
+            "data_root",
+            "image_folder",
+            "init",
+            "vision",
+            "text",
+            "tokenizer",
+        ):
             if getattr(run, flag):
                 raise ValueError(
                     f"--{flag} means nothing to llava_demo, which draws its scenes and starts anew"
@@ -360,7 +417,8 @@ def check_start(name: str, run: LlavaTrainConfig, fields: dict) -> None:
         encoders = bool(run.vision)
         if not run.data_path or encoders != bool(run.text) or encoders == bool(run.init):
             raise ValueError(
-                "the stages need --data_path, and to start from either --init, or --vision and --text"
+                "the stages need --data_path, and to start from either --init, or --vision and "
+                "--text"
             )
     defaults = LLAVA_RECIPES[name][1]
     for field in ("aspect", "merge", "grid_pinpoints"):
@@ -387,7 +445,8 @@ def train_llava(name: str, run: LlavaTrainConfig, fields: dict, world: World) ->
     for parameter in model.parameters():
         counts[parameter.requires_grad] += parameter.numel()
     world.print(
-        f"LLaVA-OV-Manager: {counts[True] / 1e6:.2f}M parameters learn, {counts[False] / 1e6:.2f}M do not; "
+        f"LLaVA-OV-Manager: {counts[True] / 1e6:.2f}M parameters learn, {counts[False] / 1e6:.2f}M "
+        "do not; "
         f"{len(prepared.dataset)} conversations"
     )
     untrained = prepared.evaluate()
@@ -409,5 +468,5 @@ def train_llava(name: str, run: LlavaTrainConfig, fields: dict, world: World) ->
 
 
 def main(argv: list[str]) -> None:
-    name, run, fields = parse_recipe(argv, LLAVA_RECIPES, "recipe")
+    name, run, fields = parse_recipe(argv, LLAVA_RECIPES, "recipe", elsewhere=("demo", "pretrain"))
     train_llava(name, run, fields, World(run.device))

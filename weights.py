@@ -1,682 +1,1421 @@
-"""weights.py"""
-from pathlib import Path
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from safetensors.torch import save_file
-from torch import Tensor
-from torch import nn
-from torch.nn import functional as F
+"""Weights: every foreign layout in and out, checkpoint folders, and PyTorch's files read without
+executing them.
+
+What is ours are the parameter names of model.py and llava_manager.py. A foreign layout is whatever
+somebody else published: the authors' ManagerTower, BridgeTower and METER (Lightning checkpoints of
+`src/modules/mt_module.py`), LLaVA-OV-Manager and LLaVA-OneVision (`llava/model`), OpenAI's CLIP,
+and the CLIP, SigLIP, RoBERTa, Qwen2 and BridgeTower of transformers.
+
+A layout is a table, our key -> their key. In both, {} stands for the number of a layer, and * for
+weight and bias. Several keys of theirs are concatenated into one of ours:
+
+    >>> names = {"norm.weight": "final_norm.gamma", "blocks.{}.kv.*": ("h{}.key.*", "h{}.value.*")}
+    >>> rows = expand(names, layers=1)
+    >>> for row in rows:
+    ...     print(row.ours, "<-", " and ".join(row.theirs))
+    norm.weight <- final_norm.gamma
+    blocks.0.kv.weight <- h0.key.weight and h0.value.weight
+    blocks.0.kv.bias <- h0.key.bias and h0.value.bias
+
+So adding a layout is adding a dict. An encoder's dict goes into a `Layout`, and that into
+IMAGE_LAYOUTS or TEXT_LAYOUTS; then `load_unimodal` takes it. The import is strict: it refuses, by
+their names, keys that are missing, unknown, misshapen, no floating-point numbers or not finite.
+
+The order of this file: 1. tables; 2. import and export; 3. files and folders; 4. checkpoints, ready
+to be used; 5. PyTorch's files; 6. official checkpoints -> our folders.
+"""
+
+import contextlib
 import dataclasses
+import functools
 import json
 import math
 import os
 import pickle
 import re
 import textwrap
-import torch
 import zipfile
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
 from files import VERSION, read_json, write_atomically, write_json, write_text
 from images import image_transform
 from llava_manager import LlavaManager, LlavaManagerConfig
-from model import ManagerTower, ManagerTowerConfig
+from model import HEADS, ManagerTower, ManagerTowerConfig
 from tokenizer import load_tokenizer
 from world import World
-from typing import Any, Callable, NamedTuple
+
+State = dict[str, Tensor]
+Names = Mapping[str, str | tuple[str, ...]]  # our key -> their key or keys
+MODALITIES = ("text", "image")
+
+# ================================================================ 1. tables
 
 
-# One table of rows (our key, their keys, how) for every foreign layout; `how` is the way from theirs to ours:
-# "cat" along the rows, "stack", or "scores" for a (1, n, 1, width) that is (n, width) here.
-SPLIT = {"cat": lambda tensor, count: tensor.chunk(count) if count > 1 else (tensor,),
-         "stack": lambda tensor, count: tensor.unbind(0), "scores": lambda tensor, count: (tensor[None, :, None],)}
+class Row(NamedTuple):
+    """One tensor of ours, and the tensors of a foreign layout that it is made of.
+
+    layout says how. "cat": theirs are concatenated along the first dimension. "stack": they become
+    its rows. "scores": a single one of shape (1, n, 1, width), which is (n, width) here.
+
+        >>> Row("qkv.bias", ("q.bias", "k.bias", "v.bias")).join([torch.zeros(2)] * 3).shape
+        torch.Size([6])
+        >>> [part.shape for part in Row("scores", ("s",), "scores").split(torch.zeros(4, 8))]
+        [torch.Size([1, 4, 1, 8])]
+    """
+
+    ours: str
+    theirs: tuple[str, ...]
+    layout: str = "cat"
+
+    def join(self, parts: list[Tensor]) -> Tensor:
+        """Their tensors -> ours."""
+        if self.layout == "stack":
+            return torch.stack(parts)
+        if self.layout == "scores":
+            return parts[0][0, :, 0]
+        if len(parts) == 1:
+            return parts[0]
+        return torch.cat(parts)
+
+    def split(self, tensor: Tensor) -> list[Tensor]:
+        """Our tensor -> theirs, in the order of `theirs`."""
+        if self.layout == "stack":
+            return list(tensor.unbind(0))
+        if self.layout == "scores":
+            return [tensor[None, :, None]]
+        if len(self.theirs) == 1:
+            return [tensor]
+        return list(tensor.chunk(len(self.theirs)))
 
 
-JOIN = {"cat": lambda parts: torch.cat(parts) if len(parts) > 1 else parts[0],
-        "stack": torch.stack, "scores": lambda parts: parts[0][0, :, 0]}
+def expand(
+    names: Names, ours: str = "", theirs: str = "", layers: int = 0, layout: str = "cat"
+) -> list[Row]:
+    """A table -> its rows, with {} and * filled in. `ours` and `theirs` go before all keys."""
+    rows = []
+    for our_name, their_names in names.items():
+        if isinstance(their_names, str):
+            their_names = (their_names,)
+        numbers = range(layers) if "{}" in our_name else range(1)
+        endings = ("weight", "bias") if "*" in our_name else ("",)
+        for number in numbers:
+            for ending in endings:
+                foreign = [theirs + fill(name, number, ending) for name in their_names]
+                rows.append(Row(ours + fill(our_name, number, ending), tuple(foreign), layout))
+    return rows
 
 
-def import_state(state: dict, table: list, shapes: dict, dropped: tuple[str, ...] = ()) -> dict:
-    """Foreign state -> ours, by renaming, concatenating and reshaping; no value is read, so meta tensors work too.
-
-    shapes: our key -> shape; dropped: patterns of keys that are known to be dead. Raises ValueError with the missing,
-    unknown and misshapen keys, the first ones where they are many."""
-    wanted = {key for _, keys, _ in table for key in keys}
-    unknown = [k for k in state if k not in wanted and not any(re.fullmatch(p, k) for p in dropped)]
-    on_meta = {ours: torch.empty(shape, device="meta") for ours, shape in shapes.items()}
-    misshapen = [f"{key} is {tuple(state[key].shape)}, should be {tuple(part.shape)}" for ours, keys, how in table
-                 for key, part in zip(keys, SPLIT[how](on_meta[ours], len(keys)), strict=True)
-                 if key in state and state[key].shape != part.shape]
-    problems = {"missing": sorted(wanted - set(state)), "unknown": unknown, "wrong shape": misshapen}
-    if any(problems.values()):
-        raise ValueError("the weights do not fit the config. " + ". ".join(
-            f"{name}: {textwrap.shorten('; '.join(items), 400)}" for name, items in problems.items() if items))
-    return {ours: JOIN[how]([state[k] for k in keys]) for ours, keys, how in table}
+def fill(name: str, number: int, ending: str) -> str:
+    return name.replace("{}", str(number)).replace("*", ending)
 
 
-def export_state(state: dict, table: list) -> dict:
-    """The inverse of import_state, for any dict keyed by our parameter names, also gradients and partial dicts."""
-    return {key: part for ours, keys, how in table if ours in state
-            for key, part in zip(keys, SPLIT[how](state[ours], len(keys)), strict=True)}
+def within(ours: str, theirs: str, names: Names) -> dict[str, str | tuple[str, ...]]:
+    """The same table for a module inside another one: `ours` and `theirs` before all its keys."""
+    inside: dict[str, str | tuple[str, ...]] = {}
+    for our_name, their_names in names.items():
+        if isinstance(their_names, str):
+            inside[ours + our_name] = theirs + their_names
+        else:
+            inside[ours + our_name] = tuple(theirs + name for name in their_names)
+    return inside
 
 
-def expand(names: dict, ours: str = "", theirs: str = "", layers: int = 0, how: str = "cat") -> list:
-    """{our key: their keys, divided by spaces} -> rows of a table. `ours` and `theirs` are prefixes; a {} in a name
-    stands for each layer number, a * for weight and bias."""
-    return [((ours + a.format(i)).replace("*", p), [(theirs + key.format(i)).replace("*", p) for key in b.split()], how)
-            for a, b in names.items() for i in range(layers if "{}" in a else 1)
-            for p in (("weight", "bias") if "*" in a else ("",))]
-
-
-BERT = {"qkv.*": "attention.self.query.* attention.self.key.* attention.self.value.*",
-        "proj.*": "attention.output.dense.*", "ln_1.*": "attention.output.LayerNorm.*",
-        "fc.*": "intermediate.dense.*", "fc_out.*": "output.dense.*", "ln_3.*": "output.LayerNorm.*"}
-
-
-ROBERTA = {  # HF's RobertaModel, also inside the official states
-    "word_embedding.weight": "embeddings.word_embeddings.weight", "ln.*": "embeddings.LayerNorm.*",
+# ---------------------------------------------------------------- encoders
+CLIP = {  # OpenAI's image encoder; also inside the official ManagerTower
+    "class_embedding": "class_embedding",
+    "position_embedding": "positional_embedding",
+    "patch.weight": "conv1.weight",
+    "ln_pre.*": "ln_pre.*",
+    "blocks.{}.ln_1.*": "transformer.resblocks.{}.ln_1.*",
+    "blocks.{}.qkv.*": "transformer.resblocks.{}.attn.in_proj_*",
+    "blocks.{}.proj.*": "transformer.resblocks.{}.attn.out_proj.*",
+    "blocks.{}.ln_2.*": "transformer.resblocks.{}.ln_2.*",
+    "blocks.{}.fc.*": "transformer.resblocks.{}.mlp.c_fc.*",
+    "blocks.{}.fc_out.*": "transformer.resblocks.{}.mlp.c_proj.*",
+    "ln_post.*": "ln_post.*",
+}
+HF_BLOCK: Names = {  # of HF's CLIP and SigLIP
+    "ln_1.*": "layer_norm1.*",
+    "qkv.*": ("self_attn.q_proj.*", "self_attn.k_proj.*", "self_attn.v_proj.*"),
+    "proj.*": "self_attn.out_proj.*",
+    "ln_2.*": "layer_norm2.*",
+    "fc.*": "mlp.fc1.*",
+    "fc_out.*": "mlp.fc2.*",
+}
+HF_VISION: Names = {  # what HF's CLIPVisionModel and SiglipVisionModel have in common
+    "patch.weight": "embeddings.patch_embedding.weight",
+    "position_embedding": "embeddings.position_embedding.weight",
+    **within("blocks.{}.", "encoder.layers.{}.", HF_BLOCK),
+    "ln_post.*": "post_layernorm.*",
+}
+HF_CLIP: Names = {
+    **HF_VISION,
+    "class_embedding": "embeddings.class_embedding",
+    "ln_pre.*": "pre_layrnorm.*",  # so it is spelled there
+}
+HF_SIGLIP: Names = {**HF_VISION, "patch.bias": "embeddings.patch_embedding.bias"}
+BERT_LAYER: Names = {
+    "qkv.*": (
+        "attention.self.query.*",
+        "attention.self.key.*",
+        "attention.self.value.*",
+    ),
+    "proj.*": "attention.output.dense.*",
+    "ln_1.*": "attention.output.LayerNorm.*",
+    "fc.*": "intermediate.dense.*",
+    "fc_out.*": "output.dense.*",
+    "ln_3.*": "output.LayerNorm.*",
+}
+ROBERTA: Names = {  # HF's RobertaModel; also inside the official ManagerTower
+    "word_embedding.weight": "embeddings.word_embeddings.weight",
     "position_embedding.weight": "embeddings.position_embeddings.weight",
     "type_embedding": "embeddings.token_type_embeddings.weight",
-    **{f"layers.{{}}.{a}": " ".join(f"encoder.layer.{{}}.{key}" for key in b.split()) for a, b in BERT.items()}}
+    "ln.*": "embeddings.LayerNorm.*",
+    **within("layers.{}.", "encoder.layer.{}.", BERT_LAYER),
+}
+QWEN_LAYER: Names = {
+    "norm_1.weight": "input_layernorm.weight",
+    "q.*": "self_attn.q_proj.*",
+    "kv.*": ("self_attn.k_proj.*", "self_attn.v_proj.*"),
+    "proj.weight": "self_attn.o_proj.weight",
+    "norm_2.weight": "post_attention_layernorm.weight",
+    "gate_up.weight": ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
+    "down.weight": "mlp.down_proj.weight",
+}
+QWEN: Names = {  # HF's Qwen2ForCausalLM; also inside the official LLaVA-OV-Manager
+    "embed.weight": "model.embed_tokens.weight",
+    **within("layers.{}.", "model.layers.{}.", QWEN_LAYER),
+    "norm.weight": "model.norm.weight",
+}
+QWEN_HEAD = {"head.weight": "lm_head.weight"}  # of a model that does not tie it to the embedding
 
 
-CLIP = {  # OpenAI's, also inside the official states
-    "class_embedding": "class_embedding", "position_embedding": "positional_embedding", "patch.weight": "conv1.weight",
-    "blocks.{}.ln_1.*": "transformer.resblocks.{}.ln_1.*", "blocks.{}.ln_2.*": "transformer.resblocks.{}.ln_2.*",
-    "blocks.{}.qkv.*": "transformer.resblocks.{}.attn.in_proj_*", "ln_pre.*": "ln_pre.*", "ln_post.*": "ln_post.*",
-    "blocks.{}.proj.*": "transformer.resblocks.{}.attn.out_proj.*",
-    "blocks.{}.fc.*": "transformer.resblocks.{}.mlp.c_fc.*",
-    "blocks.{}.fc_out.*": "transformer.resblocks.{}.mlp.c_proj.*"}
+class Layout(NamedTuple):
+    """How one kind of encoder is published."""
+
+    names: Names
+    prefix: str  # before all its keys, where the encoder is a part of something larger
+    dead: tuple[str, ...]  # patterns of other keys in such files; {} is the number of our layers
 
 
-HF_VISION = {  # HF's CLIPVisionModel and SiglipVisionModel
-    "patch.weight": "embeddings.patch_embedding.weight", "position_embedding": "embeddings.position_embedding.weight",
-    "blocks.{}.ln_1.*": "encoder.layers.{}.layer_norm1.*", "blocks.{}.ln_2.*": "encoder.layers.{}.layer_norm2.*",
-    "blocks.{}.qkv.*": " ".join(f"encoder.layers.{{}}.self_attn.{x}_proj.*" for x in "qkv"),
-    "blocks.{}.proj.*": "encoder.layers.{}.self_attn.out_proj.*", "ln_post.*": "post_layernorm.*",
-    "blocks.{}.fc.*": "encoder.layers.{}.mlp.fc1.*", "blocks.{}.fc_out.*": "encoder.layers.{}.mlp.fc2.*"}
+OPENAI_LAYOUT = Layout(CLIP, "visual.", (r"(?!visual\.).*", r"visual\.proj"))
+HF_CLIP_LAYOUT = Layout(
+    HF_CLIP,
+    "vision_model.",
+    (r"text_model\..*", r"logit_scale", r"(visual|text)_projection\.weight", r".*position_ids"),
+)
+HF_SIGLIP_LAYOUT = Layout(
+    HF_SIGLIP,
+    "vision_model.",
+    # LLaVA-OneVision drops the last layer and the pooling head
+    (
+        r"(vision_model\.)?encoder\.layers\.{}\..*",
+        r"(vision_model\.)?head\..*",
+        r"text_model\..*",
+        r"logit_\w+",
+        r".*position_ids",
+    ),
+)
+HF_ROBERTA_LAYOUT = Layout(
+    ROBERTA, "roberta.", (r"lm_head\..*", r".*pooler\..*", r".*position_ids")
+)
+INV_FREQ = r".*rotary_emb\.inv_freq"  # a buffer that old versions of transformers wrote
+IMAGE_LAYOUTS = (OPENAI_LAYOUT, HF_CLIP_LAYOUT)
+TEXT_LAYOUTS = (HF_ROBERTA_LAYOUT,)
+
+# ---------------------------------------------------------------- the official ManagerTower
+VISUAL = "vit_model.visual."
+TEXT = "text_transformer."
+CROSS_LAYER: Names = {
+    **BERT_LAYER,
+    "q.*": "crossattention.self.query.*",
+    "kv.*": ("crossattention.self.key.*", "crossattention.self.value.*"),
+    "cross_proj.*": "crossattention.output.dense.*",
+    "ln_2.*": "crossattention.output.LayerNorm.*",
+}
+# of each modality: ours begin with text_ or image_, theirs with cross_modal_text_ or _image_
+CROSS_MODAL: Names = {
+    "transform.*": "transform.*",
+    "pooler.*": "pooler.dense.*",
+    **within("layers.{}.", "layers.{}.", CROSS_LAYER),
+}
+ADAPTIVE = {
+    "norm_query.*": "extra_query_LayerNorm.*",
+    "controller.*": "linear_controller.*",
+    "q_proj.*": "fusion_attention.q_proj.*",
+    "k_proj.*": "fusion_attention.k_proj.*",
+}
+CLASSIFIER = {"fc.*": "0.*", "ln.*": "1.*", "fc_out.*": "3.*"}
+MLM_HEAD = {
+    "dense.*": "mlm_score.transform.dense.*",
+    "ln.*": "mlm_score.transform.LayerNorm.*",
+    "decoder.weight": "mlm_score.decoder.weight",
+    "bias": "mlm_score.bias",
+}
+ITC_HEAD = {
+    "text.*": "cross_modal_itc_text_head.fc.*",
+    "image.*": "cross_modal_itc_image_head.fc.*",
+    "temperature": "temperature",
+}
+HEAD_NAMES: dict[str, Names] = {
+    "mlm": MLM_HEAD,
+    "itm": {"*": "itm_score.fc.*"},
+    "itc": ITC_HEAD,
+    "vqa": within("", "vqa_classifier.", CLASSIFIER),
+    "nlvr2": within("", "nlvr2_classifier.", CLASSIFIER),
+    "snli_ve": within("", "snli_classifier.", CLASSIFIER),
+    "retrieval": {"*": "rank_output.*"},
+}
+DEAD_KEYS: tuple[str, ...] = (  # in every official state, but not used by its model
+    r"vit_model\.(positional_embedding|ln_final\..*)",
+    r"text_transformer\.(pooler\..*|embeddings\.position_ids)",
+    r".*\.softmax_temperature_cross",
+)
 
 
-HF_CLIP = {"class_embedding": "embeddings.class_embedding", "ln_pre.*": "pre_layrnorm.*"}
-
-
-HF_SIGLIP = {"patch.bias": "embeddings.patch_embedding.bias"}
-
-
-ADAPTIVE = {"norm_query.*": "extra_query_LayerNorm.*", "controller.*": "linear_controller.*",
-            "q_proj.*": "fusion_attention.q_proj.*", "k_proj.*": "fusion_attention.k_proj.*"}
-
-
-HEAD_KEYS = {
-    "mlm": {"dense.*": "mlm_score.transform.dense.*", "ln.*": "mlm_score.transform.LayerNorm.*",
-            "decoder.weight": "mlm_score.decoder.weight", "bias": "mlm_score.bias"},
-    "itc": {"text.*": "cross_modal_itc_text_head.fc.*", "image.*": "cross_modal_itc_image_head.fc.*",
-            "temperature": "temperature"},
-    "itm": {"*": "itm_score.fc.*"}, "retrieval": {"*": "rank_output.*"},
-    **{ours: {f"{layer}.*": f"{theirs}_classifier.{i}.*" for layer, i in (("fc", 0), ("ln", 1), ("fc_out", 3))}
-       for ours, theirs in (("vqa", "vqa"), ("nlvr2", "nlvr2"), ("snli_ve", "snli"))}}
-
-
-DEAD_KEYS = (  # in every official state, but not used by its model
-    r"vit_model\.(positional_embedding|ln_final\..*)", r"text_transformer\.(pooler\..*|embeddings\.position_ids)",
-    r".*\.softmax_temperature_cross")
-
-
-def hf_vision_table(layers: int, ours: str, theirs: str, siglip: bool = False) -> list:
-    return expand(HF_VISION | (HF_SIGLIP if siglip else HF_CLIP), ours, theirs, layers)
-
-
-CROSS_LAYER = {"q.*": "crossattention.self.query.*", "kv.*": "crossattention.self.key.* crossattention.self.value.*",
-         "cross_proj.*": "crossattention.output.dense.*", "ln_2.*": "crossattention.output.LayerNorm.*", **BERT}
-
-
-def tower_table(config: ManagerTowerConfig) -> list:
+def tower_rows(config: ManagerTowerConfig) -> list[Row]:
     """The layout of the official ManagerTower, BridgeTower and METER states."""
     if config.fusion == "manager" and config.manager_type == "sae":
-        raise ValueError("manager_type 'sae' has no official code, so there are no official weights of it")
-    rows = expand(CLIP, "image_encoder.", "vit_model.visual.", config.vision_layers)
-    rows += expand(ROBERTA, "text_encoder.", "text_transformer.", config.text_layers)
+        raise ValueError(
+            "manager_type 'sae' has no official code, so there are no official weights of it"
+        )
+    rows = expand(CLIP, "image_encoder.", VISUAL, config.vision_layers)
+    rows += expand(ROBERTA, "text_encoder.", TEXT, config.text_layers)
     rows += expand({"type_embedding": "token_type_embeddings.weight"})
-    for m in ("text", "image"):
-        rows += expand({"transform.*": "transform.*", "pooler.*": "pooler.dense.*"}, f"{m}_", f"cross_modal_{m}_")
-        if config.fusion == "manager":
-            rows += expand({f"{m}_layer_embedding": f"layer_embeddings_{m}.weight"})
+    for modality in MODALITIES:
+        rows += modality_rows(config, modality)
+    for head in config.heads:
+        rows += expand(HEAD_NAMES[head], f"heads.{head}.")
+    return rows
+
+
+def modality_rows(config: ManagerTowerConfig, modality: str) -> list[Row]:
+    """The cross-modal half of one modality, with its managers or bridges."""
+    ours = f"{modality}_"
+    theirs = f"cross_modal_{modality}_"
+    rows = expand(CROSS_MODAL, ours, theirs, config.num_layers)
+    if config.fusion == "manager":
+        rows += expand({f"{modality}_layer_embedding": f"layer_embeddings_{modality}.weight"})
         for i in range(config.num_layers):
-            rows += expand(CROSS_LAYER, f"{m}_layers.{i}.", f"cross_modal_{m}_layers.{i}.")
-            if config.fusion == "manager":
-                rows += manager_rows(config, m, i)
-            elif config.fusion == "bridge":
-                theirs = f"cross_modal_{m}_link_tower.{i - 1}.LayerNorm" if i else f"cross_modal_{m}_layernorm"
-                rows += expand({f"{m}_bridges.{i}.*": f"{theirs}.*"})
-    return rows + [row for name in config.heads for row in expand(HEAD_KEYS[name], f"heads.{name}.")]
+            rows += manager_rows(config, modality, i)
+    elif config.fusion == "bridge":
+        # the first bridge reads no cross-modal layer: it is a lone norm, and the others start at 0
+        rows += expand({"bridges.0.*": "layernorm.*"}, ours, theirs)
+        for i in range(1, config.num_layers):
+            bridge = {f"bridges.{i}.*": f"link_tower.{i - 1}.LayerNorm.*"}
+            rows += expand(bridge, ours, theirs)
+    return rows
 
 
-def manager_rows(config: ManagerTowerConfig, modality: str, i: int) -> list:
-    prefixes = f"{modality}_managers.{i}.", f"cross_modal_{modality}_manager_tower.{i}.manager_layer."
-    norms = [f"LayerNorm.{n}." for n in range(config.num_experts(modality) + (i > 0))]
-    affine = {"scale": " ".join(f"{n}weight" for n in norms), "shift": " ".join(f"{n}bias" for n in norms)}
-    adaptive = config.manager_type == "aaue" and i > 0
-    scores = {"score_previous": "layer_scores_cross"} if adaptive else {"scores": "layer_scores"}
-    names = {"temperature": "softmax_temperature", **(ADAPTIVE if adaptive else {})}
-    return expand(affine, *prefixes, how="stack") + expand(scores, *prefixes, how="scores") + expand(names, *prefixes)
+def manager_rows(config: ManagerTowerConfig, modality: str, i: int) -> list[Row]:
+    """The manager before cross-modal layer i."""
+    ours = f"{modality}_managers.{i}."
+    theirs = f"cross_modal_{modality}_manager_tower.{i}.manager_layer."
+    # one norm an expert, and from the second layer on one of the cross-modal layer before
+    norms = range(config.num_experts(modality) + (1 if i > 0 else 0))
+    affine = {
+        "scale": tuple(f"LayerNorm.{n}.weight" for n in norms),
+        "shift": tuple(f"LayerNorm.{n}.bias" for n in norms),
+    }
+    rows = expand(affine, ours, theirs, layout="stack")
+    rows += expand({"temperature": "softmax_temperature"}, ours, theirs)
+    if config.manager_type == "aaue" and i > 0:
+        rows += expand({"score_previous": "layer_scores_cross"}, ours, theirs, layout="scores")
+        rows += expand(ADAPTIVE, ours, theirs)
+    else:
+        rows += expand({"scores": "layer_scores"}, ours, theirs, layout="scores")
+    return rows
 
 
-def tower_from_official(state_dict: dict, config: ManagerTowerConfig) -> dict:
-    """An official ManagerTower, BridgeTower or METER state -> ours, strictly; import_state raises the errors.
-    Load it with `model.load_state_dict(state, strict=True, assign=True)`."""
+@functools.cache
+def official_keys() -> dict[str, str]:
+    """Our key -> the (first) official key of it, of everything that a base model may have."""
+    keys = {}
+    for fusion in ("bridge", "manager"):
+        config = ManagerTowerConfig(fusion=fusion, heads=tuple(HEADS))
+        for row in tower_rows(config):
+            keys[row.ours] = row.theirs[0]
+    return keys
+
+
+# ---------------------------------------------------------------- the official LLaVA-OV-Manager
+SIGLIP_PREFIX = "model.vision_tower.vision_tower.vision_model."
+PROJECTOR = {"projector.0.*": "mm_projector.0.*", "projector.2.*": "mm_projector.2.*"}
+CROSS_QUERY = {name: ADAPTIVE[name] for name in ("q_proj.*", "k_proj.*")}
+
+
+def qwen_names(config: LlavaManagerConfig) -> Names:
+    if config.tie_embeddings:
+        return QWEN
+    return {**QWEN, **QWEN_HEAD}
+
+
+def llava_rows(config: LlavaManagerConfig, newline: bool) -> list[Row]:
+    """The layout of LLaVA-OV-Manager and LLaVA-OneVision states, with image_newline or without."""
+    rows = expand(qwen_names(config), "llm.", layers=config.num_layers)
+    rows += expand(HF_SIGLIP, "vision.", SIGLIP_PREFIX, config.vision_layers - 1)
+    rows += expand(PROJECTOR, theirs="model.")
+    if newline:
+        rows += expand({"image_newline": "image_newline"}, theirs="model.")
+    if config.manager_type:
+        rows += expand({"layer_embedding": "manager_layer_embedding"}, theirs="model.")
+        for number, layer in enumerate(config.inject_layers):
+            rows += visual_manager_rows(config, number, layer)
+    return rows
+
+
+def visual_manager_rows(config: LlavaManagerConfig, number: int, layer: int) -> list[Row]:
+    """The manager before one layer of the LLM."""
+    ours = f"managers.{number}."
+    theirs = f"model.manager.{number}."
+    if config.is_static(layer):
+        return expand({"scores": "layer_scores"}, ours, theirs, layout="scores")
+    rows = expand({"gate": "zero_gate"}, ours, theirs, layout="scores")
+    rows += expand({"controller.weight": "linear_controller.weight"}, ours, theirs)
+    if config.manager_type == "adaptive_cross":
+        rows += expand(CROSS_QUERY, ours, theirs)
+    return rows
+
+
+# ================================================================ 2. import and export
+def import_state(
+    state: State, rows: list[Row], shapes: Mapping[str, torch.Size], dead: tuple[str, ...] = ()
+) -> State:
+    """A foreign state -> ours, by renaming, concatenating and reshaping. Meta tensors work too.
+
+    shapes: our key -> shape; dead: patterns of keys that are known to be unused. Raises ValueError
+    with the keys that are missing, unknown, misshapen, no floating-point numbers or not finite.
+    """
+    expected = expected_shapes(rows, shapes)
+    unknown = [key for key in state if key not in expected and not is_dead(key, dead)]
+    wanted = {key: state[key] for key in expected if key in state}
+    misshapen = []
+    for key, tensor in wanted.items():
+        if tensor.shape != expected[key]:
+            misshapen.append(f"{key} is {tuple(tensor.shape)}, should be {tuple(expected[key])}")
+    problems = {
+        "missing": sorted(set(expected) - set(state)),
+        "unknown": unknown,
+        "wrong shape": misshapen,
+        **bad_values(wanted),
+    }
+    refuse(problems)
+
+    imported = {}
+    for row in rows:
+        parts = [state[key] for key in row.theirs]
+        imported[row.ours] = row.join(parts)
+    return imported
+
+
+def expected_shapes(rows: list[Row], shapes: Mapping[str, torch.Size]) -> dict[str, torch.Size]:
+    """Their key -> the shape that it should have, from the shapes of ours."""
+    expected = {}
+    for row in rows:
+        ours = torch.empty(shapes[row.ours], device="meta")
+        for key, part in zip(row.theirs, row.split(ours), strict=True):
+            expected[key] = part.shape
+    return expected
+
+
+def is_dead(key: str, dead: tuple[str, ...]) -> bool:
+    return any(re.fullmatch(pattern, key) for pattern in dead)
+
+
+def bad_values(state: State) -> dict[str, list[str]]:
+    """The weights that are no floating-point numbers, and those that are not finite."""
+    not_floating = []
+    not_finite = []
+    for key, tensor in state.items():
+        if not tensor.is_floating_point():
+            not_floating.append(f"{key} is {tensor.dtype}")
+        elif not is_finite(tensor):
+            not_finite.append(key)
+    return {"no floating-point numbers": not_floating, "not finite": not_finite}
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether all values are finite; one on the meta device has no values."""
+    if tensor.is_meta:
+        return True
+    if tensor.dtype.itemsize == 1:  # torch does not test all of its 8-bit numbers
+        tensor = tensor.float()
+    return bool(tensor.isfinite().all())
+
+
+def refuse(problems: dict[str, list[str]]) -> None:
+    """Raises ValueError if there are any: of each kind the first keys, where they are many."""
+    parts = []
+    for name, items in problems.items():
+        if items:
+            parts.append(f"{name}: {textwrap.shorten('; '.join(items), 400)}")
+    if parts:
+        raise ValueError("the weights do not fit the config. " + ". ".join(parts))
+
+
+def export_state(state: State, rows: list[Row]) -> State:
+    """The inverse of `import_state`, for any dict with our keys: gradients and partial ones too."""
+    exported: State = {}
+    for row in rows:
+        if row.ours in state:
+            parts = row.split(state[row.ours])
+            exported.update(zip(row.theirs, parts, strict=True))
+    return exported
+
+
+def from_official(state_dict: State, config: ManagerTowerConfig | LlavaManagerConfig) -> State:
+    """An official state -> ours, strictly: `import_state` raises the errors. Meta tensors work too.
+
+    The type of the config says which model it is. Load the result with
+    `model.load_state_dict(state, strict=True, assign=True)`.
+    """
+    if isinstance(config, LlavaManagerConfig):
+        return llava_from_official(state_dict, config)
     with torch.device("meta"):
-        shapes = {k: v.shape for k, v in ManagerTower(config).state_dict().items()}
-    dropped = DEAD_KEYS if "itc" in config.heads else (*DEAD_KEYS, "temperature")
-    return import_state(state_dict, tower_table(config), shapes, dropped)
+        shapes = shapes_of(ManagerTower(config))
+    dead = DEAD_KEYS
+    if "itc" not in config.heads:
+        dead = (*dead, ITC_HEAD["temperature"])
+    return import_state(state_dict, tower_rows(config), shapes, dead)
 
 
-def tower_to_official(state_dict: dict, config: ManagerTowerConfig) -> dict:
-    """Ours -> official names: every key that the official model uses. Also for gradients by our parameter names."""
-    return export_state(state_dict, tower_table(config))
+def llava_from_official(state_dict: State, config: LlavaManagerConfig) -> State:
+    """LLaVA-OV-Manager's half. A state without image_newline, as stage 1 writes it, gets zeros."""
+    state = drop_tied_head(state_dict, config)
+    with torch.device("meta"):
+        shapes = shapes_of(LlavaManager(config))
+    has_newline = "model.image_newline" in state
+    rows = llava_rows(config, has_newline)
+    ours = import_state(state, rows, shapes, (r".*\.position_ids", INV_FREQ))
+    if not has_newline:
+        ours["image_newline"] = ours["llm.norm.weight"].new_zeros(config.hidden_size)
+    return ours
 
 
-def read_safetensors(path) -> dict:
-    """A .safetensors file, or the model.safetensors of a folder, as a dict of CPU tensors; ValueError if unreadable."""
+def to_official(state_dict: State, config: ManagerTowerConfig | LlavaManagerConfig) -> State:
+    """Ours -> official names: every key that the official model uses.
+
+    It takes any dict with our parameter names: gradients, and a part of a model. image_newline is
+    left out where the config merges tiles flat.
+    """
+    if isinstance(config, LlavaManagerConfig):
+        return export_state(state_dict, llava_rows(config, config.merge != "flat"))
+    return export_state(state_dict, tower_rows(config))
+
+
+def shapes_of(module: nn.Module) -> dict[str, torch.Size]:
+    return {key: tensor.shape for key, tensor in module.state_dict().items()}
+
+
+def drop_tied_head(state: State, config: LlavaManagerConfig) -> State:
+    """Without the lm_head that repeats the embedding. Raises ValueError for one that differs."""
+    head_key = QWEN_HEAD["head.weight"]
+    embedding_key = str(QWEN["embed.weight"])
+    if not config.tie_embeddings or head_key not in state or embedding_key not in state:
+        return state
+    if not is_same(state[head_key], state[embedding_key]):
+        raise ValueError(f"{head_key} differs from {embedding_key}, but the config ties the two")
+    return {key: tensor for key, tensor in state.items() if key != head_key}
+
+
+def is_same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors have the same dtype, shape and values; on the meta device no values."""
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    if one.is_meta or not is_finite(one):  # what is not finite equals nothing; it is refused later
+        return True
+    return torch.equal(one, other)
+
+
+def resize_position_embedding(table: Tensor, grid: int) -> Tensor:
+    """A position table for other images: (1 + g * g, D) -> (1 + grid * grid, D).
+
+    Its first row, the class token's, stays; the rest is resized bicubically, without antialiasing.
+    Returns the table itself for g = grid. Raises ValueError for a table of another kind.
+    """
+    old = math.isqrt(max(table.shape[0] - 1, 0)) if table.dim() == 2 else 0
+    if old == 0 or old * old + 1 != table.shape[0]:
+        raise ValueError(
+            f"a position table of shape {tuple(table.shape)} is not a class row and a square grid"
+        )
+    if old == grid:
+        return table
+    patches = table[1:].float().T.reshape(1, -1, old, old)  # (1, D, g, g)
+    patches = F.interpolate(patches, size=(grid, grid), mode="bicubic", align_corners=False)
+    return torch.cat([table[:1], patches.flatten(2)[0].T.to(table.dtype)])  # (1 + grid * grid, D)
+
+
+# ================================================================ 3. files and folders
+@contextlib.contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """A ValueError inside begins with this file or folder."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def read_safetensors(path: str | Path) -> State:
+    """A .safetensors file, or the model.safetensors of a folder, as CPU tensors.
+
+    Raises ValueError if there is none, or if it cannot be read.
+    """
     path = Path(path)
     file = path / "model.safetensors" if path.is_dir() else path
     if not file.is_file() or file.suffix != ".safetensors":
-        what = "is not a .safetensors file" if file.is_file() else "does not exist"
-        raise ValueError(f"{file} {what}; `python prepare.py weights` makes a folder with model.safetensors from "
-                         "PyTorch's .bin, .pt and .ckpt files")
+        problem = "is not a .safetensors file" if file.is_file() else "does not exist"
+        raise ValueError(
+            f"{file} {problem}; `python prepare.py weights` makes a folder with model.safetensors "
+            "from PyTorch's .bin, .pt and .ckpt files"
+        )
     try:
         return load_file(file)
     except SafetensorError as error:
         raise ValueError(f"{file} is not a readable safetensors file ({error})") from error
 
 
-def load_tower_encoders(model: ManagerTower, vision, text) -> None:
-    """Fill both encoders from pre-trained ones: .safetensors files, or folders with model.safetensors.
+def read_shards(path: str | Path) -> State:
+    """What `read_safetensors` reads, or all shards that the index of a folder names."""
+    index_file = Path(path) / "model.safetensors.index.json"
+    if not index_file.is_file():
+        return read_safetensors(path)
+    weight_map = read_json(index_file, dict).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index_file} has no weight_map: it must say which file has which key")
+    state: State = {}
+    for name in sorted({str(name) for name in weight_map.values()}):
+        state.update(read_safetensors(index_file.parent / name))
+    return state
 
-    vision: CLIP in HF's layout or OpenAI's, its position table resized to the model's image size; text: RoBERTa as HF's
-    RobertaModel or RobertaForMaskedLM. Raises ValueError for a missing, left-over or misshapen key."""
-    encoder, state = model.image_encoder, read_safetensors(vision)
-    if any(k.startswith("visual.") for k in state):
-        positions, table = "visual.positional_embedding", expand(CLIP, "", "visual.", len(encoder.blocks))
-        dropped = (r"(?!visual\.).*", r"visual\.proj")  # CLIP's own text encoder
+
+# ---------------------------------------------------------------- published encoders
+def load_unimodal(model: ManagerTower | LlavaManager, vision: str | Path, text: str | Path) -> None:
+    """Fill both encoders from pre-trained ones: .safetensors files, or folders of them.
+
+    ManagerTower: vision is CLIP in OpenAI's layout or HF's, its position table resized to the
+    model's image size; text is RoBERTa, HF's RobertaModel or RobertaForMaskedLM. LlavaManager:
+    HF's SiglipModel or SiglipVisionModel, without its last layer, and Qwen2ForCausalLM.
+
+    Raises ValueError with the file, and the keys as in `import_state`.
+    """
+    if isinstance(model, LlavaManager):
+        load_encoder(model.vision, vision, (HF_SIGLIP_LAYOUT,), len(model.vision.blocks))
+        load_language_model(model, text)
     else:
-        prefix = "vision_model." if any(k.startswith("vision_model.") for k in state) else ""
-        positions = f"{prefix}embeddings.position_embedding.weight"
-        table = hf_vision_table(len(encoder.blocks), "", prefix)
-        dropped = (r"text_model\..*", "logit_scale", r"(visual|text)_projection\.weight", r".*position_ids")
-    load_encoder(encoder, state, table, dropped, vision, positions)
-    encoder, state = model.text_encoder, read_safetensors(text)
-    prefix = "roberta." if any(k.startswith("roberta.") for k in state) else ""
-    dropped = (r"lm_head\..*", r".*pooler\..*", r".*position_ids")
-    load_encoder(encoder, state, expand(ROBERTA, "", prefix, len(encoder.layers)), dropped, text)
+        images = model.image_encoder
+        texts = model.text_encoder
+        load_encoder(images, vision, IMAGE_LAYOUTS, len(images.blocks))
+        load_encoder(texts, text, TEXT_LAYOUTS, len(texts.layers))
 
 
-def load_encoder(encoder: nn.Module, state: dict, table: list, dropped: tuple, source, positions: str = "") -> None:
-    """Load a foreign state into one encoder; positions: the key of a table to resize. Its errors name the source."""
-    try:
-        if positions in state:
-            grid = encoder.image_size // encoder.patch.kernel_size[0]
-            state = {**state, positions: resize_position_embedding(state[positions], grid)}
-        shapes = {k: v.shape for k, v in encoder.state_dict().items()}
-        encoder.load_state_dict(import_state(state, table, shapes, dropped))
-    except ValueError as error:
-        raise ValueError(f"{source}: {error}") from error
+def load_encoder(
+    encoder: nn.Module, path: str | Path, layouts: tuple[Layout, ...], num_layers: int
+) -> None:
+    """Load a file or folder in one of these layouts into an encoder."""
+    state = read_shards(path)
+    with naming(path):
+        refuse_our_own(state)
+        layout, prefix = find_layout(state, layouts)
+        rows = expand(layout.names, "", prefix, num_layers)
+        dead = tuple(pattern.replace("{}", str(num_layers)) for pattern in layout.dead)
+        if "class_embedding" in layout.names:  # SigLIP's images have one size
+            state = resize_foreign_positions(state, rows, encoder)
+        encoder.load_state_dict(import_state(state, rows, shapes_of(encoder), dead))
 
 
-def resize_position_embedding(table: Tensor, grid: int) -> Tensor:
-    """Class row + (g * g, D) -> class row + (grid * grid, D), bicubic without antialias; as it is for g = grid."""
-    old = math.isqrt(max(len(table) - 1, 0))
-    if old * old + 1 != len(table):
-        raise ValueError(f"a position table of shape {tuple(table.shape)} is not a class row and a square grid")
-    if old == grid:
-        return table
-    patches = table[1:].float().T.reshape(1, -1, old, old)
-    patches = F.interpolate(patches, size=(grid, grid), mode="bicubic", align_corners=False)
-    return torch.cat([table[:1], patches.flatten(2)[0].T.to(table.dtype)])
+def load_language_model(model: LlavaManager, path: str | Path) -> None:
+    state = read_shards(path)
+    with naming(path):
+        refuse_our_own(state)
+        state = drop_tied_head(state, model.config)
+        rows = expand(qwen_names(model.config), layers=model.config.num_layers)
+        model.llm.load_state_dict(import_state(state, rows, shapes_of(model.llm), (INV_FREQ,)))
 
 
-QWEN = {  # HF's Qwen2ForCausalLM, also inside the official states
-    "embed.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight",
-    "layers.{}.norm_1.weight": "model.layers.{}.input_layernorm.weight",
-    "layers.{}.q.*": "model.layers.{}.self_attn.q_proj.*",
-    "layers.{}.kv.*": "model.layers.{}.self_attn.k_proj.* model.layers.{}.self_attn.v_proj.*",
-    "layers.{}.proj.weight": "model.layers.{}.self_attn.o_proj.weight",
-    "layers.{}.norm_2.weight": "model.layers.{}.post_attention_layernorm.weight",
-    "layers.{}.gate_up.weight": "model.layers.{}.mlp.gate_proj.weight model.layers.{}.mlp.up_proj.weight",
-    "layers.{}.down.weight": "model.layers.{}.mlp.down_proj.weight"}
+def find_layout(state: State, layouts: tuple[Layout, ...]) -> tuple[Layout, str]:
+    """The layout of a state, and what its keys begin with.
+
+    It is the first one whose prefix is there. Where none is, the encoder was saved by itself, and
+    the last layout is meant.
+    """
+    for layout in layouts:
+        if any(key.startswith(layout.prefix) for key in state):
+            return layout, layout.prefix
+    return layouts[-1], ""
 
 
-CROSS_QUERY = {"q_proj.*": "fusion_attention.q_proj.*", "k_proj.*": "fusion_attention.k_proj.*"}
+def resize_foreign_positions(state: State, rows: list[Row], encoder: Any) -> State:
+    """The state with its position table, if it has one, resized to the encoder's images."""
+    grid = encoder.image_size // encoder.patch.kernel_size[0]
+    resized = dict(state)
+    for row in rows:
+        key = row.theirs[0]
+        if row.ours == "position_embedding" and key in state:
+            resized[key] = resize_position_embedding(state[key], grid)
+    return resized
 
 
-def qwen_table(config: LlavaManagerConfig, ours: str) -> list:
-    head = {} if config.tie_embeddings else {"head.weight": "lm_head.weight"}
-    return expand(QWEN | head, ours, layers=config.num_layers)
+OUR_MARKS = ("image_encoder.patch.weight", "llm.embed.weight")  # each model of ours has one of them
 
 
-def llava_table(config: LlavaManagerConfig, newline: bool) -> list:
-    """The layout of LLaVA-OV-Manager and LLaVA-OneVision states."""
-    names = {"projector.0.*": "mm_projector.0.*", "projector.2.*": "mm_projector.2.*"}
-    names |= {"image_newline": "image_newline"} if newline else {}
-    names |= {"layer_embedding": "manager_layer_embedding"} if config.manager_type else {}
-    rows = qwen_table(config, "llm.") + expand(names, theirs="model.")
-    tower = "model.vision_tower.vision_tower.vision_model."
-    rows += hf_vision_table(config.vision_layers - 1, "vision.", tower, siglip=True)
-    for k, layer in enumerate(config.inject_layers if config.manager_type else ()):
-        prefixes = f"managers.{k}.", f"model.manager.{k}."
-        if config.is_static(layer):
-            rows += expand({"scores": "layer_scores"}, *prefixes, how="scores")
-        else:
-            cross = CROSS_QUERY if config.manager_type == "adaptive_cross" else {}
-            rows += expand({"gate": "zero_gate"}, *prefixes, how="scores")
-            rows += expand({"controller.weight": "linear_controller.weight", **cross}, *prefixes)
-    return rows
+def refuse_our_own(state: State) -> None:
+    """Raises ValueError for weights under our own names, where foreign ones are wanted."""
+    if any(mark in state for mark in OUR_MARKS):
+        raise ValueError(
+            "these are weights of a model of this project, not published ones to be imported; give "
+            "its folder as --init or --checkpoint"
+        )
 
 
-def drop_tied_head(state: dict, config: LlavaManagerConfig) -> dict:
-    """Without the lm_head that repeats the embedding; one that differs is no tied model's: ValueError."""
-    head, embedding = state.get("lm_head.weight"), state.get("model.embed_tokens.weight")
-    if not config.tie_embeddings or head is None or embedding is None:
-        return state
-    if head.shape != embedding.shape or not (head.is_meta or torch.equal(head, embedding)):
-        raise ValueError("lm_head.weight differs from model.embed_tokens.weight, but the config ties the two")
-    return {k: v for k, v in state.items() if k != "lm_head.weight"}
-
-
-def llava_from_official(state_dict: dict, config: LlavaManagerConfig) -> dict:
-    """An official state -> ours, strictly (errors as in model.import_state); meta tensors work too. A state without
-    image_newline, as stage 1 writes it, gets zeros. Load it with `load_state_dict(state, strict=True, assign=True)`."""
-    state = drop_tied_head(state_dict, config)
-    newline = "model.image_newline" in state
-    with torch.device("meta"):
-        shapes = {k: v.shape for k, v in LlavaManager(config).state_dict().items()}
-    dead = (r".*\.position_ids", r".*rotary_emb\.inv_freq")  # buffers that old versions of transformers wrote
-    ours = import_state(state, llava_table(config, newline), shapes, dead)
-    return ours if newline else {**ours, "image_newline": ours["llm.norm.weight"].new_zeros(config.hidden_size)}
-
-
-def llava_to_official(state_dict: dict, config: LlavaManagerConfig) -> dict:
-    """Ours -> official names, without image_newline for flat merging. Also for gradients under our parameter names."""
-    return export_state(state_dict, llava_table(config, config.merge != "flat"))
-
-
-def read_shards(path) -> dict:
-    """A .safetensors file, or a folder's: model.safetensors, or the shards that its index names."""
-    index = Path(path) / "model.safetensors.index.json"
-    shards = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else []
-    return {k: v for name in shards for k, v in read_safetensors(index.parent / name).items()} or read_safetensors(path)
-
-
-def load_llava_encoders(model: LlavaManager, vision, language) -> None:
-    """Fill SigLIP and the LLM from HF's SiglipModel or SiglipVisionModel and Qwen2ForCausalLM: folders or files.
-    SigLIP's last layer, pooling head and text encoder are dropped. ValueError for a missing, unknown, misshapen key."""
-    state, layers = read_shards(vision), len(model.vision.blocks)
-    prefix = "vision_model." if any(k.startswith("vision_model.") for k in state) else ""
-    last = rf"{prefix}(encoder\.layers\.{layers}|head)\..*"
-    load_encoder(model.vision, state, hf_vision_table(layers, "", prefix, siglip=True),
-                 (last, r"text_model\..*", r"logit_\w+", r".*position_ids"), vision)
-    state = drop_tied_head(read_shards(language), model.config)
-    load_encoder(model.llm, state, qwen_table(model.config, ""), (r".*rotary_emb\.inv_freq",), language)
-
-
-def save_folder(state: dict, config: Any, folder: str | Path, transform: str | None = None) -> None:
-    """state -> folder/model.safetensors and the config dataclass -> folder/config.json, each written atomically.
+# ---------------------------------------------------------------- our checkpoint folders
+def save_folder(
+    state: State, config: Any, folder: str | Path, transform: str | None = None
+) -> None:
+    """Write folder/model.safetensors and, from the config, folder/config.json, each atomically.
 
     transform: what pictures went through in training, for whoever evaluates the model.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    state = {k: v.detach().cpu().contiguous() for k, v in state.items()}
+    state = {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
     values = {"model": type(config).__name__.removesuffix("Config"), "version": VERSION}
     if transform:
         values["transform"] = transform
-    write_text(folder / "config.json", json.dumps({**values, **dataclasses.asdict(config)}, indent=1) + "\n")
+    values.update(dataclasses.asdict(config))
+    write_text(folder / "config.json", json.dumps(values, indent=1) + "\n")
     write_atomically(folder / "model.safetensors", lambda path: save_file(state, path))
 
 
-def save_model(model: ManagerTower, folder) -> None:
-    """Write model.safetensors and config.json, atomically."""
+def save_model(model: ManagerTower | LlavaManager, folder: str | Path) -> None:
+    """Write a model's model.safetensors and config.json, atomically."""
     save_folder(model.state_dict(), model.config, folder)
 
 
-def read_config(folder, kind=ManagerTowerConfig):
-    """folder/config.json -> the config dataclass `kind`; ValueError if it is missing, broken or another model's."""
+def read_config_values(folder: str | Path) -> dict[str, Any]:
+    """folder/config.json, ours or a foreign one. Raises ValueError if it is no JSON object."""
     file = Path(folder) / "config.json"
     if not file.is_file():
         raise ValueError(f"{folder} is not a checkpoint folder: it has no config.json")
     try:
-        values = dict(json.loads(file.read_text()))
-    except (TypeError, ValueError) as error:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not a JSON object: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{file} is not a JSON object: it holds a {type(values).__name__}")
+    return values
+
+
+def read_config(folder: str | Path, config_class: Any = ManagerTowerConfig) -> Any:
+    """folder/config.json of ours -> an instance of this config class.
+
+    Folders of the first edition, without `version` and `transform`, are read as well. Raises
+    ValueError if the file is missing, broken or another model's.
+    """
+    file = Path(folder) / "config.json"
+    values = read_config_values(folder)
     name = values.pop("model", None)
     values.pop("version", None)
     values.pop("transform", None)
-    unknown = sorted(set(values) - {f.name for f in dataclasses.fields(kind)})
-    if f"{name}Config" != kind.__name__ or unknown:
-        raise ValueError(f"{file} is not the config of a {kind.__name__.removesuffix('Config')}: "
-                         f"model {name!r}, unknown fields {unknown}")
-    return kind(**values)
+    unknown = sorted(set(values) - {field.name for field in dataclasses.fields(config_class)})
+    if f"{name}Config" != config_class.__name__ or unknown:
+        wanted = config_class.__name__.removesuffix("Config")
+        raise ValueError(
+            f"{file} is not the config of a {wanted}: model {name!r}, unknown fields {unknown}"
+        )
+    try:
+        return config_class(**values)
+    except (ValueError, TypeError) as error:  # a TypeError where a list is a number, or null
+        raise ValueError(f"{file}: {error}") from error
 
 
-def load_tower(folder, **overrides) -> ManagerTower:
-    """A checkpoint folder -> model. overrides are config fields: other `heads`, another `image_size`, ...
-
-    What fits is kept; other tasks' heads are dropped and new ones initialised (both printed); the position table is
-    resized; NLVR2's third token type copies the second; a new rank head starts as the match row of the ITM head. Any
-    other difference raises ValueError."""
-    model = ManagerTower(dataclasses.replace(read_config(folder), **overrides))
-    state, own = read_safetensors(folder), model.state_dict()
-    positions, types = "image_encoder.position_embedding", "type_embedding"
-    if positions in state:
-        grid = model.config.image_size // model.config.patch_size
-        state[positions] = resize_position_embedding(state[positions], grid)
-    if types in state:
-        state[types] = torch.cat([state[types], state[types][1:2]])[: len(own[types])]
-    if "retrieval" in model.heads and "heads.retrieval.weight" not in state:
-        state |= {k.replace("itm", "retrieval"): v[1:2] for k, v in state.items() if k.startswith("heads.itm.")}
-    stored = {k.split(".")[1] for k in state if k.startswith("heads.")}
-    dropped, new = sorted(stored - set(model.heads)), sorted(set(model.heads) - stored)
-    state = {k: v for k, v in state.items() if not k.startswith(tuple(f"heads.{name}." for name in dropped))}
-    state |= {k: v for k, v in own.items() if k.startswith(tuple(f"heads.{name}." for name in new))}
-    theirs, ours = ({k: tuple(v.shape) for k, v in s.items()} for s in (state, own))
-    if theirs != ours:
-        wrong = [f"{k}: {theirs.get(k, 'missing')} in the file, {ours.get(k, 'missing')} in the model"
-                 for k in sorted({*theirs, *ours}) if theirs.get(k) != ours.get(k)]
-        raise ValueError(f"{folder} does not fit the model. {textwrap.shorten('; '.join(wrong), 800)}")
-    model.load_state_dict(state)
-    if (dropped or new) and os.environ.get("RANK", "0") == "0":
-        print(f"{folder}: heads dropped: {', '.join(dropped) or 'none'}; heads initialised: {', '.join(new) or 'none'}")
-    return model
+def is_mllm_config(values: dict[str, Any]) -> bool:
+    """Whether a config.json is that of LLaVA-OV-Manager, ours or an official one."""
+    return values.get("model") == "LlavaManager" or "mm_projector_type" in values
 
 
-def load_llava(folder, dtype: torch.dtype = torch.float32, **official) -> LlavaManager:
-    """A checkpoint folder, ours or an official one (config.json; safetensors, sharded or not) -> model, on the CPU.
-    official: `vision` and `im_start_id` of LlavaManagerConfig.from_official."""
-    file = Path(folder) / "config.json"
-    if file.is_file() and '"model_type"' in file.read_text():
-        config = LlavaManagerConfig.from_official(json.loads(file.read_text()), **official)
-        state = llava_from_official(read_shards(folder), config)
+def load_model(folder: str | Path, **overrides: Any) -> Any:
+    """A checkpoint folder -> ManagerTower or LlavaManager, on the CPU.
+
+    A two-tower model takes other values of config fields: `heads`, `image_size`, ... (`load_tower`
+    says what becomes of its weights). The MLLM takes `dtype`, and for an official folder `vision`
+    and `im_start_id` (see `load_llava`). Raises ValueError for whatever does not fit.
+    """
+    if is_mllm_config(read_config_values(folder)):
+        return load_llava(folder, **overrides)
+    return load_tower(folder, **overrides)
+
+
+def load_llava(
+    folder: str | Path,
+    dtype: torch.dtype = torch.float32,
+    vision: dict | None = None,
+    im_start_id: int | None = None,
+) -> LlavaManager:
+    """A checkpoint folder, ours or an official one -> LlavaManager, on the CPU.
+
+    An official one has config.json and .safetensors, sharded or not; `vision` is the config of its
+    SigLIP, and `im_start_id` the token of its tokenizer, where they are not those of the paper.
+    """
+    values = read_config_values(folder)
+    is_official = "model_type" in values
+    if is_official:
+        known = {} if im_start_id is None else {"im_start_id": im_start_id}
+        with naming(Path(folder) / "config.json"):
+            config = LlavaManagerConfig.from_official(values, vision, **known)
+        state = read_shards(folder)
+    elif vision is not None or im_start_id is not None:
+        raise ValueError(
+            f"{folder} is no official folder: vision and im_start_id are in its config"
+        )
     else:
-        config, state = read_config(folder, LlavaManagerConfig), read_safetensors(folder)
+        config = read_config(folder, LlavaManagerConfig)
+        state = read_safetensors(folder)
+
     with torch.device("meta"):
         model = LlavaManager(config)
-    shapes = {k: v.shape for k, v in model.state_dict().items()}
-    state = import_state(state, [(k, [k], "cat") for k in shapes], shapes)
-    model.load_state_dict({k: v.to(dtype) for k, v in state.items()}, strict=True, assign=True)
+    with naming(folder):
+        if is_official:
+            state = llava_from_official(state, config)
+        # official or not, the tensors of the file must be exactly those of the model
+        shapes = shapes_of(model)
+        state = import_state(state, [Row(key, (key,)) for key in shapes], shapes)
+    state = {key: tensor.to(dtype) for key, tensor in state.items()}
+    model.load_state_dict(state, strict=True, assign=True)
     return model
 
 
-def is_mllm(checkpoint: str) -> bool:
-    """Whether a checkpoint folder holds LLaVA-OV-Manager (ours or an official one) and not a two-tower model."""
-    text = file.read_text() if (file := Path(checkpoint) / "config.json").is_file() else ""
-    if '"model"' not in text and '"mm_projector_type"' not in text:
-        what = "is no checkpoint folder of ours" if Path(checkpoint).exists() else "does not exist"
-        raise ValueError(f"--checkpoint {checkpoint} {what}; official ManagerTower weights become one by: "
-                         f"python prepare.py weights --source {checkpoint} --tokenizer ROBERTA --out FOLDER")
-    return '"LlavaManager"' in text or '"mm_projector_type"' in text
+# ---------------------------------------------------------------- a model for another task
+def load_tower(folder: str | Path, **overrides: Any) -> ManagerTower:
+    """A checkpoint folder of ours -> ManagerTower; overrides are other values of config fields.
+
+    What fits is kept. For another image size the position table is resized; NLVR2's third token
+    type copies the second; a new rank head starts as the match row of the ITM head; heads of other
+    tasks are dropped and new ones initialised, both of which is printed. Any other difference
+    raises ValueError.
+    """
+    config = dataclasses.replace(read_config(folder), **overrides)
+    model = ManagerTower(config)
+    state = read_safetensors(folder)
+    with naming(folder):
+        refuse(bad_values(state))
+        resize_positions(state, config)
+    fit_type_embedding(state, model)
+    if "retrieval" in model.heads:
+        seed_rank_head(state)
+    stored = stored_heads(state)
+    dropped = sorted(stored - set(model.heads))
+    new = sorted(set(model.heads) - stored)
+    state = without_heads(state, dropped)
+    add_new_heads(state, model, new)
+    # all that was to be changed is changed; from here on it is strict
+    refuse_differences(folder, state, model)
+    model.load_state_dict(state)
+    if (dropped or new) and os.environ.get("RANK", "0") == "0":
+        print(
+            f"{folder}: heads dropped: {', '.join(dropped) or 'none'}; "
+            f"heads initialised: {', '.join(new) or 'none'}"
+        )
+    return model
 
 
+def resize_positions(state: State, config: ManagerTowerConfig) -> None:
+    key = "image_encoder.position_embedding"
+    if key in state:
+        grid = config.image_size // config.patch_size
+        state[key] = resize_position_embedding(state[key], grid)
+
+
+def fit_type_embedding(state: State, model: ManagerTower) -> None:
+    """Two rows (text, image), and for NLVR2 a third one, which starts as a copy of the second."""
+    types = state.get("type_embedding")
+    if types is not None and types.dim() == 2:
+        grown = torch.cat([types, types[1:2]])
+        state["type_embedding"] = grown[: len(model.type_embedding)]
+
+
+def seed_rank_head(state: State) -> None:
+    """A rank head that is not in the file scores as the ITM head scores a match, its second row."""
+    if "heads.retrieval.weight" in state:
+        return
+    for ending in ("weight", "bias"):
+        itm = state.get(f"heads.itm.{ending}")
+        if itm is not None and itm.dim() > 0:
+            state[f"heads.retrieval.{ending}"] = itm[1:2]
+
+
+def stored_heads(state: State) -> set[str]:
+    """The names of the heads in a state of ours."""
+    stored = set()
+    for name in HEADS:
+        if any(key.startswith(f"heads.{name}.") for key in state):
+            stored.add(name)
+    return stored
+
+
+def without_heads(state: State, names: list[str]) -> State:
+    prefixes = tuple(f"heads.{name}." for name in names)
+    return {key: tensor for key, tensor in state.items() if not key.startswith(prefixes)}
+
+
+def add_new_heads(state: State, model: ManagerTower, names: list[str]) -> None:
+    """The model's own, freshly initialised weights of these heads."""
+    prefixes = tuple(f"heads.{name}." for name in names)
+    for key, tensor in model.state_dict().items():
+        if key.startswith(prefixes):
+            state[key] = tensor
+
+
+def refuse_differences(folder: str | Path, state: State, model: nn.Module) -> None:
+    """Raises ValueError unless a state has exactly the model's keys and shapes."""
+    ours = {key: tuple(shape) for key, shape in shapes_of(model).items()}
+    stored = {key: tuple(tensor.shape) for key, tensor in state.items()}
+    differences = []
+    for key in sorted(set(ours) | set(stored)):
+        in_file = stored.get(key, "missing")
+        in_model = ours.get(key, "missing")
+        if in_file != in_model:
+            differences.append(f"{key}: {in_file} in the file, {in_model} in the model")
+    if differences:
+        listed = textwrap.shorten("; ".join(differences), 800)
+        raise ValueError(f"{folder} does not fit the model. {listed}")
+
+
+# ================================================================ 4. checkpoints, ready to be used
 class Loaded(NamedTuple):
     """A checkpoint folder, ready to be used."""
 
     model: Any
     tokenizer: Any
-    transform: Callable | None  # of pictures, as in evaluation; None for the MLLM, see multigrid.preprocess_image
+    transform: Callable | None  # of pictures, as in evaluation; the MLLM has preprocess_image
+
+
+def is_mllm(checkpoint: str | Path) -> bool:
+    """Whether a checkpoint folder holds LLaVA-OV-Manager (ours or an official one) or ManagerTower.
+
+    Raises ValueError if it holds neither.
+    """
+    folder = Path(checkpoint)
+    values = read_config_values(folder) if (folder / "config.json").is_file() else {}
+    if "model" not in values and not is_mllm_config(values):
+        problem = "is no checkpoint folder of ours" if folder.exists() else "does not exist"
+        raise ValueError(
+            f"--checkpoint {checkpoint} {problem}; official ManagerTower weights become one by: "
+            f"python prepare.py weights --source {checkpoint} --tokenizer ROBERTA --out FOLDER"
+        )
+    return is_mllm_config(values)
 
 
 def load_two_tower(checkpoint: str, head: str = "", device: str = "auto") -> Loaded:
-    """(model, tokenizer, image transform) of a ManagerTower folder; ValueError if it lacks the head that is needed."""
+    """A ManagerTower folder. Raises ValueError if it lacks the head that is needed."""
     if is_mllm(checkpoint):
-        raise ValueError(f"{checkpoint} is a LLaVA-OV-Manager, for ask.py chat, figures.py managers and grid")
+        raise ValueError(
+            f"{checkpoint} is a LLaVA-OV-Manager, for ask.py chat, figures.py managers and grid"
+        )
     model = load_tower(checkpoint).to(World(device).device)
     if head and head not in model.heads:
         raise ValueError(f"{checkpoint} has no {head} head, only {', '.join(model.heads)}")
-    transform = image_transform(stored_transform(checkpoint), model.config.image_size, False)
+    name = stored_transform(checkpoint)
+    transform = image_transform(name, model.config.image_size, False)
     return Loaded(model, load_tokenizer(checkpoint), transform)
 
 
 def stored_transform(folder: str | Path) -> str:
-    """What pictures went through in training, by config.json. Folders of the first edition do not say it.
+    """What pictures went through in training, by config.json.
 
-    Then it is what the papers do: they pre-train with CLIP's centre crop and fine-tune with squashed pictures.
+    Folders of the first edition do not say it. Then it is what the papers do: they pre-train with
+    CLIP's centre crop, and fine-tune with squashed pictures.
     """
-    values = read_json(Path(folder) / "config.json", dict)
-    return values.get("transform") or ("clip" if "mlm" in values.get("heads", ()) else "albef")
+    values = read_config_values(folder)
+    stored = values.get("transform")
+    if stored:
+        return stored
+    return "clip" if "mlm" in values.get("heads", ()) else "albef"
 
 
 def load_mllm(checkpoint: str, tokenizer: str = "", device: str = "auto") -> Loaded:
-    """(model, tokenizer) of a LLaVA-OV-Manager folder, in bf16 on CUDA."""
+    """A LLaVA-OV-Manager folder, in evaluation mode, and in bf16 on CUDA."""
     if not is_mllm(checkpoint):
-        raise ValueError(f"{checkpoint} is not a LLaVA-OV-Manager; ask.py question, match, search and figures.py managers take it")
-    device = World(device).device
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    model = load_llava(checkpoint, dtype).to(device).eval()
+        raise ValueError(
+            f"{checkpoint} is not a LLaVA-OV-Manager; ask.py question, match, search and "
+            "figures.py managers take it"
+        )
+    place = World(device).device
+    dtype = torch.bfloat16 if place.type == "cuda" else torch.float32
+    model = load_llava(checkpoint, dtype).to(place).eval()
     return Loaded(model, load_tokenizer(tokenizer or checkpoint), None)
 
 
-class Inert(dict):
-    """What a pickle's globals and their instances become: it takes every call, state and item, and does nothing."""
-    name, args, state, __hash__ = "", (), None, object.__hash__
+# ================================================================ 5. PyTorch's files
+# A pickle is a program that may call anything. Here it runs with every function and class replaced
+# by Inert, which only notes what it was called with; the tensors are then made from these notes.
 
-    def __init__(self, *args, **kwargs):
+
+class Inert(dict):
+    """What each global of a pickle and each of its instances become.
+
+    It takes every call, state and item, and does nothing. `name` is that of the global.
+    """
+
+    name = ""
+    args: tuple = ()
+    state: Any = None
+
+    def __init__(self, *args: Any, **kwargs: Any):
         self.args = args
 
-    def __setstate__(self, state):
+    def __hash__(self) -> int:  # type: ignore[override]
+        return id(self)
+
+    def __setstate__(self, state: Any) -> None:
         self.state = state
 
-    def __call__(self, *args, **kwargs):
+    def __call__(self, *args: Any, **kwargs: Any) -> "Inert":
         return Inert()
 
     append = extend = add = __call__
 
 
-def as_dict(value) -> dict:
-    return value if isinstance(value, dict) else {}
-
-
 class InertUnpickler(pickle.Unpickler):
-    def find_class(self, module, name):
+    """Reads a pickle into dicts, numbers, texts and Inert notes."""
+
+    def find_class(self, module: str, name: str, /) -> type:
         return type("Inert", (Inert,), {"name": f"{module}.{name}"})
 
-    def persistent_load(self, pid):
+    def persistent_load(self, pid: Any) -> Any:
         return pid  # ("storage", class, key, device, length)
 
 
-STORAGES = {"Float": torch.float32, "Half": torch.float16, "BFloat16": torch.bfloat16, "Double": torch.float64,
-            "Long": torch.int64, "Int": torch.int32, "Byte": torch.uint8, "Bool": torch.bool}
+def as_dict(value: Any) -> dict:
+    return value if isinstance(value, dict) else {}
 
 
-BROKEN = (pickle.UnpicklingError, zipfile.BadZipFile, EOFError, LookupError, ValueError, TypeError, AttributeError,
-          RuntimeError, MemoryError, OverflowError)  # what a damaged or hostile file raises
+STORAGES = {
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "DoubleStorage": torch.float64,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+}
+PARAMETERS = ("torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state")
+TENSOR = "torch._utils._rebuild_tensor_v2"
+BROKEN = (  # what a damaged or hostile file raises
+    pickle.UnpicklingError,
+    zipfile.BadZipFile,
+    zlib.error,
+    EOFError,
+    LookupError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    RuntimeError,
+    MemoryError,
+    OverflowError,
+)
 
 
 class TorchFile:
-    """A zip file of torch.save or torch.jit.save: its pickle as a `tree` of Inert records, and tensors on request."""
+    """A zip file of torch.save or torch.jit.save: its pickle as a `tree` of Inert notes, and its
+    tensors on request. Raises ValueError, with the file's name, for whatever cannot be read.
+    """
 
     def __init__(self, path: Path):
         if not zipfile.is_zipfile(path):
-            raise ValueError(f"{path} is no zip archive: broken, or from before PyTorch 1.6; then: python -c "
-                             f"\"import torch; torch.save(torch.load('{path}', weights_only=True), 'new.pt')\"")
-        self.path, self.zip, self.storages = path, zipfile.ZipFile(path), {}
+            raise ValueError(
+                f"{path} is no zip archive: broken, or from before PyTorch 1.6; then: python -c "
+                f"\"import torch; torch.save(torch.load('{path}', weights_only=True), 'new.pt')\""
+            )
+        self.path = path
+        self.storages: State = {}  # key -> flat tensor
         try:
-            pkl = min((n for n in self.zip.namelist() if n.split("/")[-1] == "data.pkl"), key=len)
-            self.folder, self.tree = pkl.removesuffix("data.pkl"), InertUnpickler(self.zip.open(pkl)).load()
+            self.zip = zipfile.ZipFile(path)
+            pickles = [name for name in self.zip.namelist() if name.split("/")[-1] == "data.pkl"]
+            shortest = min(pickles, key=len)
+            self.folder = shortest.removesuffix("data.pkl")
+            self.tree = InertUnpickler(self.zip.open(shortest)).load()
         except BROKEN as error:
             raise ValueError(f"{path} is not a readable PyTorch file: {error!r}") from error
 
-    def tensor(self, node) -> torch.Tensor | None:
-        """The tensor that a recorded call would make; None for anything else."""
+    def tensor(self, node: Any) -> Tensor | None:
+        """The tensor that a noted call would make; None for anything else."""
         call = getattr(node, "name", "")
-        if call in ("torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state"):
+        if call in PARAMETERS:
             return self.tensor(node.args[0])
-        if call != "torch._utils._rebuild_tensor_v2":
+        if call != TENSOR:
             return None
-        (_, kind, key, *_), offset, size, stride = node.args[:4]
-        if key not in self.storages:
-            content = bytearray(self.zip.read(f"{self.folder}data/{key}"))
-            content = torch.frombuffer(content, dtype=torch.uint8) if content else torch.empty(0, dtype=torch.uint8)
-            self.storages[key] = content.view(STORAGES[kind.name.removeprefix("torch.").removesuffix("Storage")])
-        if math.prod(size) > self.storages[key].numel():
+        storage, offset, size, stride = node.args[:4]
+        flat = self.storage(storage)
+        if math.prod(size) > flat.numel():
             raise ValueError(f"shape {size} is larger than its storage")
-        return self.storages[key].as_strided(size, stride, offset).clone(memory_format=torch.contiguous_format)
+        view = flat.as_strided(size, stride, offset)
+        return view.clone(memory_format=torch.contiguous_format)
 
-    def tensors(self, tree) -> dict[str, torch.Tensor]:
+    def storage(self, storage: tuple) -> Tensor:
+        """The numbers that several tensors may share, as a flat tensor."""
+        _, storage_class, key, *_ = storage
+        if key not in self.storages:
+            dtype = STORAGES[storage_class.name.removeprefix("torch.")]
+            content = bytearray(self.zip.read(f"{self.folder}data/{key}"))
+            flat = torch.empty(0, dtype=torch.uint8)
+            if content:  # frombuffer refuses an empty one
+                flat = torch.frombuffer(content, dtype=torch.uint8)
+            self.storages[key] = flat.view(dtype)
+        return self.storages[key]
+
+    def tensors(self, tree: Any) -> State:
         """{dotted name: tensor} of nested dicts and TorchScript modules, each container once."""
-        found, seen, todo = {}, set(), [("", tree)]
-        for name, node in todo:  # it grows meanwhile
+        tensors = {}
+        seen = set()
+        waiting: deque[tuple[str, Any]] = deque([("", tree)])
+        while waiting:
+            name, node = waiting.popleft()
             try:
                 tensor = self.tensor(node)
             except BROKEN as error:
-                raise ValueError(f"{self.path}: tensor {name!r} cannot be read: {error!r}") from error
+                raise ValueError(
+                    f"{self.path}: tensor {name!r} cannot be read: {error!r}"
+                ) from error
             if tensor is not None:
-                found[name] = tensor
+                tensors[name] = tensor
             elif id(node) not in seen:
                 seen.add(id(node))
-                items = {**node, **as_dict(getattr(node, "state", None))}.items()
-                todo += [(f"{name}.{key}".lstrip("."), value) for key, value in items if isinstance(value, dict)]
-        return found
+                children = {**as_dict(node), **as_dict(getattr(node, "state", None))}
+                for key, child in children.items():
+                    if isinstance(child, dict) and isinstance(key, str):
+                        waiting.append((f"{name}.{key}" if name else key, child))
+        return tensors
 
 
-def read_weights(source: Path) -> tuple[dict, dict]:
-    """(state, settings) of a file or a HF folder; settings: Lightning's hyper-parameters, HF's config.json or empty."""
-    if source.is_dir():
-        files = sorted(source.glob("*.safetensors")) or sorted(source.glob("pytorch_model*.bin"))
-        if not files:
-            raise ValueError(f"{source} has neither .safetensors files nor pytorch_model.bin")
-        settings = read_json(source / "config.json") if (source / "config.json").is_file() else {}
-        return {k: v for file in files for k, v in read_weights(file)[0].items()}, settings
-    if source.suffix == ".safetensors" or not source.is_file():
-        return read_safetensors(source), {}
-    file = TorchFile(source)
-    tree = as_dict(file.tree)
-    settings = as_dict(tree.get("hyper_parameters"))
-    plain = {k: v for k, v in as_dict(settings.get("config", settings)).items() if isinstance(v, (int, float, str))}
-    return file.tensors(as_dict(tree.get("state_dict", tree))), plain
+# ---------------------------------------------------------------- any file of weights
+CONTAINERS = ("state_dict", "model", "module")  # under which training frameworks save the weights
 
 
-V, T, X, M = "vit_model.visual.", "text_transformer.", "cross_modal_text_", "manager_tower.0.manager_layer."
+def read_weights(source: str | Path) -> tuple[State, dict]:
+    """(state, settings) of a .safetensors or PyTorch file, or of a HF folder.
+
+    The settings are Lightning's hyper-parameters, HF's config.json, or empty. Wrappers of training
+    frameworks are taken off: {"model": ...}, module. of DDP, and _orig_mod. of torch.compile.
+    """
+    source = Path(source)
+    if not source.is_dir():
+        state, settings = read_weights_file(source)
+        with naming(source):
+            return unwrap(state), settings
+    files = sorted(source.glob("*.safetensors")) or sorted(source.glob("pytorch_model*.bin"))
+    if not files:
+        raise ValueError(f"{source} has neither .safetensors files nor pytorch_model.bin")
+    settings = {}
+    if (source / "config.json").is_file():
+        settings = read_json(source / "config.json", dict)
+    state = {}
+    for file in files:
+        part, _ = read_weights_file(file)
+        state.update(part)
+    with naming(source):
+        return unwrap(state), settings
 
 
-HF_NAMES = {r"bridgetower\.": "", r"vision_model\.visual\.embeddings\.class_embedding": f"{V}class_embedding",
-            r"vision_model\.visual\.embeddings\.patch_embedding\.": f"{V}conv1.", r"vision_model\.": "vit_model.",
-            r"vit_model\.visual\.embeddings\.position_embedding\.weight": f"{V}positional_embedding",
-            r"text_model\.": T, r"itc_(text|image)_head\.": r"cross_modal_itc_\1_head."}
+def read_weights_file(file: Path) -> tuple[State, dict]:
+    if file.suffix == ".safetensors" or not file.is_file():
+        return read_safetensors(file), {}
+    torch_file = TorchFile(file)
+    tree = as_dict(torch_file.tree)
+    # Lightning keeps what the model was built with, the authors' under one more key
+    hyper_parameters = as_dict(tree.get("hyper_parameters"))
+    hyper_parameters = as_dict(hyper_parameters.get("config", hyper_parameters))
+    settings = {}
+    for name, value in hyper_parameters.items():
+        if isinstance(value, int | float | str):
+            settings[name] = value
+    return torch_file.tensors(find_state(tree)), settings
 
 
-HEAD_SHAPES = {"mlm": "mlm_score.bias", "itm": "itm_score.fc.weight", "itc": "cross_modal_itc_text_head.fc.weight",
-             "vqa": "vqa_classifier.3.weight", "nlvr2": "nlvr2_classifier.3.weight",
-             "snli_ve": "snli_classifier.3.weight", "retrieval": "rank_output.weight"}
+def find_state(tree: dict) -> dict:
+    """The dict of weights inside what a training framework saved."""
+    for name in CONTAINERS:
+        inside = as_dict(tree.get(name))
+        if inside:
+            return inside
+    return tree
 
 
-SIZE_KEYS = [("vision_width", f"{V}conv1.weight", 0), ("patch_size", f"{V}conv1.weight", 3),
-         ("image_size", f"{V}positional_embedding", 0), ("vocab_size", f"{T}embeddings.word_embeddings.weight", 0),
-         ("max_positions", f"{T}embeddings.position_embeddings.weight", 0),
-         ("text_mlp_width", f"{T}encoder.layer.0.intermediate.dense.weight", 0),
-         ("text_width", f"{X}transform.weight", 1), ("hidden_size", f"{X}transform.weight", 0),
-         ("mlp_ratio", f"{X}layers.0.intermediate.dense.weight", 0), ("num_answers", HEAD_SHAPES["vqa"], 0),
-         ("contrastive_size", HEAD_SHAPES["itc"], 0),
-         *(("head_hidden_scale", HEAD_SHAPES[head], 1) for head in ("vqa", "nlvr2", "snli_ve"))]
+def unwrap(state: State) -> State:
+    """The keys without what DDP and torch.compile put before them."""
+    names = {key: key.replace("_orig_mod.", "") for key in state}
+    while names and all(name.startswith("module.") for name in names.values()):
+        names = {key: name.removeprefix("module.") for key, name in names.items()}
+    unwrapped = {names[key]: tensor for key, tensor in state.items()}
+    if len(unwrapped) < len(state):
+        raise ValueError("some weights are there twice, with and without the prefix _orig_mod.")
+    return unwrapped
 
 
-COUNTS = {"vision_layers": V + r"transformer\.resblocks\.\d+", "text_layers": T + r"encoder\.layer\.\d+",
-          "num_layers": X + r"layers\.\d+", "managed_layers_text": X + M + r"LayerNorm\.\d+",
-          "managed_layers_image": "cross_modal_image_" + M + r"LayerNorm\.\d+"}
+# ================================================================ 6. official -> our folders
+BRIDGETOWER = {  # how the keys of transformers' BridgeTower begin -> how the official ones do
+    "vision_model.visual.embeddings.class_embedding": VISUAL + CLIP["class_embedding"],
+    "vision_model.visual.embeddings.patch_embedding.weight": VISUAL + CLIP["patch.weight"],
+    "vision_model.visual.embeddings.position_embedding.weight": VISUAL + CLIP["position_embedding"],
+    "vision_model.": "vit_model.",
+    "text_model.": TEXT,
+    "itc_text_head.": "cross_modal_itc_text_head.",
+    "itc_image_head.": "cross_modal_itc_image_head.",
+}
+BRIDGETOWER_MARK = r"(bridgetower\.)?vision_model\.visual\..*"
+BRIDGETOWER_DEAD = (r".*(position|token_type)_ids", r"itc_cross_modal_head\..*")
 
 
-def bridgetower_to_official(state: dict) -> dict:
-    """transformers' BridgeTower layout -> the official one, less its contrastive head on the fused features."""
-    official = {}
-    for key, tensor in state.items():
-        if not re.search(r"(position|token_type)_ids$|^itc_cross_modal_head\.", key):
-            for pattern, name in HF_NAMES.items():
-                key = re.sub(f"^{pattern}", name, key)
-            official[key] = tensor
-    if "mlm_score.bias" in official:  # tied in transformers, so possibly not stored
-        official.setdefault("mlm_score.decoder.weight", official[f"{T}embeddings.word_embeddings.weight"])
+def bridgetower_key(key: str) -> str:
+    key = key.removeprefix("bridgetower.")
+    for theirs, official in BRIDGETOWER.items():
+        if key.startswith(theirs):
+            return official + key.removeprefix(theirs)
+    return key
+
+
+def bridgetower_to_official(state: State) -> State:
+    """transformers' BridgeTower -> the official layout, without its head on the fused features."""
+    kept = {key: tensor for key, tensor in state.items() if not is_dead(key, BRIDGETOWER_DEAD)}
+    refuse(bad_values(kept))
+    official = {bridgetower_key(key): tensor.float() for key, tensor in kept.items()}
+    keys = official_keys()
+    decoder = keys["heads.mlm.decoder.weight"]
+    words = keys["text_encoder.word_embedding.weight"]
+    # tied in transformers, so possibly not stored
+    if keys["heads.mlm.bias"] in official and words in official:
+        official.setdefault(decoder, official[words])
     if "logit_scale" in official:
-        official["temperature"] = (-official.pop("logit_scale")).exp()
-        # its image feature has passed the cross-modal transform and the type embedding: fold both into the linear head
-        head, transform = "cross_modal_itc_image_head.fc.", "cross_modal_image_transform."
-        shift = official[transform + "bias"] + official["token_type_embeddings.weight"][1]
-        official[head + "bias"] = official[head + "bias"] + official[head + "weight"] @ shift
-        official[head + "weight"] = official[head + "weight"] @ official[transform + "weight"]
+        scale = official.pop("logit_scale")
+        official[keys["heads.itc.temperature"]] = (-scale).exp()
+        fold_transform(official)
     return official
 
 
-def infer_config(state: dict, settings: dict) -> ManagerTowerConfig:
-    """The config of a state in the official layout: from shapes and keys, and from the settings what no shape shows."""
-    config = dataclasses.asdict(ManagerTowerConfig())  # an absent key leaves the default, and from_official names it
-    found = {field: state[key].shape[dim] for field, key, dim in SIZE_KEYS if key in state}
-    counts = {field: len({m[0] for key in state if (m := re.match(pattern, key))}) for field, pattern in COUNTS.items()}
-    config |= found | {field: count for field, count in counts.items() if count}
-    config["image_size"] = math.isqrt(config["image_size"] - 1) * config["patch_size"]
-    config["mlp_ratio"] //= config["hidden_size"]
-    config["heads"] = tuple(head for head, key in HEAD_SHAPES.items() if key in state)
-    config["head_hidden_scale"] = max(1, config["head_hidden_scale"] // (2 * config["hidden_size"]))
-    scores = state.get(X + M + "layer_scores")
+def fold_transform(official: State) -> None:
+    """In transformers the image feature of ITC has passed the cross-modal transform and the type
+    embedding. Both are linear, so they go into the linear head.
+    """
+    keys = official_keys()
+    head_weight = keys["heads.itc.image.weight"]
+    head_bias = keys["heads.itc.image.bias"]
+    needed = {
+        head_weight: 2,
+        head_bias: 1,
+        keys["image_transform.weight"]: 2,
+        keys["image_transform.bias"]: 1,
+        keys["type_embedding"]: 2,
+    }
+    for key, dimensions in needed.items():
+        if key not in official or official[key].dim() != dimensions:
+            return  # the import that follows names what is wrong
+    weight = official[head_weight]
+    try:
+        shift = official[keys["image_transform.bias"]] + official[keys["type_embedding"]][1]
+        official[head_bias] = official[head_bias] + weight @ shift
+        official[head_weight] = weight @ official[keys["image_transform.weight"]]
+    except (IndexError, RuntimeError) as error:
+        shapes = [f"{key} is {tuple(official[key].shape)}" for key in needed]
+        raise ValueError(f"wrong shape: {'; '.join(shapes)} do not go together") from error
+
+
+# ---------------------------------------------------------------- the config of an official state
+# field -> (our key, dimension) of the tensor whose size it is; the official key is in the tables
+SIZES = {
+    "vision_width": ("image_encoder.patch.weight", 0),
+    "patch_size": ("image_encoder.patch.weight", 3),
+    "vocab_size": ("text_encoder.word_embedding.weight", 0),
+    "max_positions": ("text_encoder.position_embedding.weight", 0),
+    "text_mlp_width": ("text_encoder.layers.0.fc.weight", 0),
+    "text_width": ("text_transform.weight", 1),
+    "hidden_size": ("text_transform.weight", 0),
+    "num_answers": ("heads.vqa.fc_out.weight", 0),
+    "contrastive_size": ("heads.itc.text.weight", 0),
+}
+# field -> our key of the first of the layers, or of the experts, whose number it is
+COUNTS = {
+    "vision_layers": "image_encoder.blocks.0.fc.weight",
+    "text_layers": "text_encoder.layers.0.fc.weight",
+    "num_layers": "text_layers.0.fc.weight",
+    "managed_layers_text": "text_managers.0.scale",
+    "managed_layers_image": "image_managers.0.scale",
+}
+
+
+def infer_config(state: State, settings: dict) -> ManagerTowerConfig:
+    """The config of a state in the official layout.
+
+    Sizes and parts show in shapes and keys; what does not, numbers of attention heads for example,
+    is in the settings or as usual. A missing key leaves the default: the import then names it.
+    Raises ValueError for sizes that no model has.
+    """
+    values = dataclasses.asdict(ManagerTowerConfig())
+    values["heads"] = infer_heads(state)
+    for field, (our_key, dimension) in SIZES.items():
+        values[field] = size_of(state, our_key, dimension, values[field])
+    for field, our_key in COUNTS.items():
+        values[field] = count_numbers(state, our_key) or values[field]
+    infer_derived_sizes(state, values)
+    infer_fusion(state, values)
+    infer_from_settings(settings, values)
+    return ManagerTowerConfig(**values)
+
+
+def size_of(state: State, our_key: str, dimension: int, default: int) -> int:
+    """The size of a dimension of a tensor, by our name of it; the default where it is missing."""
+    key = official_keys()[our_key]
+    if key not in state:
+        return default
+    shape = tuple(state[key].shape)
+    if len(shape) <= dimension:
+        raise ValueError(f"wrong shape: {key} is {shape}, should have more dimensions")
+    return shape[dimension]
+
+
+def count_numbers(state: State, our_key: str) -> int:
+    """How many different numbers stand where the official name of our_key has its last .0."""
+    before, _, _ = official_keys()[our_key].rpartition(".0.")
+    pattern = re.compile(re.escape(before) + r"\.(\d+)\.")
+    numbers = set()
+    for key in state:
+        match = pattern.match(key)
+        if match:
+            numbers.add(match[1])
+    return len(numbers)
+
+
+def infer_heads(state: State) -> tuple[str, ...]:
+    """The heads of which a key is there."""
+    heads = []
+    for head in HEADS:
+        keys = [row.theirs[0] for row in expand(HEAD_NAMES[head])]
+        # every official state has a temperature, whether it has the ITC head or not
+        if any(key in state for key in keys if key != ITC_HEAD["temperature"]):
+            heads.append(head)
+    return tuple(heads)
+
+
+def infer_derived_sizes(state: State, values: dict[str, Any]) -> None:
+    """The sizes that stand in shapes as multiples of others."""
+    positions = size_of(state, "image_encoder.position_embedding", 0, 0)
+    if positions > 0:
+        values["image_size"] = math.isqrt(positions - 1) * values["patch_size"]
+    width = max(1, values["hidden_size"])
+    mlp_width = size_of(state, "text_layers.0.fc.weight", 0, 0)
+    if mlp_width > 0:
+        values["mlp_ratio"] = mlp_width // width
+    for head in values["heads"]:
+        if "fc.*" in HEAD_NAMES[head]:  # a classifier
+            hidden = size_of(state, f"heads.{head}.fc_out.weight", 1, 0)
+            values["head_hidden_scale"] = max(1, hidden // (2 * width))
+
+
+def infer_fusion(state: State, values: dict[str, Any]) -> None:
+    """Which managers the state has, if any."""
+    keys = official_keys()
+    scores = state.get(keys["text_managers.0.scores"])
     if scores is None:
-        config["fusion"] = "bridge" if f"{X}layernorm.weight" in state else "last"
-    else:
-        config["manager_weight"] = "scalar" if scores.shape[-1] == 1 else "vector"
-        config["manager_type"] = "aaue" if any("linear_controller" in key for key in state) else "saue"
-    text = settings.get("text_config", {})  # transformers builds its cross-modal layers from it as well
-    heads = text.get("num_attention_heads")
-    config["vision_heads"] = max(1, config["vision_width"] // 64)
-    config["text_heads"] = heads or max(1, config["text_width"] // 64)
-    config["num_heads"] = heads or settings.get("num_heads", max(1, config["hidden_size"] // 64))
-    config["dropout"] = text.get("hidden_dropout_prob", settings.get("drop_rate", 0.1))
-    config["max_text_len"] = min(settings.get("max_text_len", 50), config["max_positions"] - 2)
-    return ManagerTowerConfig(**config)
+        values["fusion"] = "bridge" if keys["text_bridges.0.weight"] in state else "last"
+        return
+    values["manager_weight"] = "scalar" if scores.shape[-1:] == (1,) else "vector"
+    controller = ADAPTIVE["controller.*"].removesuffix("*")
+    is_adaptive = any(controller in key for key in state)
+    values["manager_type"] = "aaue" if is_adaptive else "saue"
 
 
-def convert_weights(source: Path, out: Path, tokenizer: Path | None = None, answers: list[str] | None = None) -> None:
-    """Official ManagerTower, BridgeTower, METER or HF BridgeTower -> our folder; CLIP, RoBERTa -> model.safetensors."""
+def infer_from_settings(settings: dict, values: dict[str, Any]) -> None:
+    """What no shape shows. Attention heads have 64 channels where nothing else is said."""
+    # transformers builds BridgeTower's cross-modal layers from the text encoder's config as well
+    text_settings = as_dict(settings.get("text_config"))
+    text_heads = number_in(text_settings, "num_attention_heads", 0)
+    values["vision_heads"] = max(1, values["vision_width"] // 64)
+    values["text_heads"] = text_heads or max(1, values["text_width"] // 64)
+    usual_heads = max(1, values["hidden_size"] // 64)
+    values["num_heads"] = text_heads or number_in(settings, "num_heads", usual_heads)
+    drop_rate = number_in(settings, "drop_rate", 0.1)
+    values["dropout"] = number_in(text_settings, "hidden_dropout_prob", drop_rate)
+    longest = values["max_positions"] - 2
+    values["max_text_len"] = min(number_in(settings, "max_text_len", 50), longest)
+
+
+def number_in(settings: dict, name: str, default: float) -> Any:
+    """A number of the settings. Raises ValueError for a text."""
+    value = settings.get(name, default)
+    if type(value) not in (int, float):
+        raise ValueError(f"the setting {name} is {value!r:.80}; it must be a number")
+    return value
+
+
+# ---------------------------------------------------------------- the conversion
+ENCODER_MARKS = (CLIP["class_embedding"], str(ROBERTA["word_embedding.weight"]))
+
+
+def convert_weights(
+    source: str | Path,
+    out: str | Path,
+    tokenizer: str | Path | None = None,
+    answers: list[str] | None = None,
+) -> None:
+    """Official weights -> a folder of ours; nothing in their files is executed.
+
+    ManagerTower, BridgeTower, METER and HF's BridgeTower become a checkpoint folder, in float32;
+    CLIP and RoBERTa a folder for --vision or --text. The tokenizer, and the texts of a VQA model's
+    answers, go along. Raises ValueError, with the source's name, for anything else.
+    """
+    out = Path(out)
     state, settings = read_weights(source)
-    if any(re.match(r"(bridgetower\.)?vision_model\.visual\.", key) for key in state):
-        state = bridgetower_to_official({key: tensor.float() for key, tensor in state.items()})
-    if f"{X}transform.weight" in state:
-        config, vocabulary = infer_config(state, settings), answers or []
-        if answers and len(vocabulary) != config.num_answers:
-            raise ValueError(f"--answers has {len(vocabulary)} answers, but the model has {config.num_answers}")
-        save_folder({k: v.float() for k, v in tower_from_official(state, config).items()}, config, out)
-        if answers:
-            write_json(out / "answers.json", vocabulary)
-        print(f"{out}: {config}")
-    elif any(re.search(r"(^|\.)(class_embedding|word_embeddings\.weight)$", key) for key in state):
-        state = {k: v for k, v in state.items() if k.startswith("visual.")} or state  # CLIP's text encoder is not used
-        out.mkdir(parents=True, exist_ok=True)
-        write_atomically(out / "model.safetensors", lambda path: save_file(state, path))
-        print(f"{out / 'model.safetensors'}: {len(state)} tensors of an encoder, for --vision or --text")
+    text_tokenizer = load_tokenizer(tokenizer) if tokenizer else None
+    with naming(source):
+        refuse_our_own(state)
+        if any(re.fullmatch(BRIDGETOWER_MARK, key) for key in state):
+            state = bridgetower_to_official(state)
+    if official_keys()["text_transform.weight"] in state:
+        convert_tower(source, state, settings, out, answers)
+    elif any(key.endswith(ENCODER_MARKS) for key in state):
+        convert_encoder(state, out)
     else:
-        raise ValueError(f"{source} is no ManagerTower, BridgeTower, METER, CLIP or RoBERTa: {list(state)[:4]} ...")
-    if tokenizer:
-        load_tokenizer(tokenizer).save(out)
+        raise ValueError(
+            f"{source} is no ManagerTower, BridgeTower, METER, CLIP or RoBERTa: "
+            f"{list(state)[:4]} ..."
+        )
+    if text_tokenizer:
+        text_tokenizer.save(out)
 
 
-# ---------------------------------------------------------------- both families
-def from_official(state_dict: dict, config: ManagerTowerConfig | LlavaManagerConfig) -> dict:
-    """An official state -> ours."""
-    if isinstance(config, LlavaManagerConfig):
-        return llava_from_official(state_dict, config)
-    return tower_from_official(state_dict, config)
+def convert_tower(
+    source: str | Path, state: State, settings: dict, out: Path, answers: list[str] | None
+) -> None:
+    """A state in the official layout -> a checkpoint folder."""
+    with naming(source):
+        config = infer_config(state, settings)
+        ours = from_official(state, config)
+    if answers and len(answers) != config.num_answers:
+        raise ValueError(
+            f"--answers has {len(answers)} answers, but the model has {config.num_answers}"
+        )
+    save_folder({key: tensor.float() for key, tensor in ours.items()}, config, out)
+    if answers:
+        write_json(out / "answers.json", answers)
+    print(f"{out}: {config}")
 
 
-def to_official(state_dict: dict, config: ManagerTowerConfig | LlavaManagerConfig) -> dict:
-    """Ours -> official names."""
-    if isinstance(config, LlavaManagerConfig):
-        return llava_to_official(state_dict, config)
-    return tower_to_official(state_dict, config)
-
-
-def load_unimodal(model: ManagerTower | LlavaManager, vision: str | Path, text: str | Path) -> None:
-    """Fill both encoders from pre-trained ones."""
-    if isinstance(model, LlavaManager):
-        load_llava_encoders(model, vision, text)
-    else:
-        load_tower_encoders(model, vision, text)
-
-
-def load_model(folder: str | Path, **overrides: Any) -> Any:
-    """A checkpoint folder -> model."""
-    file = Path(folder) / "config.json"
-    text = file.read_text() if file.is_file() else ""
-    if '"LlavaManager"' in text or '"mm_projector_type"' in text:
-        return load_llava(folder, **overrides)
-    return load_tower(folder, **overrides)
+def convert_encoder(state: State, out: Path) -> None:
+    """CLIP or RoBERTa under its own names; `load_unimodal` reads it."""
+    visual = {key: tensor for key, tensor in state.items() if key.startswith("visual.")}
+    if visual:  # CLIP's text encoder is not used
+        state = visual
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomically(out / "model.safetensors", lambda path: save_file(state, path))
+    print(
+        f"{out / 'model.safetensors'}: {len(state)} tensors of an encoder, for --vision or --text"
+    )

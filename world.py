@@ -1,4 +1,5 @@
-"""This process among all: rank, device, seeds, autocast, what is gathered over processes, and how a script ends.
+"""This process among all: rank, device, seeds, autocast, what is gathered over processes, and how a
+script ends.
 
 Everything here works without torchrun too: one process is a world of size 1.
 """
@@ -51,7 +52,9 @@ class World:
 
 
 def choose_device(name: str, local_rank: int) -> torch.device:
-    """auto, cpu, cuda (this process' own one) or cuda:N -> a device that is there. Raises ValueError."""
+    """auto, cpu, cuda (this process' own one) or cuda:N -> a device that is there. Raises
+    ValueError.
+    """
     has_cuda = torch.cuda.is_available()
     if name == "auto":
         name = "cuda" if has_cuda else "cpu"
@@ -64,7 +67,9 @@ def choose_device(name: str, local_rank: int) -> torch.device:
         raise ValueError(f"--device {name}, but torch sees no CUDA device here")
     index = int(number) if number else local_rank
     if index >= torch.cuda.device_count():
-        raise ValueError(f"--device {name}: device {index} of {torch.cuda.device_count()} CUDA devices")
+        raise ValueError(
+            f"--device {name}: device {index} of {torch.cuda.device_count()} CUDA devices"
+        )
     return torch.device(f"cuda:{index}")
 
 
@@ -77,7 +82,9 @@ def ranks() -> tuple[int, int]:
 
 
 def collect(parts: list[tuple]) -> list:
-    """All processes' (position, value) pairs -> the values in the order of their positions, on every process."""
+    """All processes' (position, value) pairs -> the values in the order of their positions, on
+    every process.
+    """
     _, size = ranks()
     everyone = [parts]
     if size > 1:
@@ -92,7 +99,8 @@ def collect(parts: list[tuple]) -> list:
 
 
 class GatherWithGradient(torch.autograd.Function):
-    """The rows of every process, one after the other; each gradient returns to the process that its row came from.
+    """The rows of every process, one after the other; each gradient returns to the process that its
+    row came from.
 
     shares: how many rows each process has.
     """
@@ -115,7 +123,9 @@ class GatherWithGradient(torch.autograd.Function):
 
 
 def gather(x: Tensor, shares: list[int]) -> Tensor:
-    """(B_r, ...) of every process r -> (sum of all B_r, ...), differentiable. shares: B_r of every process."""
+    """(B_r, ...) of every process r -> (sum of all B_r, ...), differentiable. shares: B_r of every
+    process.
+    """
     if len(shares) == 1:
         return x
     return GatherWithGradient.apply(x, shares)
@@ -123,7 +133,9 @@ def gather(x: Tensor, shares: list[int]) -> Tensor:
 
 # ---------------------------------------------------------------- seeds, precision, modes
 def seed_of(*numbers: Any) -> int:
-    """A seed that is a function of these numbers alone, so that a resumed run draws what it would have drawn."""
+    """A seed that is a function of these numbers alone, so that a resumed run draws what it would
+    have drawn.
+    """
     return random.Random(repr(numbers)).getrandbits(62)
 
 
@@ -156,12 +168,17 @@ def to_device(batch: dict, device: torch.device) -> dict:
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[torch.device]:
-    """Evaluation mode, no gradients, bf16 autocast on CUDA; gives the device. The model's own mode comes back."""
+    """Evaluation mode, no gradients, bf16 autocast on CUDA; gives the device. The model's own mode
+    comes back.
+    """
     training = model.training
     device = next(model.parameters()).device
     model.eval()
     try:
-        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with (
+            torch.no_grad(),
+            torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"),
+        ):
             yield device
     finally:
         model.train(training)
@@ -169,7 +186,9 @@ def evaluating(model: nn.Module) -> Iterator[torch.device]:
 
 # ---------------------------------------------------------------- how a script ends
 def sentence_of(error: Exception) -> str:
-    """The message of an error; of one that a DataLoader worker sent, with its traceback, the last line."""
+    """The message of an error; of one that a DataLoader worker sent, with its traceback, the last
+    line.
+    """
     lines = str(error).strip().splitlines()
     if lines and "DataLoader worker" in lines[0]:
         return lines[-1].partition(": ")[2] or lines[-1]
@@ -177,9 +196,11 @@ def sentence_of(error: Exception) -> str:
 
 
 def one_sentence(main: Callable[[list[str]], Any]) -> None:
-    """Run main with the command line. What is wrong with the user's input ends in one sentence, not in a traceback.
+    """Run main with the command line. What is wrong with the user's input ends in one sentence, not
+    in a traceback.
 
-    Exit status 1; 2 for a command line that cannot be read. Of several processes rank 0 speaks, the others are silent.
+    Exit status 1; 2 for a command line that cannot be read. Of several processes rank 0 speaks, the
+    others are silent.
     """
     rank = int(os.environ.get("RANK", 0))
     if rank > 0 and ("-h" in sys.argv or "--help" in sys.argv):
@@ -188,8 +209,9 @@ def one_sentence(main: Callable[[list[str]], Any]) -> None:
         main(sys.argv[1:])
     except (ValueError, OSError) as error:
         if rank > 0:
-            # Nearly always all processes meet the same error. Rank 0 says it and ends, and torchrun then ends this one
-            # too. If this one is still here after a while, it is the only one that knows.
+            # Nearly always all processes meet the same error. Rank 0 says it and ends, and torchrun
+            # then ends this one too. If this one is still here after a while, it is the only one
+            # that knows.
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(PATIENCE)
         sys.stdout.flush()

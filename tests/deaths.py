@@ -1,10 +1,13 @@
-"""Let a small training die (os._exit), or find the disk full, at every write, flush and rename of its files, and go on.
+"""Let a small training die (os._exit), or find the disk full, at every write, flush and rename of
+its files, and go on.
 
-One run forks a child for each of these moments, in a copy of its folder. The child dies there, in the middle of a write
-if it is one; then the same command in the copy must end with the same bits as the run itself, which is never disturbed.
-What several deaths left behind alike, to the byte, goes on once for all of them. All processes are forks of one, which
-has imported everything: python tests/deaths.py FOLDER [train.py's flags]
+One run forks a child for each of these moments, in a copy of its folder. The child dies there, in
+the middle of a write if it is one; then the same command in the copy must end with the same bits as
+the run itself, which is never disturbed. What several deaths left behind alike, to the byte, goes
+on once for all of them. All processes are forks of one, which has imported everything: python
+tests/deaths.py FOLDER [train.py's flags]
 """
+
 import errno
 import hashlib
 import itertools
@@ -19,10 +22,22 @@ import torch
 import torch._dynamo  # every optimizer imports it, which takes longer than the training
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import model
-import train
+import loop  # noqa: E402
+import train  # noqa: E402
+import weights  # noqa: E402
 
-FLAGS = ["--max_steps", "3", "--save_every", "2", "--dropout", "0.1", "--device", "cpu", "--out_dir", "run"]
+FLAGS = [
+    "--max_steps",
+    "3",
+    "--save_every",
+    "2",
+    "--dropout",
+    "0.1",
+    "--device",
+    "cpu",
+    "--out_dir",
+    "run",
+]
 DEATHS = {"exit": 9, "full": 3}  # kind -> exit status
 
 
@@ -42,14 +57,18 @@ def die(kind: str, copy: Path, target: Path | None):
 
 
 def disturb():
-    """From now on this process, in folder/whole, leaves folder/exit0, folder/full0, folder/exit1, ... behind."""
+    """From now on this process, in folder/whole, leaves folder/exit0, folder/full0, folder/exit1,
+    ... behind.
+    """
     moments = itertools.count()
 
     def wrap(owner, name, halves=False):
         original = getattr(owner, name)
 
         def wrapped(*args, **kwargs):
-            target = next(Path(a) for a in args if isinstance(a, str | os.PathLike)) if halves else None
+            target = (
+                next(Path(a) for a in args if isinstance(a, str | os.PathLike)) if halves else None
+            )
             moment = next(moments)
             for kind, status in DEATHS.items():
                 copy = Path.cwd().with_name(f"{kind}{moment}")
@@ -60,17 +79,21 @@ def disturb():
                     die(kind, copy, target)
                 assert wait(pid) == status, (kind, moment, (copy / "log.txt").read_text())
             return original(*args, **kwargs)
+
         setattr(owner, name, wrapped)
 
-    train.open = open  # what appends to the log
-    for owner, name in ((torch, "save"), (model, "save_file"), (Path, "write_text"), (train, "open")):
+    loop.open = open  # what appends to the log
+    writers = ((torch, "save"), (weights, "save_file"), (Path, "write_text"), (Path, "write_bytes"))
+    for owner, name in (*writers, (loop, "open")):
         wrap(owner, name, halves=True)
     for name in ("fsync", "replace"):
         wrap(os, name)
 
 
 def run(folder: Path, flags: list[str], prepare=lambda: None) -> int:
-    """Train in folder/run, in a child: 0 finished, 3 one clear sentence about the disk, else a fault, see log.txt."""
+    """Train in folder/run, in a child: 0 finished, 3 one clear sentence about the disk, else a
+    fault, see log.txt.
+    """
     folder.mkdir(exist_ok=True)
     if pid := os.fork():
         return wait(pid)
@@ -79,12 +102,16 @@ def run(folder: Path, flags: list[str], prepare=lambda: None) -> int:
     status = 1
     try:
         torch.set_num_threads(1)
-        os.fsync = lambda file: None  # processes die here, not the machine, so waiting for the disk changes nothing
+        os.fsync = lambda file: (
+            None
+        )  # processes die here, not the machine, so waiting for the disk changes nothing
         prepare()
         train.main([*flags, *FLAGS])
         status = 0
     except ValueError as error:
-        status = 3 if "No space left on device" in str(error) and "cannot write" in str(error) else 1
+        status = (
+            3 if "No space left on device" in str(error) and "cannot write" in str(error) else 1
+        )
     finally:
         if status == 1:
             traceback.print_exc()
@@ -93,13 +120,24 @@ def run(folder: Path, flags: list[str], prepare=lambda: None) -> int:
 
 
 def digest(folder: Path) -> dict[str, str]:
-    """Every file below it -> its hash; names of temporary files without the process that wrote them."""
-    return {re.sub(r"\.tmp\d+$", ".tmp", str(file.relative_to(folder))): hashlib.sha256(file.read_bytes()).hexdigest()
-            for file in sorted(folder.rglob("*")) if file.is_file()}
+    """Every file below it -> its hash; names of temporary files without the process that wrote
+    them.
+    """
+    return {
+        re.sub(r"\.tmp\d+$", ".tmp", str(file.relative_to(folder))): hashlib.sha256(
+            file.read_bytes()
+        ).hexdigest()
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+    }
 
 
 def for_users(folder: Path) -> dict[str, str]:
-    return {k: v for k, v in digest(folder).items() if Path(k).suffix in (".safetensors", ".json", ".jsonl")}
+    return {
+        k: v
+        for k, v in digest(folder).items()
+        if Path(k).suffix in (".safetensors", ".json", ".jsonl")
+    }
 
 
 def main(folder: Path, flags: list[str]):

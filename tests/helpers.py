@@ -2,10 +2,12 @@
 
 The environment variable MANAGER_GOLDEN points the parity tests at the full golden set.
 """
+
 import functools
 import json
 import os
 import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -33,12 +35,27 @@ MT = GOLDEN / "manager_tower"
 SMALL_SET = GOLDEN == ROOT / "tests" / "golden"  # leaves large tensors and some cases out
 
 
-HEADS = {"mlm": "mlm", "itm": "itm", "itc": "itc", "itm_itc": "itc itm", "irtr_itm_itc": "itc itm", "vqa": "vqa",
-         "nlvr2": "nlvr2", "snli": "snli_ve", "irtr": "retrieval"}
+HEADS = {
+    "mlm": "mlm",
+    "itm": "itm",
+    "itc": "itc",
+    "itm_itc": "itc itm",
+    "irtr_itm_itc": "itc itm",
+    "vqa": "vqa",
+    "nlvr2": "nlvr2",
+    "snli": "snli_ve",
+    "irtr": "retrieval",
+}
 
 
-VARIANTS = ["main.mt_aaue_vector", "main.mt_saue_vector", "main.mt_aaue_scalar", "main.mt_saue_scalar", "main.bt",
-            "main.meter"]
+VARIANTS = [
+    "main.mt_aaue_vector",
+    "main.mt_saue_vector",
+    "main.mt_aaue_scalar",
+    "main.mt_saue_scalar",
+    "main.bt",
+    "main.meter",
+]
 
 
 def meta(name):
@@ -46,19 +63,29 @@ def meta(name):
 
 
 def present(*names):
-    """The golden cases that this golden set holds (the full set has them all), then the others, to be skipped."""
-    found = [n for n in names if (MT / f"{n}.json").exists() and (MT / f"{n}.out.safetensors").exists()]
+    """The golden cases that this golden set holds (the full set has them all), then the others, to
+    be skipped.
+    """
+    found = [
+        n for n in names if (MT / f"{n}.json").exists() and (MT / f"{n}.out.safetensors").exists()
+    ]
     skip = pytest.mark.skip(reason="only the full golden set has this case")
     return found + [pytest.param(n, marks=skip) for n in names if n not in found]
 
 
 def needs(file):
-    return pytest.mark.skipif(not (MT / file).exists(), reason=f"only the full golden set has {file}")
+    return pytest.mark.skipif(
+        not (MT / file).exists(), reason=f"only the full golden set has {file}"
+    )
 
 
 def golden_state(name):
     state = meta(name)["state"]
-    out = {k: v for k, v in load_file(MT / state["base"]).items() if k not in set(state["base_keys_not_in_model"])}
+    out = {
+        k: v
+        for k, v in load_file(MT / state["base"]).items()
+        if k not in set(state["base_keys_not_in_model"])
+    }
     out.update(load_file(MT / state["delta"]) if state["delta"] else {})
     assert len(out) == state["n_keys"]
     return out
@@ -68,16 +95,37 @@ def golden_config(name):
     j = meta(name)
     c, v, t = j["config"], j["vision"], j["text"]
     heads = {h for task, on in c["loss_names"].items() if on for h in HEADS[task].split()}
-    fusion = "last" if c["meter_fusion"] else {"MT": "manager", "BT": "bridge", "METER": "last"}[j["model_type"]]
+    fusion = (
+        "last"
+        if c["meter_fusion"]
+        else {"MT": "manager", "BT": "bridge", "METER": "last"}[j["model_type"]]
+    )
     return ManagerTowerConfig(
-        image_size=c["image_size"], patch_size=c["patch_size"], vision_width=v["width"], vision_layers=v["layers"],
-        vision_heads=v["heads"], vocab_size=t["vocab"], max_positions=t["max_pos"], text_width=t["hidden"],
-        text_layers=t["layers"], text_heads=t["heads"], text_mlp_width=t["intermediate"], hidden_size=c["hidden_size"],
-        num_layers=c["num_layers"], num_heads=c["num_heads"], contrastive_size=c["contrastive_hidden_size"],
-        fusion=fusion, manager_type=c["manager_type"].lower(), manager_weight=c["manager_weight_type"],
-        managed_layers_text=c["managed_layers_text"], managed_layers_image=c["managed_layers_image"],
-        heads=tuple(sorted(heads)), num_answers=c["vqav2_label_size"], head_hidden_scale=c["head_hidden_scale"],
-        max_text_len=c["max_text_len"])
+        image_size=c["image_size"],
+        patch_size=c["patch_size"],
+        vision_width=v["width"],
+        vision_layers=v["layers"],
+        vision_heads=v["heads"],
+        vocab_size=t["vocab"],
+        max_positions=t["max_pos"],
+        text_width=t["hidden"],
+        text_layers=t["layers"],
+        text_heads=t["heads"],
+        text_mlp_width=t["intermediate"],
+        hidden_size=c["hidden_size"],
+        num_layers=c["num_layers"],
+        num_heads=c["num_heads"],
+        contrastive_size=c["contrastive_hidden_size"],
+        fusion=fusion,
+        manager_type=c["manager_type"].lower(),
+        manager_weight=c["manager_weight_type"],
+        managed_layers_text=c["managed_layers_text"],
+        managed_layers_image=c["managed_layers_image"],
+        heads=tuple(sorted(heads)),
+        num_answers=c["vqav2_label_size"],
+        head_hidden_scale=c["head_hidden_scale"],
+        max_text_len=c["max_text_len"],
+    )
 
 
 def golden_model(name):
@@ -88,7 +136,9 @@ def golden_model(name):
 
 
 def golden(name):
-    return load_file(MT / f"{name.split('.')[0]}.inputs.safetensors"), load_file(MT / f"{name}.out.safetensors")
+    return load_file(MT / f"{name.split('.')[0]}.inputs.safetensors"), load_file(
+        MT / f"{name}.out.safetensors"
+    )
 
 
 def close(ours, theirs, atol):
@@ -105,7 +155,9 @@ def compare(ours, out, atol, rtol=0):
 
 def check_gradients(model, out, prefix, atol=2e-5):
     """Every stored gradient, under its official name; `NAME[:k]` holds the first k rows."""
-    ours = to_official({k: p.grad for k, p in model.named_parameters() if p.grad is not None}, model.config)
+    ours = to_official(
+        {k: p.grad for k, p in model.named_parameters() if p.grad is not None}, model.config
+    )
     stored = [k for k in out if k.startswith(prefix)]
     assert stored
     for key in stored:
@@ -123,7 +175,7 @@ def tiny_batch(config, seed=0):
     return pixels, ids, (ids != config.pad_token_id).long()
 
 
-# ---------------------------------------------------------------- golden numbers of LLaVA-OV-Manager
+# ---------------------------------------------------- golden numbers of LLaVA-OV-Manager
 LOV = GOLDEN / "llava_ov_manager"
 
 
@@ -142,12 +194,17 @@ def read_llava(name):
 def llava_config(variant, case=None):
     official = read_llava(f"tiny/config_{variant}.json")
     overrides = read_llava("tiny/cases.json")["cases"][case]["config"] if case else {}
-    return LlavaManagerConfig.from_official({**official, **overrides}, official["tiny_vision_config"], im_start_id=318)
+    return LlavaManagerConfig.from_official(
+        {**official, **overrides}, official["tiny_vision_config"], im_start_id=318
+    )
 
 
 def llava_state(variant):
     kind = read_llava(f"tiny/config_{variant}.json").get("mm_manager_type")
-    return {**read_llava("tiny/weights_base.safetensors"), **(read_llava(f"tiny/weights_{kind}.safetensors") if kind else {})}
+    return {
+        **read_llava("tiny/weights_base.safetensors"),
+        **(read_llava(f"tiny/weights_{kind}.safetensors") if kind else {}),
+    }
 
 
 def llava_golden_model(variant, case):
@@ -162,23 +219,43 @@ def llava_image(name):
 
 
 def llava_inputs(case, config):
-    """input_ids, attention_mask, images and labels; text-only rows have no image here, a dummy in the official code."""
-    names = [name for name in read_llava("tiny/cases.json")["cases"][case]["images"] if name != "dummy"]
-    images = [multigrid.preprocess_image(llava_image(name), config, multi_image="multiimg" in case) for name in names]
+    """input_ids, attention_mask, images and labels; text-only rows have no image here, a dummy in
+    the official code.
+    """
+    names = [
+        name for name in read_llava("tiny/cases.json")["cases"][case]["images"] if name != "dummy"
+    ]
+    images = [
+        multigrid.preprocess_image(llava_image(name), config, multi_image="multiimg" in case)
+        for name in names
+    ]
     tensors = read_llava("tiny/features.safetensors")
-    return {"input_ids": tensors[f"{case}/input_ids"], "attention_mask": tensors.get(f"{case}/attention_mask"),
-            "images": images, "labels": tensors[f"{case}/labels"]}
+    return {
+        "input_ids": tensors[f"{case}/input_ids"],
+        "attention_mask": tensors.get(f"{case}/attention_mask"),
+        "images": images,
+        "labels": tensors[f"{case}/labels"],
+    }
 
 
 # ---------------------------------------------------------------- small runs and processes
-SMALL = ("--image_size 16 --patch_size 8 --vision_width 16 --vision_layers 2 --vision_heads 2 --text_width 16 "
-         "--text_layers 2 --text_heads 2 --text_mlp_width 32 --hidden_size 16 --num_heads 2 --num_layers 2 "
-         "--managed_layers_text 2 --managed_layers_image 2 --batch_size 8 --micro_batch_size 8 --eval_size 8 "
-         "--log_every 1 --eval_every 0 --num_workers 0").split()
+SMALL = (
+    "--image_size 16 --patch_size 8 --vision_width 16 --vision_layers 2 --vision_heads 2 "
+    "--text_width 16 "
+    "--text_layers 2 --text_heads 2 --text_mlp_width 32 --hidden_size 16 --num_heads 2 "
+    "--num_layers 2 "
+    "--managed_layers_text 2 --managed_layers_image 2 --batch_size 8 --micro_batch_size 8 "
+    "--eval_size 8 "
+    "--log_every 1 --eval_every 0 --num_workers 0"
+).split()
 
 
 def log_rows(out_dir, key):
-    return [r for r in map(json.loads, (Path(out_dir) / "log.jsonl").read_text().splitlines()) if key in r]
+    return [
+        r
+        for r in map(json.loads, (Path(out_dir) / "log.jsonl").read_text().splitlines())
+        if key in r
+    ]
 
 
 def losses(out_dir):
@@ -191,13 +268,38 @@ def free_port():
         return s.getsockname()[1]
 
 
-def join(rank, port):
-    """This process among two."""
+def join(rank, port, size=2):
+    """This process among `size`."""
     torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
-                      MASTER_PORT=str(port))
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
     return World("cpu")
 
 
+def run_script(script, *flags, processes=0, **settings):
+    """Run a script as a user does, under torchrun if `processes` is given. Returns the completed
+    process.
+    """
+    command = [sys.executable]
+    if processes:
+        command += [
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node",
+            str(processes),
+        ]
+    command += [str(ROOT / script), *[str(flag) for flag in flags]]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=280, env=environment, **settings
+    )
+
+
 def run_small(small, *flags):
-    train.main([*small, *map(str, flags)])
+    train.main([str(flag) for flag in (*small, *flags)])

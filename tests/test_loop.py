@@ -1,0 +1,566 @@
+"""loop.py: groups, schedule and optimizer against the official numbers; one process = two =
+accumulation; resumed = uninterrupted, whatever the moment of death; what identifies a run; only one
+run a folder."""
+
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing
+from helpers import (
+    MT,
+    ROOT,
+    free_port,
+    golden,
+    golden_model,
+    join,
+    log_rows,
+    losses,
+    meta,
+    run_script,
+    run_small,
+)
+from safetensors.torch import load_file
+from torch.nn import functional as F
+
+import data
+import files
+import images
+import loop
+import objectives
+import scenes
+import tokenizer
+import train
+from loop import lr_multiplier, param_groups
+from model import ManagerTower, ManagerTowerConfig
+from train import TrainConfig
+from weights import to_official
+from world import World
+
+# ---------------------------------------------------------------- optimizer
+
+
+@pytest.mark.skipif(
+    not (MT / "optim_pretrain.json").exists(), reason="this golden set has no optimizer groups"
+)
+@pytest.mark.parametrize(
+    "file,run,fields",
+    [
+        ("optim_pretrain", *train.RECIPES["pretrain"]),
+        (
+            "optim_ftfpt_vqa",
+            TrainConfig(
+                learning_rate=9e-6, weight_decay=0.06, lr_mult_head=50.0, lr_mult_cross_modal=5.0
+            ),
+            {"heads": ("vqa",), "image_size": 576, "head_hidden_scale": 2},
+        ),
+    ],
+)
+def test_groups_equal_the_official_ones(file, run, fields):
+    config = ManagerTowerConfig.base(**fields)
+    official = json.loads((MT / f"{file}.json").read_text())
+    with torch.device("meta"):
+        model = ManagerTower(config)
+    names = {id(p): n for n, p in model.named_parameters()}
+    ours, rates = {}, {}
+    for group in param_groups(model, run):
+        for p in group["params"]:
+            rates[names[id(p)]] = [group["lr"], group["weight_decay"]]
+    assert len(rates) == len(names)
+    for name, rate in rates.items():
+        ours.update(dict.fromkeys(to_official({name: model.get_parameter(name)}, config), rate))
+    assert len(ours) > 800
+    for name, (lr, decay) in ours.items():
+        assert [lr, decay] == pytest.approx(official["param"][name], rel=1e-12), name
+    for step, multiplier in official["lr_multiplier"].items():
+        ours = lr_multiplier(int(step), official["max_steps"], official["warmup_steps"], "linear")
+        assert ours == pytest.approx(multiplier, abs=1e-12)
+    assert (run.beta2, run.weight_decay) == (0.98, official["config"]["weight_decay"])
+
+
+def test_cosine_schedule():
+    assert lr_multiplier(0, 100, 3, "cosine") == 0 and lr_multiplier(3, 100, 3, "cosine") == 1
+    assert lr_multiplier(51, 99, 3, "cosine") == pytest.approx(0.5)
+    assert lr_multiplier(99, 99, 3, "cosine") == pytest.approx(0)
+
+
+def test_gradients_are_clipped_to_their_norm():
+    layer, scaler = torch.nn.Linear(1, 1, bias=False), torch.amp.GradScaler("cpu", enabled=False)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
+    for clip, change in ((0.0, 8.0), (0.5, 0.5), (9.0, 8.0)):
+        before = layer.weight.item()
+        layer(torch.tensor([[8.0]])).sum().backward()
+        assert loop.apply_gradients(layer, optimizer, scaler, TrainConfig(grad_clip=clip)) == 8
+        assert (
+            before - layer.weight.item() == pytest.approx(change, rel=1e-4)
+            and layer.weight.grad is None
+        )
+
+
+@pytest.mark.skipif(
+    not (MT / "main.optim_demo.safetensors").exists(),
+    reason="this golden set has no optimizer steps",
+)
+def test_five_optimizer_steps():
+    name, stored, j = (
+        "main.head_vqa",
+        load_file(MT / "main.optim_demo.safetensors"),
+        meta("main.optim_demo"),
+    )
+    model, (inputs, out) = golden_model(name), golden(name)
+    run = TrainConfig(
+        learning_rate=2e-4,
+        weight_decay=0.06,
+        lr_mult_head=50.0,
+        lr_mult_cross_modal=5.0,
+        max_steps=10,
+        warmup=0.2,
+    )
+    optimizer = loop.make_optimizer(param_groups(model, run), run, torch.device("cpu"))
+    for step in range(5):
+        loop.set_learning_rate(optimizer, run, step)
+        rates, theirs = (
+            {g["lr"] for g in optimizer.param_groups},
+            set(j["group_lrs_at_each_step"][step]),
+        )
+        assert sorted(rates) == pytest.approx(sorted(theirs))
+        logits = model.heads["vqa"](
+            model(inputs["image"], inputs["text_ids"], inputs["text_masks"]).pooled
+        )
+        loss = F.binary_cross_entropy_with_logits(logits, out["vqa_targets"]) * logits.shape[1]
+        assert loss.item() == pytest.approx(j["losses_before_each_step"][step], rel=1e-3)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step in (1, 4):
+            ours = to_official(dict(model.named_parameters()), model.config)
+            for key in (k.removeprefix("init.") for k in stored if k.startswith("init.")):
+                if key in ours:
+                    update = stored[f"after_step_{step + 1}.{key}"] - stored[f"init.{key}"]
+                    error = (ours[key] - stored[f"init.{key}"] - update).norm()
+                    assert error <= 2e-3 * update.norm(), (key, error, update.norm())
+
+
+# ---------------------------------------------------------------- processes
+def first_gradients(world, losses_of, micro, dtype, share_images=False):
+    """Losses and gradients of a tiny model at the first step of 8 rows."""
+    run = TrainConfig(
+        batch_size=8,
+        micro_batch_size=micro,
+        objectives=losses_of,
+        share_images=share_images,
+        max_steps=2,
+    )
+    words = tokenizer.train_tokenizer(
+        ["a small red circle is left of a large blue square"] * 3, 400
+    )
+    config = ManagerTowerConfig.tiny(
+        heads=losses_of,
+        manager_noise=False,
+        vocab_size=words.vocab_size,
+        image_size=16,
+        patch_size=8,
+    )
+    torch.manual_seed(0)
+    task = objectives.Pretraining(ManagerTower(config).to(dtype), losses_of, share_images)
+    dataset = data.PretrainDataset(
+        scenes.demo_source("captions", "train", 64, image_size=16),
+        words,
+        images.image_transform("clip", 16, True),
+        16,
+        batch_size=run.batch_size,
+        share_images=share_images or "itc" in losses_of,
+    )
+    micro_steps = len(loop.make_plan(run, world).sizes)
+    batches = list(loop.make_loader(dataset, run, world, 0))[:micro_steps]
+    for batch in batches:
+        for name in batch:
+            if name.endswith("pixels"):
+                batch[name] = batch[name].to(dtype)
+    off = torch.amp.GradScaler("cpu", enabled=False)
+    means = loop.train_step(task, loop.wrap(task, run, world), batches, 0, run, world, off)
+    gradients = {}
+    for name, parameter in task.model.named_parameters():
+        if parameter.grad is not None:
+            gradients[name] = parameter.grad
+    return means, gradients
+
+
+def check_same(other, whole, tolerance):
+    """Two results of first_gradients agree; the gradients in the norm of all together."""
+    assert other[0] == pytest.approx(whole[0], rel=tolerance)
+    assert other[1].keys() == whole[1].keys()
+    error = sum((grad - whole[1][name]).norm() ** 2 for name, grad in other[1].items()).sqrt()
+    norm = sum(grad.norm() ** 2 for grad in whole[1].values()).sqrt()
+    assert error <= tolerance * norm
+
+
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
+# objectives, share_images, micro_batch_size of the processes: MLM + ITM also in several
+# micro-steps; ITC sees one micro-step of all processes, so it must be one
+CASES = [
+    (("mlm", "itm"), False, 2),
+    (("mlm", "itm"), True, 8),
+    (("mlm", "itm", "itc"), False, 8),
+]
+
+
+def gradients_of_several(rank, size, port, out):
+    world = join(rank, port, size)
+    results = {}
+    for losses_of, share, micro in CASES:
+        if share and size > 4:
+            continue  # there are only four pairs
+        for dtype in TOLERANCE:
+            results[losses_of, share, dtype] = first_gradients(
+                world, losses_of, micro, dtype, share
+            )
+    if rank == 0:
+        torch.save(results, out)
+
+
+@pytest.mark.parametrize(
+    "size",
+    [2, *(pytest.param(size, marks=pytest.mark.slow) for size in (3, 4, 6, 8))],
+)
+def test_one_process_and_several_agree(size, tmp_path):
+    """Also where the batch of 8 does not divide: 3 processes take 3, 3 and 2 rows."""
+    out = tmp_path / "several.pt"
+    torch.multiprocessing.spawn(gradients_of_several, (size, free_port(), out), nprocs=size)
+    results = torch.load(out)
+    assert results
+    for (losses_of, share, dtype), several in results.items():
+        whole = first_gradients(World("cpu"), losses_of, 8, dtype, share)
+        check_same(several, whole, TOLERANCE[dtype])
+
+
+def test_accumulation_changes_nothing():
+    one = World("cpu")
+    for micro in (1, 2, 3, 5):
+        for dtype, tolerance in TOLERANCE.items():
+            whole = first_gradients(one, ("mlm", "itm"), 8, dtype)
+            check_same(first_gradients(one, ("mlm", "itm"), micro, dtype), whole, tolerance)
+
+
+EXACT = (
+    "--objectives mlm,itm --share_images false --dropout 0 --manager_noise false --max_steps 14 "
+    "--eval_every 12 --save_every 5 --out_dir"
+).split()
+
+
+@pytest.mark.slow
+def test_torchrun_with_two_processes_and_on_with_one(small, tmp_path, capsys):
+    """14 steps of one process, of one that accumulates, and of two until they fail, on rank 0, and
+    then of one.
+    """
+    run_small(small, *EXACT, tmp_path / "one")
+    run_small(small, *EXACT, tmp_path / "accumulated", "--micro_batch_size", 2)
+    (tmp_path / "two").mkdir()
+    (tmp_path / "two" / "best").touch()  # in the way of the folder, when step 12 has been evaluated
+    flags = [*small, *EXACT, tmp_path / "two", "--micro_batch_size", "2"]
+    result = run_script("train.py", *flags, processes=2)
+    assert result.returncode == 1, result.stderr
+    assert "2 x 2 processes x 2 micro-batches" in result.stdout
+    sentence = f"error: cannot write {tmp_path / 'two' / 'best'}: File exists. "
+    assert result.stderr.count(sentence + "The last good checkpoint, of step 10") == 1
+    one = losses(tmp_path / "one")
+    assert losses(tmp_path / "two") == pytest.approx(one[:12], rel=1e-4)
+    (tmp_path / "two" / "best").unlink()
+    capsys.readouterr()
+    run_small(small, *EXACT, tmp_path / "two")
+    assert "resuming after step 10, batch 8 = 8 x 1 processes" in capsys.readouterr().out
+    assert len(one) == 14
+    for name in ("two", "accumulated"):
+        assert losses(tmp_path / name) == pytest.approx(one, rel=1e-4)
+        ours = log_rows(tmp_path / name, "eval")
+        theirs = log_rows(tmp_path / "one", "eval")
+        for row, other in zip(ours, theirs, strict=True):
+            assert row["eval"] == pytest.approx(
+                other["eval"], abs=0.13
+            )  # one pair of 8 may be a tie
+
+
+@pytest.mark.slow
+def test_torchrun_with_three_processes_deals_unevenly(small, tmp_path):
+    run_small(small, *EXACT, tmp_path / "one")
+    result = run_script("train.py", *small, *EXACT, tmp_path / "three", processes=3)
+    assert result.returncode == 0, result.stderr
+    assert "batch 8 = 2 to 3 rows x 3 processes x 1 micro-batches" in result.stdout
+    expected = pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+    assert losses(tmp_path / "three") == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "flags,sentence",
+    [
+        (("--batch_size", 2), "error: --batch_size 2 cannot be dealt to 3 processes"),
+        (("--learning_rate", "-1"), "error: --learning_rate is -1.0; it must be"),
+        (("--nonsense", "1"), "error: unrecognized arguments: --nonsense 1"),
+        (("--data_root", "/nowhere"), "error: /nowhere has no coco_train.jsonl"),
+    ],
+)
+def test_an_error_under_torchrun_is_said_once(flags, sentence, tmp_path):
+    result = run_script("train.py", "--out_dir", tmp_path / "x", *flags, processes=3)
+    assert result.returncode == 1
+    assert result.stderr.count(sentence) == 1 and result.stderr.count("error: ") == 1, result.stderr
+    ours = result.stderr.split("ChildFailedError")[0]
+    assert "train.py" not in ours.split("Traceback")[0].replace("train.py -h", "")
+
+
+# ---------------------------------------------------------------- resume
+def test_killed_run_resumes_to_the_same_bits(small, tmp_path):
+    exact = "--max_steps 12 --save_every 3 --eval_every 2 --dropout 0.1 --out_dir".split()
+    run_small(small, *exact, tmp_path / "whole")
+    flags = [*small, *exact, tmp_path / "killed", "--num_workers", "2"]
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "train.py", *flags],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    log = tmp_path / "killed" / "log.jsonl"
+    end = time.time() + 280
+    while time.time() < end and not (log.exists() and log.read_text().count("\n") >= 6):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert log.read_text().count("\n") >= 4
+    run_small(small, *exact, tmp_path / "killed")
+    for file in ("model.safetensors", "best/model.safetensors", "log.jsonl"):
+        whole = (tmp_path / "whole" / file).read_bytes()
+        assert whole == (tmp_path / "killed" / file).read_bytes(), file
+
+
+class Terminate:
+    """A dataset that gets this process a SIGTERM when its 20th row is read."""
+
+    def __init__(self, dataset):
+        self.dataset, self.source, self.left = dataset, dataset.source, 20
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, key):
+        self.left -= 1
+        if self.left == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return self.dataset[key]
+
+
+def test_sigterm_saves_and_the_run_goes_on(small, tmp_path, capsys, monkeypatch):
+    flags = [*small, "--max_steps", "6", "--out_dir", str(tmp_path)]
+    with monkeypatch.context() as patch:
+        original = loop.fit
+        patch.setattr(
+            train, "fit", lambda run, task, rows, *args: original(run, task, Terminate(rows), *args)
+        )
+        run_small(flags)
+    assert "SIGTERM: saved step 3" in capsys.readouterr().out
+    run_small(flags)
+    assert [r["step"] for r in log_rows(tmp_path, "loss")] == [1, 2, 3, 4, 5, 6]
+    run_small(flags)
+    assert "is finished: 6 of 6 steps" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_death_at_every_write_flush_and_rename(small, tmp_path):
+    """See tests/deaths.py: it dies, or finds the disk full, at each of them in turn, and resumes to
+    the same bits.
+    """
+    result = subprocess.run(
+        [sys.executable, ROOT / "tests" / "deaths.py", tmp_path, *small],
+        capture_output=True,
+        text=True,
+        timeout=280,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
+    # two saves of 3 + 7 writes, flushes and renames, best/ with 7, 5 lines of the log; all of them
+    # in two ways
+    assert int(result.stdout.split()[0]) >= 2 * (2 * (3 + 7) + 7 + 5), result.stdout
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "training_state.pt"])
+def test_a_file_that_does_not_fit_is_one_sentence(small, tmp_path, name):
+    """The system's own limit on a file's size instead of an error of ours: the libraries wrap what
+    the disk says.
+    """
+    run_small(small, "--max_steps", 2, "--save_every", 1, "--out_dir", tmp_path / "whole")
+    most = (tmp_path / "whole" / name).stat().st_size - 100
+    result = run_script(
+        "train.py",
+        *small,
+        *("--max_steps", 2, "--out_dir", tmp_path / "cut"),
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (most, most)),
+    )
+    assert result.returncode == 1
+    assert re.search(r"^error: cannot write .*Nothing is lost$", result.stderr, re.M), result.stderr
+    assert "Traceback" not in result.stderr
+    assert not list((tmp_path / "cut").rglob("*.tmp*"))
+
+
+def test_non_finite_loss_names_step_and_samples_and_keeps_the_checkpoint(small, tmp_path):
+    sentence = (
+        r"not finite at step \d+.*Samples: \S+coco_train.jsonl, line \d+.*"
+        r"checkpoint of step \d+ is kept"
+    )
+    with pytest.raises(ValueError, match=sentence):
+        run_small(
+            small,
+            "--max_steps",
+            30,
+            "--save_every",
+            1,
+            "--learning_rate",
+            1e12,
+            "--out_dir",
+            tmp_path,
+        )
+    state = torch.load(tmp_path / "training_state.pt", weights_only=True)
+    assert all(torch.isfinite(v).all() for v in state["model"].values())
+
+
+# ---------------------------------------------------- what belongs to a run, and what does not
+def test_only_the_temporary_files_of_the_project_are_removed(small, tmp_path):
+    flags = [*small, "--max_steps", 2, "--out_dir", tmp_path]
+    mine = ["training_state.pt.tmp123", "model.safetensors.tmp4", "best/config.json.tmp77"]
+    theirs = [
+        "notes.tmp",
+        "notes.tmp.txt",
+        "best/my.tmpfile",
+        "sub/model.safetensors.tmp1",
+        "x.tmp12",
+    ]
+    theirs += ["model.safetensors.tmp", "config.json.tmpl", "answers.json.tmp5/inside"]
+    for name in (*mine, *theirs):
+        file = tmp_path / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("precious")
+    run_small(flags)
+    for name in mine:
+        assert not (tmp_path / name).exists(), name
+    for name in theirs:
+        assert (tmp_path / name).read_text() == "precious", name
+
+
+def test_another_runs_folder_keeps_even_its_temporary_files(small, tmp_path):
+    run_small(small, "--max_steps", 2, "--out_dir", tmp_path)
+    (tmp_path / "model.safetensors.tmp9").write_text("of the other run")
+    with pytest.raises(ValueError, match="holds another run"):
+        run_small(small, "--max_steps", 3, "--out_dir", tmp_path)
+    assert (tmp_path / "model.safetensors.tmp9").exists()
+
+
+def test_a_second_run_in_the_same_folder_is_refused(small, tmp_path):
+    lock = tmp_path / "run.lock"
+    host = socket.gethostname()
+    lock.write_text(json.dumps({"process": os.getppid(), "host": host}))
+    with pytest.raises(ValueError, match=f"in use by process {os.getppid()} on {host}"):
+        run_small(small, "--max_steps", 2, "--out_dir", tmp_path)
+    assert lock.exists() and not (tmp_path / "training_state.pt").exists()
+    # of a process that is dead, or cut short by a death: taken over
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    for content in (json.dumps({"process": dead.pid, "host": host}), '{"process": 1'):
+        lock.write_text(content)
+        run_small(small, "--max_steps", 2, "--out_dir", tmp_path)
+        assert not lock.exists()
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        ("--on_bad_sample", "skip"),
+        ("--eval_size", 4),
+        ("--num_workers", 1),
+        ("--micro_batch_size", 4),
+        ("--log_every", 3),
+        ("--checkpointing", "true"),
+    ],
+)
+def test_what_does_not_change_the_numbers_may_change(small, tmp_path, changed):
+    run_small(small, "--max_steps", 2, "--out_dir", tmp_path)
+    run_small(small, "--max_steps", 2, "--out_dir", tmp_path, *changed)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [("--learning_rate", 0.5), ("--seed", 1), ("--batch_size", 4), ("--transform", "albef")],
+)
+def test_what_changes_the_numbers_is_refused(small, tmp_path, changed):
+    run_small(small, "--max_steps", 2, "--out_dir", tmp_path)
+    name = changed[0].removeprefix("--")
+    with pytest.raises(ValueError, match=f"holds another run .*{name} was"):
+        run_small(small, "--max_steps", 2, "--out_dir", tmp_path, *changed)
+
+
+def test_data_at_another_place_are_the_same_data_and_other_texts_are_not(small, tmp_path):
+    data_root = Path(small[small.index("--data_root") + 1])
+    moved = tmp_path / "moved"
+    shutil.copytree(data_root, moved)
+    out = tmp_path / "out"
+    run_small(small, "--max_steps", 2, "--out_dir", out)
+    before = (out / "tokenizer.json").read_bytes()
+    run_small(small, "--max_steps", 2, "--out_dir", out, "--data_root", f"{moved}/")
+    # the manifest grows: a BPE trained anew would give the old weights other ids
+    manifest = moved / "coco_train.jsonl"
+    more = {"image": "train0.png", "captions": ["quite another sentence"]}
+    manifest.write_text(manifest.read_text() + json.dumps(more) + "\n")
+    with pytest.raises(ValueError, match="training_texts was"):
+        run_small(small, "--max_steps", 2, "--out_dir", out, "--data_root", moved)
+    assert (out / "tokenizer.json").read_bytes() == before
+
+
+def test_another_tokenizer_is_refused(small, tmp_path):
+    out = tmp_path / "out"
+    run_small(small, "--max_steps", 2, "--out_dir", out)
+    other = tmp_path / "other"
+    other.mkdir()
+    size = json.loads((out / "config.json").read_text())["vocab_size"]
+    tokenizer.train_tokenizer(["quite other words"] * 9, size).save(other)
+    with pytest.raises(ValueError, match="tokenizer was"):
+        run_small(
+            small, "--max_steps", 2, "--out_dir", out, "--tokenizer", other, "--vocab_size", size
+        )
+
+
+def test_a_run_of_the_first_edition_goes_on(small, tmp_path):
+    """Its identity held every flag and no digests: only what both have is compared."""
+    flags = [*small, "--max_steps", 4, "--save_every", 2, "--out_dir"]
+    run_small(flags, tmp_path / "whole")
+    run_small(flags, tmp_path / "old")
+    file = tmp_path / "old" / "training_state.pt"
+    state = torch.load(file, weights_only=True)
+    identity = json.loads(state["identity"])
+    for name in ("training_texts", "tokenizer"):
+        del identity[name]
+    identity |= {
+        "data_root": "elsewhere",
+        "tokenizer": "",
+        "eval_size": 99,
+        "on_bad_sample": "skip",
+    }
+    del identity["tokenizer"]
+    state["identity"] = json.dumps(identity)
+    torch.save(state, file)
+    run_small(flags, tmp_path / "old")
+
+
+def test_log_and_config_say_their_version(small, tmp_path):
+    run_small(small, "--max_steps", 2, "--out_dir", tmp_path)
+    header = log_rows(tmp_path, "header")[0]["header"]
+    assert header["version"] == files.VERSION and header["torch"] == torch.__version__
+    assert (header["device"], header["precision"]) == ("cpu", "fp32")
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["version"] == files.VERSION and config["transform"] == "clip"
