@@ -39,8 +39,6 @@ DECODER_ERRORS = (
     RuntimeError,
     NotImplementedError,
     IndexError,
-    KeyError,
-    TypeError,
     struct.error,
     zlib.error,
     Image.DecompressionBombError,

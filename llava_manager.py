@@ -598,7 +598,7 @@ def find_managed(batch: ExpandedBatch, config: LlavaManagerConfig) -> Tensor:
     managed.
     """
     is_image = batch.image >= 0
-    if config.managed_grids == "all":
+    if config.managed_grids == "all" or len(batch.counts) == 0:
         return is_image
     tile = config.side**2
     is_alone = (batch.counts == tile)[batch.image]  # of text it says nothing

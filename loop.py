@@ -383,12 +383,12 @@ class Checkpoint:
         self.step = state["step"]
 
     def cut_log(self) -> None:
-        """Drop the rows after the saved step; a new log gets its header."""
-        if self.log_file.exists():
-            kept = [row for row in read_log(self.log_file) if row.get("step", 0) <= self.step]
-            write_text(self.log_file, "".join(json.dumps(row) + "\n" for row in kept))
-        else:
-            self.log({"step": 0, "header": self.header()})
+        """Drop the rows after the saved step; a log without a header gets one."""
+        rows = read_log(self.log_file) if self.log_file.exists() else []
+        kept = [row for row in rows if row.get("step", 0) <= self.step]
+        if not any("header" in row for row in kept):
+            kept.insert(0, {"step": 0, "header": self.header()})
+        write_text(self.log_file, "".join(json.dumps(row) + "\n" for row in kept))
 
     def header(self) -> dict:
         """What the numbers of a log depend on besides the flags."""

@@ -24,9 +24,6 @@ Shapes: B batch, N experts, L tokens (Lq of the other modality), D width, K prev
 layers. The stack of experts is always (B, N, L, D).
 """
 
-from collections.abc import Iterable
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -289,14 +286,16 @@ class AdaptiveManager(Manager):
 
 
 # ------------------------------------------------------- LLaVA-OV-Manager (TCSVT 2025, section IV)
-def weighted_sum(weights: Iterable[Tensor], experts: Iterable[Tensor]) -> Tensor:
-    """sum_n W_n * V_n over N broadcastable tensors each, one after the other.
+def weighted_sum(weights, experts) -> Tensor:
+    """sum_n W_n * V_n, one after the other, over two iterables of N broadcastable tensors.
 
     Both may be generators: then only one expert has to be in memory at a time.
     """
-    total: Any = 0
+    total = None
     for weight, expert in zip(weights, experts, strict=True):
-        total = total + weight.to(expert.dtype) * expert
+        weighted = weight.to(expert.dtype) * expert
+        total = weighted if total is None else total + weighted
+    assert total is not None, "a sum over no experts"
     return total
 
 
@@ -376,7 +375,7 @@ class AdaptiveVisualManager(VisualManager):
             mask = query_mask.to(query.dtype)
             mean_weights = mask / mask.sum(-1, keepdim=True)  # (B, L, Q), each row sums to 1
             return mean_weights @ query
-        # "cross": attention with one head, whose values are the hidden states of the text themselves
+        # "cross": attention with one head; its values are the text's hidden states themselves
         q = self.q_proj(hidden)[:, None]  # (B, 1, L, D)
         k = self.k_proj(query)[:, None]  # (B, 1, Q, D)
         mask = query_mask[:, None]  # (B, 1, L, Q)

@@ -54,13 +54,13 @@ class ManagerTowerConfig:
     The defaults are the papers' base model: CLIP ViT-B/16, RoBERTa-base, 6 cross-modal layers.
     """
 
-    # vision
+    # the image encoder
     image_size: int = option(288, "pixels on each side of a picture", least=1)
     patch_size: int = option(16, "pixels on each side of a patch", least=1)
     vision_width: int = option(768, "channels of the image encoder", least=1)
     vision_layers: int = option(12, "layers of the image encoder", least=1)
     vision_heads: int = option(12, "attention heads of the image encoder", least=1)
-    # text
+    # the text encoder
     vocab_size: int = option(50265, "tokens in the vocabulary", least=1)
     max_positions: int = option(
         514, "rows of the text's position table; positions start at pad_token_id + 1", least=1
@@ -70,7 +70,7 @@ class ManagerTowerConfig:
     text_heads: int = option(12, "attention heads of the text encoder", least=1)
     text_mlp_width: int = option(3072, "hidden channels of the text encoder's MLPs", least=1)
     pad_token_id: int = option(1, "id of the padding token", least=0)
-    # cross-modal
+    # the cross-modal layers
     hidden_size: int = option(768, "channels of the cross-modal layers", least=1)
     num_layers: int = option(6, "cross-modal layers of each modality", least=1)
     num_heads: int = option(12, "attention heads of the cross-modal layers", least=1)
@@ -90,7 +90,7 @@ class ManagerTowerConfig:
     initializer_range: float = option(
         0.02, "standard deviation of new weight matrices, as in BERT", least=0
     )
-    # managers
+    # what stands between the encoders and the cross-modal layers
     fusion: str = option(
         "manager",
         "what a cross-modal layer reads: managers over many encoder layers, bridges to one each "
@@ -118,7 +118,7 @@ class ManagerTowerConfig:
         False, "mask padding in aaue's attention; the released weights were trained without"
     )
     manager_noise: bool = option(True, "noise on the managers' scores during training")
-    # heads
+    # the heads; which ones, and how many answers, follow from the task and its data
     heads: tuple[str, ...] = option(("mlm", "itm"), "names of rows of HEADS", flag=False)
     num_answers: int = option(3129, "answers of the VQA head", least=1, flag=False)
     head_hidden_scale: int = option(
@@ -182,13 +182,15 @@ class ManagerTowerConfig:
     def __post_init__(self) -> None:
         self.heads = tuple(self.heads)  # config.json has a list
         check_fields(self)
-        for name in self.heads:
+        for name in self.heads:  # HEADS stands below: the checker of fields does not know it
             if name not in HEADS:
                 raise FieldError(f"heads is {name!r}; it must be one of {', '.join(HEADS)}")
+        # attention heads share the channels equally, and whole patches cover the picture
         check_multiple("vision_width", self.vision_width, "vision_heads", self.vision_heads)
         check_multiple("text_width", self.text_width, "text_heads", self.text_heads)
         check_multiple("hidden_size", self.hidden_size, "num_heads", self.num_heads)
         check_multiple("image_size", self.image_size, "patch_size", self.patch_size)
+        # an encoder has at least as many layers as the cross-modal layers ask for
         for modality, layers in (("text", self.text_layers), ("image", self.vision_layers)):
             managed = self.num_experts(modality)
             if managed > layers:
@@ -196,6 +198,7 @@ class ManagerTowerConfig:
                     f"{managed} managed layers, the {modality} encoder has {layers} (fusion "
                     f"{self.fusion!r})"
                 )
+        # the position table has a row for each token of a text
         first_position = self.pad_token_id + 1
         if self.max_text_len + first_position > self.max_positions:
             raise ValueError(
@@ -221,7 +224,7 @@ class ManagerTowerConfig:
         if self.fusion == "last":
             return 1
         if self.fusion == "bridge":
-            return self.num_layers
+            return self.num_layers  # one expert for each cross-modal layer
         if modality == "text":
             return self.managed_layers_text
         return self.managed_layers_image
@@ -270,7 +273,7 @@ def run_layers(
     args: what each layer takes besides the hidden states. Layers above the last kept one do not
     run.
     """
-    wanted = set(keep)
+    wanted = set(keep)  # keep may be a generator
     kept = []
     if 0 in wanted:
         kept.append(x)
@@ -281,12 +284,17 @@ def run_layers(
     return kept
 
 
+def last_layers(num_layers: int, num_experts: int) -> range:
+    """The numbers of an encoder's last hidden states, as `run_layers` counts them."""
+    return range(num_layers + 1 - num_experts, num_layers + 1)
+
+
 class ViTBlock(nn.Module):
     """A pre-norm transformer block without dropout: CLIP's, or SigLIP's."""
 
     def __init__(self, width: int, heads: int, mlp_width: int, siglip: bool):
         super().__init__()
-        eps = 1e-6 if siglip else 1e-5
+        eps = 1e-6 if siglip else 1e-5  # each as its authors trained it
         self.heads = heads
         self.siglip = siglip
         self.ln_1 = nn.LayerNorm(width, eps=eps)
@@ -298,8 +306,11 @@ class ViTBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, L, D) -> (B, L, D)."""
-        q, k, v = self.qkv(self.ln_1(x)).chunk(3, dim=-1)
+        # attention
+        q, k, v = self.qkv(self.ln_1(x)).chunk(3, dim=-1)  # (B, L, 3D) -> three times (B, L, D)
         x = x + self.proj(attention(q, k, v, self.heads))
+
+        # MLP
         hidden = self.fc(self.ln_2(x))
         if self.siglip:
             hidden = F.gelu(hidden, approximate="tanh")
@@ -325,6 +336,7 @@ class ViT(nn.Module):
         super().__init__()
         self.image_size = image_size
         self.checkpointing = False
+        # patches do not overlap: the stride is their size
         self.patch = nn.Conv2d(3, width, patch_size, patch_size, bias=siglip)
         num_tokens = (image_size // patch_size) ** 2
         self.class_embedding = None
@@ -333,7 +345,7 @@ class ViT(nn.Module):
             num_tokens += 1
         self.position_embedding = nn.Parameter(0.02 * torch.randn(num_tokens, width))
         self.ln_pre = nn.Identity() if siglip else nn.LayerNorm(width)
-        mlp_width = mlp_width or 4 * width
+        mlp_width = mlp_width or 4 * width  # CLIP's; SigLIP's is given
         self.blocks = nn.ModuleList(
             ViTBlock(width, heads, mlp_width, siglip) for _ in range(layers)
         )
@@ -349,6 +361,7 @@ class ViT(nn.Module):
                 f"pixels {tuple(pixels.shape)} do not have the encoder's image_size "
                 f"{self.image_size}"
             )
+        # n * n patches, row by row; CLIP's class token comes first
         x = self.patch(pixels).flatten(2).transpose(1, 2)  # (B, D, n, n) -> (B, n*n, D)
         if self.class_embedding is not None:
             class_token = self.class_embedding.to(x.dtype).expand(len(x), 1, -1)
@@ -378,7 +391,7 @@ class BertLayer(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
         self.ln_1 = nn.LayerNorm(width, eps=eps)
-        if cross:
+        if cross:  # queries from this modality, keys and values from the other one
             self.q = nn.Linear(width, width)
             self.kv = nn.Linear(width, 2 * width)
             self.cross_proj = nn.Linear(width, width)
@@ -428,6 +441,7 @@ class TextEncoder(nn.Module):
         self.checkpointing = False
         self.word_embedding = nn.Embedding(config.vocab_size, width, padding_idx=self.pad)
         self.position_embedding = nn.Embedding(config.max_positions, width, padding_idx=self.pad)
+        # RoBERTa inherits BERT's sentence types and has a single one
         self.type_embedding = nn.Parameter(0.02 * torch.randn(1, width))
         self.ln = nn.LayerNorm(width)
         self.layers = nn.ModuleList(
@@ -462,7 +476,7 @@ def init_weights(module: nn.Module, std: float) -> None:
     if not isinstance(module, nn.Linear | nn.Embedding | nn.Conv2d):
         return
     nn.init.normal_(module.weight, std=std)
-    if isinstance(module, nn.Embedding):
+    if isinstance(module, nn.Embedding):  # it has no bias
         if module.padding_idx is not None:
             module.weight.data[module.padding_idx] = 0
     elif module.bias is not None:
@@ -476,7 +490,7 @@ class MLMHead(nn.Module):
     def __init__(self, width: int, vocab_size: int):
         super().__init__()
         self.dense = nn.Linear(width, width)
-        self.ln = nn.LayerNorm(width, eps=1e-12)
+        self.ln = nn.LayerNorm(width, eps=1e-12)  # official: BERT's epsilon here, 1e-5 elsewhere
         self.decoder = nn.Linear(width, vocab_size, bias=False)
         self.bias = nn.Parameter(torch.zeros(vocab_size))
 
@@ -486,7 +500,7 @@ class MLMHead(nn.Module):
 
 
 class ContrastiveHead(nn.Module):
-    """First tokens of both encoders, (B, D_text) and (B, D_image) -> unit vectors (B, C), (B, C)."""
+    """First tokens of the encoders, (B, D_text) and (B, D_image) -> unit vectors (B, C), (B, C)."""
 
     def __init__(self, config: ManagerTowerConfig):
         super().__init__()
@@ -494,6 +508,7 @@ class ContrastiveHead(nn.Module):
         # all widths are equal.
         self.text = nn.Linear(config.text_width, config.contrastive_size)
         self.image = nn.Linear(config.vision_width, config.contrastive_size)
+        # the divisor itself, not its logarithm as in CLIP
         self.temperature = nn.Parameter(torch.tensor(config.temperature))
 
     def forward(self, text: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
@@ -603,6 +618,7 @@ def make_bridges(config: ManagerTowerConfig) -> nn.ModuleList:
 def make_cross_modal_layers(config: ManagerTowerConfig) -> nn.ModuleList:
     width = config.hidden_size
     mlp_width = config.mlp_ratio * width
+    # official: BERT's epsilon 1e-12, where the encoders have 1e-5
     return nn.ModuleList(
         BertLayer(width, config.num_heads, mlp_width, config.dropout, 1e-12, cross=True)
         for _ in range(config.num_layers)
@@ -642,6 +658,7 @@ class ManagerTower(nn.Module):
             config.vision_layers,
             config.vision_heads,
         )
+        # from the encoders' widths to the width of the cross-modal layers
         self.text_transform = nn.Linear(config.text_width, width)
         self.image_transform = nn.Linear(config.vision_width, width)
         self.type_embedding = make_type_embedding(config)
@@ -656,11 +673,14 @@ class ManagerTower(nn.Module):
             self.text_bridges = make_bridges(config)
             self.image_bridges = make_bridges(config)
 
+        # the cross-modal layers, and what reads them
         self.text_layers = make_cross_modal_layers(config)
         self.image_layers = make_cross_modal_layers(config)
         self.text_pooler = nn.Linear(width, width)
         self.image_pooler = nn.Linear(width, width)
         self.heads = nn.ModuleDict({name: make_head(name, config) for name in config.heads})
+
+        # new numbers for all matrices; load_unimodal puts pre-trained ones into the encoders
         self.apply(partial(init_weights, std=config.initializer_range))
 
     def set_checkpointing(self, on: bool) -> None:
@@ -675,10 +695,8 @@ class ManagerTower(nn.Module):
 
         They are the last N layers of the text encoder, before the projection to D.
         """
-        layers = self.config.text_layers
-        first = layers + 1 - self.config.num_experts("text")
-        last_layers = range(first, layers + 1)
-        states = self.text_encoder(input_ids.long(), attention_mask, last_layers)
+        keep = last_layers(self.config.text_layers, self.config.num_experts("text"))
+        states = self.text_encoder(input_ids.long(), attention_mask, keep)
         return torch.stack(states, 1)  # N tensors (B, Lt, D_text) -> (B, N, Lt, D_text)
 
     def encode_image(self, pixels: Tensor) -> Tensor:
@@ -687,10 +705,8 @@ class ManagerTower(nn.Module):
         They are the last N layers of the image encoder, each after the shared ln_post, before the
         projection to D.
         """
-        layers = self.config.vision_layers
-        first = layers + 1 - self.config.num_experts("image")
-        last_layers = range(first, layers + 1)
-        states = self.image_encoder(pixels, last_layers)
+        keep = last_layers(self.config.vision_layers, self.config.num_experts("image"))
+        states = self.image_encoder(pixels, keep)
         return self.image_encoder.ln_post(torch.stack(states, 1))  # (B, N, Li, D_image)
 
     def contrast(self, text_experts: Tensor, image_experts: Tensor) -> tuple[Tensor, Tensor]:
@@ -698,7 +714,9 @@ class ManagerTower(nn.Module):
 
         They come from the first token of each modality's last expert, before any fusion.
         """
-        return self.heads["itc"](text_experts[:, -1, 0], image_experts[:, -1, 0])
+        text = text_experts[:, -1, 0]  # (B, D_text)
+        image = image_experts[:, -1, 0]  # (B, D_image)
+        return self.heads["itc"](text, image)
 
     # -------------------------------------------------------- the fusion
     def project(self, modality: str, experts: Tensor, token_type: int) -> Tensor:
@@ -710,13 +728,10 @@ class ManagerTower(nn.Module):
         embedding = self.type_embedding[token_type]  # (D)
         if self.config.fusion != "manager":
             return transform(experts) + embedding
-        if modality == "text":
-            layer_embedding = self.text_layer_embedding
-        else:
-            layer_embedding = self.image_layer_embedding
+        layer_embeddings = {"text": self.text_layer_embedding, "image": self.image_layer_embedding}
         # one row for each layer of the encoder: those of the experts are the last N
         num_experts = experts.shape[1]
-        embedding = embedding + layer_embedding[-num_experts:, None]  # (N, 1, D)
+        embedding = embedding + layer_embeddings[modality][-num_experts:, None]  # (N, 1, D)
         return standardize(transform(experts) + embedding)
 
     def layer_input(
@@ -738,7 +753,7 @@ class ManagerTower(nn.Module):
             return self.managed_input(modality, i, experts, own, other, query_mask)
         if self.config.fusion == "bridge":
             return self.bridged_input(modality, i, experts, own)
-        # METER: the first layer reads the last expert, each other layer the one before it
+        # "last", METER: the first layer reads the one expert, the others the layer before them
         return own[-1] if own else experts[:, -1]
 
     def managed_input(
@@ -752,7 +767,7 @@ class ManagerTower(nn.Module):
     ) -> Tensor:
         """ManagerTower: a manager over all experts."""
         managers = {"text": self.text_managers, "image": self.image_managers}[modality]
-        if i == 0:
+        if i == 0:  # nothing is fused yet
             return managers[i](experts)
         if self.config.manager_type == "sae":
             previous = torch.stack(own, 1)  # (B, K, L, D)
@@ -783,6 +798,7 @@ class ManagerTower(nn.Module):
         image_experts = self.project("image", image_experts, token_type=image_type)  # (B, N, Li, D)
         text_mask = attention_mask[:, None, None, :].bool()  # (B, 1, 1, Lt)
         query_mask = attention_mask if self.config.mask_fused_query else None
+
         text: list[Tensor] = []  # the outputs of the cross-modal layers, (B, Lt, D)
         image: list[Tensor] = []  # (B, Li, D)
         layers = zip(self.text_layers, self.image_layers, strict=True)
@@ -793,7 +809,9 @@ class ManagerTower(nn.Module):
             # ... and each cross-modal layer attends to what the other modality's layer reads
             text.append(run(text_layer, self.checkpointing, text_in, text_mask, image_in, None))
             image.append(run(image_layer, self.checkpointing, image_in, None, text_in, text_mask))
-        text_pooled = self.text_pooler(text[-1][:, 0]).tanh()  # (B, D), of the first token
+
+        # pooled: the first token of each modality, RoBERTa's <s> and CLIP's class token
+        text_pooled = self.text_pooler(text[-1][:, 0]).tanh()  # (B, D)
         image_pooled = self.image_pooler(image[-1][:, 0]).tanh()
         return Features(text[-1], image[-1], torch.cat([text_pooled, image_pooled], dim=-1))
 

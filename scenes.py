@@ -4,7 +4,7 @@ It needs no download: Pillow draws the scenes from a seed, for every kind of rec
 Everything is a function of (seed, kind, split, index). The splits train and heldout share no scene.
 What is said about a scene can be read off its pixels, and tests/test_scenes.py does that.
 
-The order of the random draws in each function below makes the scenes what they are: do not change it.
+The order of the random draws in each function below makes the scenes what they are: leave it.
 """
 
 import random

@@ -523,7 +523,7 @@ def drop_tied_head(state: State, config: LlavaManagerConfig) -> State:
     embedding_key = str(QWEN["embed.weight"])
     if not config.tie_embeddings or head_key not in state or embedding_key not in state:
         return state
-    if not is_same(state[head_key], state[embedding_key]):
+    if not is_same(state[embedding_key], state[head_key]):
         raise ValueError(f"{head_key} differs from {embedding_key}, but the config ties the two")
     return {key: tensor for key, tensor in state.items() if key != head_key}
 
@@ -532,7 +532,7 @@ def is_same(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors have the same dtype, shape and values; on the meta device no values."""
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
-    if one.is_meta or not is_finite(one):  # what is not finite equals nothing; it is refused later
+    if one.is_meta or not is_finite(one):  # the import refuses it
         return True
     return torch.equal(one, other)
 

@@ -195,6 +195,14 @@ def sentence_of(error: Exception) -> str:
     return "\n".join(lines)
 
 
+LOST = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
+
+
+def is_lost_connection(error: RuntimeError) -> bool:
+    """Whether a collective failed because another process ended; that one says why."""
+    return dist.is_initialized() and any(words in str(error) for words in LOST)
+
+
 def one_sentence(main: Callable[[list[str]], Any]) -> None:
     """Run main with the command line. What is wrong with the user's input ends in one sentence, not
     in a traceback.
@@ -217,6 +225,10 @@ def one_sentence(main: Callable[[list[str]], Any]) -> None:
         sys.stdout.flush()
         print(f"error: {sentence_of(error)}", file=sys.stderr, flush=True)
         sys.exit(2 if isinstance(error, FlagError) else 1)
+    except RuntimeError as error:
+        if not is_lost_connection(error):
+            raise
+        sys.exit(1)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

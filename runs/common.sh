@@ -108,6 +108,7 @@ finetune_and_evaluate() {
   if [ "$DEMO" = yes ]; then
     where=(--data demo)
     short=("${SHORT[@]}")
+    eval_flags+=(--k_test 4)
     [ "$init" != unimodal ] || short+=(--model tiny)
   fi
   launch finetune.py --task "$task" "${where[@]}" "${begin[@]}" --out_dir "$folder" \

@@ -4,6 +4,7 @@ The environment variable MANAGER_GOLDEN points the parity tests at the full gold
 """
 
 import functools
+import io
 import json
 import os
 import socket
@@ -11,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -303,3 +305,123 @@ def run_script(script, *flags, processes=0, **settings):
 
 def run_small(small, *flags):
     train.main([str(flag) for flag in (*small, *flags)])
+
+
+# ---------------------------------------------------------------- checkpoints of random tiny models
+TOWER_HEADS = {
+    "vqa": ("vqa",),
+    "nlvr2": ("nlvr2",),
+    "snli_ve": ("snli_ve",),
+    "retrieval": ("itm", "itc"),
+    "itm": ("mlm", "itm"),
+}
+
+
+def save_tiny_towers(root):
+    """Folders root/NAME of TOWER_HEADS, and root/pictures with nine scenes. Returns root."""
+    import scenes
+    from weights import save_model
+
+    tokenizer = scenes.demo_tokenizer()
+    for name, heads in TOWER_HEADS.items():
+        torch.manual_seed(0)
+        config = ManagerTowerConfig.tiny(
+            heads=heads,
+            vocab_size=tokenizer.vocab_size,
+            pad_token_id=tokenizer.pad_id,
+            max_text_len=16,
+            image_size=32,
+            num_answers=len(scenes.DEMO_ANSWERS),
+            patch_size=8,
+            vision_width=32,
+            vision_heads=2,
+            text_width=32,
+            text_heads=2,
+            text_mlp_width=64,
+            hidden_size=32,
+            num_heads=2,
+            num_layers=3,
+            contrastive_size=16,
+        )
+        model = ManagerTower(config)
+        with torch.no_grad():
+            for parameter in model.parameters():  # so that outputs differ from sample to sample
+                parameter += 0.2 * torch.randn_like(parameter)
+        save_model(model, root / name)
+        tokenizer.save(root / name)
+        (root / name / "answers.json").write_text(json.dumps(scenes.DEMO_ANSWERS))
+    (root / "pictures").mkdir()
+    source = scenes.demo_source("captions", "heldout", 9)
+    for i in range(9):
+        source.images(i)[0].save(root / "pictures" / f"{i}.png")
+    return root
+
+
+def save_tiny_mllms(root):
+    """Folders root/static and root/adaptive_last, and a picture root/a.png. Returns root."""
+    import tokenizers
+
+    import scenes
+    from tokenizer import Tokenizer
+    from weights import save_model
+
+    backend = scenes.demo_tokenizer().backend
+    chat_tokens = ("<|im_start|>", "<|im_end|>")
+    backend.add_special_tokens(
+        [tokenizers.AddedToken(name, special=True) for name in chat_tokens]
+    )
+    tokenizer = Tokenizer(backend)
+    for manager_type in ("static", "adaptive_last"):
+        torch.manual_seed(0)
+        config = LlavaManagerConfig.tiny(
+            manager_type=manager_type,
+            vocab_size=tokenizer.vocab_size,
+            eos_ids=(),
+            im_start_id=backend.token_to_id("<|im_start|>"),
+        )
+        model = LlavaManager(config)
+        for manager in model.managers:
+            torch.nn.init.normal_(manager.scores if hasattr(manager, "scores") else manager.gate)
+        save_model(model, root / manager_type)
+        tokenizer.save(root / manager_type)
+    scenes.demo_source("captions", "heldout", 1).images(0)[0].save(root / "a.png")
+    return root
+
+
+def people(*counts):
+    """The answers of VQA's annotators from (answer, count) pairs."""
+    return [{"answer": answer} for answer, count in counts for _ in range(count)]
+
+
+# ---------------------------------------------------------------- data on disk
+def picture(number, size=(20, 16)):
+    """An RGB picture of noise, (width, height)."""
+    width, height = size
+    noise = np.random.default_rng(number).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(noise)
+
+
+def encoded(image, file_format, **options):
+    """The bytes of a picture's file."""
+    file = io.BytesIO()
+    image.save(file, file_format, **options)
+    return file.getvalue()
+
+
+def png(number=0):
+    return encoded(picture(number), "png")
+
+
+def write_records(path, records):
+    """A manifest: JSON Lines."""
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def write_arrow(path, columns):
+    """An .arrow file in chunks of two rows; skips the test without pyarrow."""
+    pyarrow = pytest.importorskip("pyarrow")
+    table = pyarrow.table(columns)
+    with pyarrow.OSFile(str(path), "wb") as sink:
+        with pyarrow.RecordBatchFileWriter(sink, table.schema) as writer:
+            writer.write_table(table, max_chunksize=2)

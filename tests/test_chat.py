@@ -1,0 +1,79 @@
+"""chat.py: conversations, labels and prompts against the official numbers; what is refused."""
+
+import pytest
+import tokenizers
+from helpers import LOV, read_llava
+
+import chat
+import llava_manager
+
+
+def golden_tokenizer():
+    return tokenizers.Tokenizer.from_file(str(LOV / "chat" / "tokenizer.json"))
+
+
+def test_chats():
+    golden, tokenizer = read_llava("chat/chat_goldens.json"), golden_tokenizer()
+    encoded = {}
+    for case in golden["training"]:
+        ids, labels = chat.encode_chat(
+            case["conversations"], tokenizer, case["template"], has_image=case["has_image"]
+        )
+        assert (ids, labels) == (case["input_ids"], case["labels"]), case["name"]
+        encoded[case["name"]] = ids, labels
+    batch = chat.collate_chat([encoded[name] for name in golden["collator"]["rows"]], pad_id=452)
+    assert {k: v.tolist() for k, v in batch.items()} == {k: golden["collator"][k] for k in batch}
+    assert chat.collate_chat([encoded["image_single"]], max_length=9)["input_ids"].shape == (1, 9)
+    for case in golden["eval_prompts"]:
+        assert chat.encode_prompt(case["turns"], tokenizer) == case["input_ids"], case["name"]
+    two = next(case for case in golden["eval_prompts"] if "two_images" in case["name"])
+    assert (
+        chat.encode_prompt([two["turns"][0].partition("\n")[2]], tokenizer, num_images=2)
+        == two["input_ids"]
+    )
+
+
+def test_strict_labels_are_the_assistant_turns():
+    tokenizer = golden_tokenizer()
+    conversation = [
+        {"from": "human", "value": "<image>\nWhat\nis shown?"},
+        {"from": "gpt", "value": "Two dogs."},
+        {"from": "human", "value": "Where?"},
+        {"from": "gpt", "value": "On\nthe field."},
+    ]
+    ids, labels = chat.encode_chat(conversation, tokenizer, strict_labels=True)
+    shown = tokenizer.decode([x for x in labels if x != -100], skip_special_tokens=False)
+    assert shown == "".join(
+        f"<|im_start|>assistant\n{text}<|im_end|>\n" for text in ("Two dogs.", "On\nthe field.")
+    )
+    assert all(label in (-100, token) for token, label in zip(ids, labels, strict=True))
+
+
+def test_chat_errors():
+    tokenizer = golden_tokenizer()
+    human, gpt = {"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "Dogs."}
+    for conversation, style, message in (
+        ([gpt], "qwen_1_5", "0 turns"),
+        ([human, gpt], "llama", "style 'llama'"),
+        ([{"from": "bot", "value": "x"}], "qwen_1_5", "turn 0: .*bot"),
+        ([human], "plain", "style plain"),
+        ([human, {"from": "gpt"}], "qwen_1_5", "turn 1"),
+        ([{"from": "human", "value": "no tag"}, gpt], "plain", "style plain"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            chat.encode_chat(conversation, tokenizer, style)
+    with pytest.raises(ValueError, match="odd, not 2"):
+        chat.encode_prompt(["a", "b"], tokenizer)
+    with pytest.raises(ValueError, match="lacks <|im_start|>"):
+        chat.encode_prompt(["a"], tokenizers.Tokenizer(tokenizers.models.BPE()))
+
+
+def test_a_turn_of_another_form_is_refused():
+    for turn in (5, None, {"from": ["human"], "value": "x"}, {"from": {}, "value": "x"}):
+        with pytest.raises(ValueError, match="turn 0: .* is not"):
+            chat.encode_chat([turn], golden_tokenizer())
+
+
+def test_chats_are_reachable_from_llava_manager():
+    for name in ("IMAGE_TOKEN", "IGNORE", "encode_chat", "encode_prompt", "tokenize"):
+        assert getattr(llava_manager, name) is getattr(chat, name)

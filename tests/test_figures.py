@@ -1,0 +1,329 @@
+"""figures.py: statistics of the managers against official numbers, what is drawn, and the errors of
+the command line.
+"""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from helpers import golden, golden_model, golden_state, present, save_tiny_mllms, save_tiny_towers
+from PIL import Image
+from torch.nn import functional as F
+
+import ask
+import figures
+from figures import (
+    CurvesOptions,
+    GridOptions,
+    ManagersOptions,
+    Panel,
+    manager_statistics,
+    visual_manager_statistics,
+)
+from model import ManagerTower, ManagerTowerConfig
+from tokenizer import load_tokenizer
+from weights import load_model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Checkpoints of random tiny models: vqa, nlvr2, snli_ve, retrieval, itm; and nine pictures."""
+    return save_tiny_towers(tmp_path_factory.mktemp("checkpoints"))
+
+
+@pytest.fixture(scope="module")
+def mllm(tmp_path_factory):
+    """Folders of tiny models with static and with adaptive managers, and a picture."""
+    return save_tiny_mllms(tmp_path_factory.mktemp("mllm"))
+
+
+def run(*flags):
+    figures.main([str(flag) for flag in flags])
+
+
+# ---------------------------------------------------------------- ManagerTower
+class Batch(torch.utils.data.Dataset):
+    """Golden inputs as a dataset."""
+
+    def __init__(self, inputs):
+        self.inputs = inputs
+
+    def __len__(self):
+        return len(self.inputs["image"])
+
+    def __getitem__(self, row):
+        return {
+            "pixels": self.inputs["image"][row],
+            "input_ids": self.inputs["text_ids"][row],
+            "attention_mask": self.inputs["text_masks"][row],
+        }
+
+
+@pytest.mark.parametrize(
+    "name", present("main.mt_aaue_vector", "main.mt_saue_vector", "main.mt_aaue_scalar")
+)
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_manager_statistics(name, batch_size):
+    """Mean weights from the official controller scores, similarities from the official modules'
+    outputs.
+    """
+    model = golden_model(name)
+    inputs, out = golden(name)
+    state = golden_state(name)
+    stats = manager_statistics(model, Batch(inputs), batch_size)
+    mask = inputs["text_masks"].bool()
+    assert stats["text"]["experts"] == [2, 3, 4, 5] and stats["image"]["experts"] == [2, 3, 4]
+    for m, layers in (("text", model.text_managers), ("image", model.image_managers)):
+        lengths = [len(stats[m][k]) for k in ("weights", "cosine_unimodal", "cosine_cross_modal")]
+        assert lengths == [3, 2, 1]
+        for i, manager in enumerate(layers):
+            assert sum(stats[m]["weights"][i]) == pytest.approx(1, abs=1e-5)
+            if hasattr(manager, "scores"):
+                scores = manager.scores[: manager.num_experts]
+                weights = torch.softmax(scores / manager.temperature, 0).mean(-1)
+                assert stats[m]["weights"][i] == pytest.approx(weights.tolist(), abs=1e-5)
+            if f"infer.manager.{m}.{i}.controller_out" in out:
+                scores = out[f"infer.manager.{m}.{i}.controller_out"]  # (B, L, N)
+                weights = torch.softmax(scores / manager.temperature, -1)
+                weights = (weights[mask] if m == "text" else weights.flatten(0, 1)).mean(0)
+                assert stats[m]["weights"][i] == pytest.approx(weights.tolist(), abs=1e-5)
+        unimodal, cross = zip(*(official_parts(out, state, m, i) for i in range(3)), strict=True)
+        for key, parts in (("cosine_unimodal", unimodal), ("cosine_cross_modal", cross[1:])):
+            pairs = [F.cosine_similarity(a, b, dim=-1) for a, b in zip(parts, parts[1:])]  # noqa: B905
+            expected = [(p[mask] if m == "text" else p).mean().item() for p in pairs]
+            assert stats[m][key] == pytest.approx(expected, abs=2e-5)
+
+
+def official_parts(out, state, modality, i):
+    """Manager i's output without and with only the part of the previous cross-modal layer,
+    W_C * LN(C).
+    """
+    prefix = f"cross_modal_{modality}_manager_tower.{i}.manager_layer"
+    whole = out[f"infer.manager.{modality}.{i}.out"]
+    if i == 0:
+        return whole, torch.zeros_like(whole)
+    n = {"text": 4, "image": 3}[modality]
+    scores = state.get(f"{prefix}.layer_scores_cross", state.get(f"{prefix}.layer_scores"))
+    last_score = scores[0, -1]  # (1, D or 1)
+    norm = [state[f"{prefix}.LayerNorm.{n}.{p}"] for p in ("weight", "bias")]
+    previous = out[f"infer.cross.{modality}.layer.{i - 1}"]
+    cross = last_score * F.layer_norm(previous, whole.shape[-1:], *norm, 1e-5)
+    return whole - cross, cross
+
+
+def test_manager_figure(folder, tmp_path):
+    options = ManagersOptions(
+        str(folder / "vqa"), "demo", limit=8, out=str(tmp_path / "figure.png")
+    )
+    stats = figures.managers(options)
+    assert json.loads((tmp_path / "figure.json").read_text()) == stats
+    assert Image.open(tmp_path / "figure.png").size == (1650, 1260)
+    with pytest.raises(ValueError, match="has no managers"):
+        manager_statistics(ManagerTower(ManagerTowerConfig.tiny(fusion="last")), [])
+
+
+def said(panel):
+    """(what is written in a panel instead of axes, whether axes are shown)."""
+    axes = figures.load_matplotlib()().subplots()
+    figures.draw_panel(axes, panel)
+    return " ".join(text.get_text() for text in axes.texts), axes.axison
+
+
+@pytest.mark.parametrize("num_layers, drawn", [(1, 0), (2, 0), (3, 1)])
+def test_no_panel_is_empty(num_layers, drawn):
+    """One cross-modal layer has no consecutive managers, and two have one pair of them."""
+    config = ManagerTowerConfig.tiny(
+        num_layers=num_layers, managed_layers_text=3, managed_layers_image=3, image_size=16
+    )
+    inputs = {
+        "image": torch.randn(2, 3, 16, 16),
+        "text_ids": torch.randint(5, 300, (2, 10)),
+        "text_masks": torch.ones(2, 10, dtype=torch.long),
+    }
+    panels = figures.tower_panels(manager_statistics(ManagerTower(config), Batch(inputs)))
+    assert [said(panel) for panel in panels[:2]] == [("", True)] * 2
+    for panel, pairs in zip(panels[2:], (num_layers - 1, num_layers - 2), strict=True):
+        text, shown = said(panel)
+        assert shown == (pairs >= 2)
+        if pairs <= 0:
+            assert "fewer than two cross-modal layers" in text
+        elif pairs == 1:
+            assert "text: " in text and "image: " in text and " at i " in text
+    assert sum(said(panel)[1] for panel in panels[2:]) == drawn
+
+
+def test_a_single_expert_is_said_not_drawn():
+    panel = Panel("weights", "expert", "weight", {"layer 1": ([12], [1.0])})
+    assert said(panel) == ("layer 1: 1 at expert 12", False)
+
+
+# ---------------------------------------------------------------- LLaVA-OV-Manager
+def test_visual_manager_figure(mllm):
+    model = load_model(mllm / "static")
+    stats = figures.managers(ManagersOptions(str(mllm / "static")))
+    for k, manager in enumerate(model.managers):
+        assert stats["weights"][k] == pytest.approx(manager.scores.mean(1).tolist(), abs=1e-6)
+        magnitudes = manager.scores.abs().mean(1).tolist()
+        assert stats["magnitudes"][k] == pytest.approx(magnitudes, abs=1e-6)
+    assert Image.open(mllm / "static" / "managers.png").size == (1650, 630)
+    adaptive = mllm / "adaptive_last"
+    with pytest.raises(ValueError, match="adaptive managers need pictures"):
+        figures.managers(ManagersOptions(str(adaptive)))
+    run("managers", "--checkpoint", adaptive, "--image", mllm / "a.png", "--image", mllm / "a.png")
+    twice_the_same = json.loads((adaptive / "managers.json").read_text())
+    model = load_model(adaptive)
+    tokenizer = load_tokenizer(adaptive)
+    picture = str(mllm / "a.png")
+    once = visual_manager_statistics(
+        model, [ask.encode_turns(model, tokenizer, ["Describe the picture."], [picture])]
+    )
+    assert once["weights"][0] == pytest.approx(twice_the_same["weights"][0], rel=1e-5)
+    prompts = [ask.encode_turns(model, tokenizer, ["what is it?"], [picture])]
+    once = visual_manager_statistics(model, prompts)
+    with torch.no_grad():
+        model.managers[-1].gate *= 2  # nothing before the last manager depends on it
+    twice = visual_manager_statistics(model, prompts)
+    assert twice["weights"][0] == once["weights"][0] and max(once["magnitudes"][-1]) > 0
+    assert twice["weights"][-1] == pytest.approx([2 * w for w in once["weights"][-1]], rel=1e-5)
+
+
+def test_grid(tmp_path, mllm):
+    Image.new("RGB", (1000, 620), (90, 160, 220)).save(tmp_path / "wide.png")
+    info = figures.grid(GridOptions(str(tmp_path / "wide.png"), out=str(tmp_path / "grid.png")))
+    # 3 x 2 tiles of 27 x 27 patches; 81 * 620 / 1000 = 50.22 rows of patches are no padding;
+    # 729 + 50 * (81 + 1) tokens
+    assert info == {
+        "picture": (1000, 620),
+        "tiles": (7,),
+        "tokens of the base tile": (729,),
+        "grid of tiles": (3, 2),
+        "patches without padding": (81, 50),
+        "tokens of the grid, with newlines": (82, 50),
+        "tokens": (4829,),
+    }
+    drawn = Image.open(tmp_path / "grid.png")
+    pixels = [drawn.getpixel((8, 8)), drawn.getpixel((500, 400)), drawn.getpixel((500, 12))]
+    assert pixels == [(90, 160, 220), (90, 160, 220), (110, 0, 0)]
+    of_model = GridOptions(str(mllm / "a.png"), str(mllm / "static"), str(tmp_path / "grid.png"))
+    assert figures.grid(of_model)["tiles"] == (5,)
+
+
+# ---------------------------------------------------------------- curves
+ROWS = [
+    {"step": 1, "loss": 3.0, "lr": 0.1},
+    {"step": 2, "loss": 1.5, "lr": 0.0},
+    {"baseline": {"accuracy": 0.1}},
+    {"step": 2, "eval": {"accuracy": 0.5, "per_type": {"color": 0.4}, "score": 0.5}},
+]
+
+
+def write_log(folder, rows):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(folder)
+
+
+def test_curves_of_runs(tmp_path):
+    runs = [write_log(tmp_path / name, ROWS) for name in ("a", "b")]
+    found = figures.curves(CurvesOptions(runs, str(tmp_path / "curves.png")))
+    assert found["losses"] == {"a": ([1, 2], [3.0, 1.5]), "b": ([1, 2], [3.0, 1.5])}
+    assert found["metrics"] == {"a: accuracy": ([2], [0.5]), "b: accuracy": ([2], [0.5])}
+    assert Image.open(tmp_path / "curves.png").size == (1650, 630)
+
+
+def test_runs_of_the_same_folder_name_are_told_apart(tmp_path):
+    names = ("x/demo", "y/demo", "z/other")
+    runs = [write_log(tmp_path / name, ROWS) for name in names]
+    found = figures.curves(CurvesOptions(runs, str(tmp_path / "curves.png")))
+    assert list(found["losses"]) == ["x/demo", "y/demo", "other"]
+    assert figures.short_names([*runs, runs[0][: -len("/demo")]])[3] == "x"
+    assert figures.short_names(["/a/b/c", "/d/b/c"]) == ["a/b/c", "d/b/c"]
+    assert figures.short_names(["/c", "/d/c"]) == ["/c", "d/c"]
+    with pytest.raises(ValueError, match="is given twice"):
+        figures.short_names([runs[0], f"{runs[0]}/../demo"])
+
+
+def test_a_run_with_one_logged_row_is_said_not_drawn(tmp_path, monkeypatch):
+    panels = []
+
+    def keep(drawn):
+        panels.extend(drawn)
+        return Image.new("RGB", (1, 1))
+
+    monkeypatch.setattr(figures, "draw_panels", keep)
+    one_row = write_log(tmp_path / "run", ROWS[:1])
+    figures.curves(CurvesOptions([one_row], str(tmp_path / "curves.png")))
+    assert [said(panel) for panel in panels] == [
+        ("run: 3 at step 1", False),
+        ("no evaluation is logged yet", False),
+    ]
+
+
+def test_a_name_is_shown_as_it_is():
+    """Neither as a formula, nor hidden."""
+    panel = Panel("t", "step", "loss", {"_a$b$": ([1, 2], [3.0, 2.0]), "none": ([], [])})
+    axes = figures.load_matplotlib()().subplots()
+    figures.draw_panel(axes, panel)
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == [r" _a\$b\$"]
+
+
+@pytest.mark.parametrize(
+    "rows, message",
+    [
+        ([], "has neither a loss nor an evaluation yet"),
+        ([{"step": 0, "header": {}}], "has neither a loss nor an evaluation yet"),
+        ([[1]], r"row 1, is \[1\]; it must be a dict"),
+        ([{"loss": 1.0}], "row 1, has no step that is a number"),
+        ([ROWS[0], {"step": 1, "loss": "x"}], "row 2, has the loss 'x'; it must be a number"),
+        ([{"step": 1, "eval": None}], "row 1, has the eval None; it must be a dict"),
+    ],
+)
+def test_a_log_that_cannot_be_drawn_is_an_error(tmp_path, rows, message):
+    with pytest.raises(ValueError, match=message):
+        run("curves", "--run", write_log(tmp_path / "run", rows), "--out", tmp_path / "x.png")
+    assert not (tmp_path / "x.png").exists()
+
+
+# ---------------------------------------------------------------- the command line
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (("frobnicate",), "no command 'frobnicate'; it must be one of managers, grid, curves"),
+        (("grid", "--image", "pictures/0.png", "--out", "nowhere/x.png"), "cannot be written"),
+        (("curves", "--run", "vqa"), "vqa has no log.jsonl"),
+        (("curves", "--run", "nowhere", "--out", "nothing/x.png"), "there is no folder nothing"),
+        (
+            ("managers", "--checkpoint", "nowhere", "--data", "demo", "--out", "nothing/x.png"),
+            "there is no folder nothing",
+        ),
+        (("managers", "--checkpoint", "vqa"), "either --data demo or --data_root"),
+        (("managers", "--checkpoint", "nowhere", "--data", "demo"), "does not exist"),
+        (("managers", "--checkpoint", "vqa", "--data", "demo", "--task", "gqa"), "--task is 'gqa'"),
+        (("managers", "--checkpoint", "vqa", "--data", "demo", "--limit", "0"), "--limit is 0"),
+    ],
+)
+def test_what_is_wrong_is_said(folder, monkeypatch, flags, message):
+    monkeypatch.chdir(folder)
+    with pytest.raises(ValueError, match=message):
+        run(*flags)
+
+
+def test_help_lists_the_commands_and_their_flags(capsys):
+    run("-h")
+    page = capsys.readouterr().out
+    for name, command in figures.COMMANDS.items():
+        assert f"  {name} " in page and ask.describe(command).splitlines()[0] in page
+        with pytest.raises(SystemExit):
+            run(name, "-h")
+        flags = capsys.readouterr().out
+        for field in command.options.__dataclass_fields__:
+            assert f"--{field} " in flags
+
+
+def test_the_padding_of_a_tall_picture_is_left_and_right(tmp_path):
+    Image.new("RGB", (400, 900), (90, 160, 220)).save(tmp_path / "tall.png")
+    figures.grid(GridOptions(str(tmp_path / "tall.png"), out=str(tmp_path / "grid.png")))
+    drawn = np.asarray(Image.open(tmp_path / "grid.png").convert("RGB"))
+    reddish = (drawn == (110, 0, 0)).all(-1)
+    assert reddish.any() and reddish.sum(0).max() > reddish.sum(1).max()

@@ -1,0 +1,96 @@
+"""metrics.py against values computed by hand."""
+
+import pytest
+import torch
+from helpers import people
+
+from metrics import answer_score, mean_by, normalize_answer, official_vqa_accuracy, recall
+
+
+# ---------------------------------------------------------------- VQA
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Yes.", "yes"),
+        ("3.", "3"),
+        ("1.5", "1.5"),
+        ("u.s.a", "usa"),
+        ("none", "0"),
+        ("Ten", "10"),
+        ("dont", "don't"),
+        ("The two-story house", "2 story house"),
+        ("a cat, and the dog", "cat and dog"),
+        ("1,000", "1000"),
+        ("couldnt've", "couldn't've"),
+        ("couldn'tve", "couldn't've"),
+        ("yall'll", "y'all'll"),
+        ("somebody'd", "somebodyd"),
+        ("black/white", "black white"),
+        ("black / white", "black white"),
+        ("what?", "what"),
+        ("." * 40 + "x", "." * 8 + "x"),
+        ("", ""),
+        ("An", ""),
+    ],
+)
+def test_the_answer_normaliser_on_hand_made_cases(text, expected):
+    assert normalize_answer(text) == expected
+
+
+def test_answer_score_is_the_mean_over_left_out_annotators():
+    for count in range(11):
+        given = [1] * count + [0] * (10 - count)
+        leave_one_out = [min((sum(given) - own) / 3, 1) for own in given]
+        assert answer_score(count) == pytest.approx(sum(leave_one_out) / 10)
+
+
+def test_means_have_their_keys_in_alphabetical_order():
+    means = mean_by([1.0, 0.0, 0.5, 0.7], ["what", "is", "is", None])
+    assert list(means.items()) == [("is", 0.25), ("what", 1.0)]
+    with pytest.raises(ValueError):
+        mean_by([1.0], [])
+
+
+def test_official_vqa_accuracy_by_hand():
+    rows = [
+        (1, people(("2", 1), ("3", 9)), "how many", "number"),
+        (2, people(("Two", 2), ("3", 8)), "how many", "number"),
+        (3, people(("the dog.", 3), ("cat", 7)), "what is", "other"),
+        (4, people(("isnt", 4), ("no", 6)), "is it", "yes/no"),
+        (5, people(("1,000", 10)), "how many", "number"),
+        (6, people(("red", 10)), "what color", "other"),
+        (7, people(("never asked", 10)), "what color", "other"),
+    ]
+    names = ("question_id", "answers", "question_type", "answer_type")
+    annotations = [dict(zip(names, row, strict=True)) for row in rows]
+    answers = {1: "2", 2: "2", 3: "dog", 4: "isn't", 5: "1000", 6: "blue"}
+    results = [{"question_id": q, "answer": a} for q, a in answers.items()]
+    # who agrees with 1, 2, 3 others: 9/10 * 1/3 = 0.3; (2 * 1/3 + 8 * 2/3) / 10 = 0.6;
+    # (3 * 2/3 + 7) / 10 = 0.9; 4: 1
+    found = official_vqa_accuracy(results, annotations)
+    assert found["overall"] == pytest.approx((0.3 + 0.6 + 0.9 + 1 + 1 + 0) / 6)
+    by_question = {"how many": 1.9 / 3, "is it": 1, "what color": 0, "what is": 0.9}
+    assert found["per_question_type"] == pytest.approx(by_question)
+    by_answer = {"number": 1.9 / 3, "other": 0.45, "yes/no": 1.0}
+    assert found["per_answer_type"] == pytest.approx(by_answer)
+    assert (found["answered"], found["questions"]) == (6, 7)
+    for wrong in (
+        [{"question_id": 1, "answer": "2"}] * 2,
+        [{"question_id": 8, "answer": "2"}],
+        [],
+    ):
+        with pytest.raises(ValueError, match="answered twice or not annotated"):
+            official_vqa_accuracy(wrong, annotations)
+
+
+# ---------------------------------------------------------------- retrieval
+def test_recall_by_hand():
+    # two images with two captions each, and one with one
+    scores = torch.tensor([[9.0, 1, 5, 2, 7], [3, 4, 8, 6, 1], [2, 5, 4, 3, 0]])
+    image_index = torch.tensor([0, 0, 1, 1, 2])
+    metrics = recall(scores, image_index)
+    assert metrics["ir_r1"] == 3 / 5  # right for captions 0, 2, 3
+    assert metrics["tr_r1"] == 2 / 3  # image 2's best caption is 1, which is image 0's
+    assert metrics["ir_r5"] == metrics["tr_r5"] == metrics["tr_r10"] == 1
+    assert metrics["rsum"] == pytest.approx(3 / 5 + 2 / 3 + 4)
+    assert metrics["rmean"] == pytest.approx(metrics["rsum"] / 6)

@@ -1,0 +1,174 @@
+"""tasks.py: which files a set has, the vocabulary of answers, and the guesses that need no picture."""
+
+import json
+
+import numpy as np
+import pytest
+from helpers import picture, png, write_arrow, write_records
+
+import data
+import tasks
+from files import BadSample
+from scenes import demo_tokenizer
+from tasks import open_sets
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """coco_train.jsonl: four pictures with two captions each."""
+    records = []
+    for i in range(4):
+        (tmp_path / f"{i}.png").write_bytes(png(i))
+        captions = [f"first of {i}", f"second of {i}"]
+        records.append({"image": f"{i}.png", "captions": captions, "image_id": i})
+    write_records(tmp_path / "coco_train.jsonl", records)
+    return tmp_path
+
+
+# ---------------------------------------------------------------- files of a set
+def test_sets_and_splits_come_one_after_the_other(folder):
+    source = open_sets("captions", folder, ("coco",), "train")
+    expected = [f"{word} of {i}" for i in range(4) for word in ("first", "second")]
+    assert [row["text"] for row in source.texts()] == expected
+    assert (len(source), source.num_images) == (8, 4)
+    twice = open_sets("captions", folder, ("coco",), "train+train")
+    assert len(twice) == 16
+    assert twice[8]["image_index"] == 4
+    assert twice[8]["text"] == "first of 0"
+    both = open_sets("captions", folder, ("coco", "coco"), "train")
+    assert both.texts() == twice.texts()
+
+
+def test_one_file_may_stand_for_a_folder(folder):
+    source = open_sets("captions", folder / "coco_train.jsonl", (), "val")
+    assert source.texts() == open_sets("captions", folder, ("coco",), "train").texts()
+
+
+def test_files_that_are_not_there_are_named(tmp_path):
+    with pytest.raises(ValueError, match="no sets were named"):
+        open_sets("captions", tmp_path / "nothing.jsonl", (), "train")
+    missing = "no flickr30k_train.jsonl, .* f30k_.*_train.arrow, f30k_.*_val.arrow"
+    with pytest.raises(ValueError, match=missing):
+        open_sets("captions", tmp_path, ("flickr30k",), "train")
+    (tmp_path / "empty_val.jsonl").write_text("\n")
+    with pytest.raises(ValueError, match="no rows in .*empty_val.jsonl"):
+        open_sets("captions", tmp_path, ("empty",), "val")
+
+
+def test_missing_shards_are_all_named(tmp_path):
+    write_arrow(tmp_path / "sbu_0.arrow", {"image": [png()], "caption": [["x"]]})
+    missing = ", ".join(f"sbu_{i}.arrow" for i in range(1, 9))
+    with pytest.raises(ValueError, match=missing):
+        open_sets("captions", tmp_path, ("sbu",), "train")
+
+
+@pytest.mark.parametrize("text", ["string", "large_string"])
+@pytest.mark.parametrize(
+    "name, shards, extra",
+    [
+        ("coco", ("coco_caption_karpathy_train", "coco_caption_karpathy_restval"), {}),
+        ("vg", ("vg",), {"width": [[1, 2]] * 3, "x": [[0, 0]] * 3}),
+    ],
+)
+def test_arrow_shards_of_captions_are_found_and_read(text, name, shards, extra, tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    text_type = {"string": pa.string(), "large_string": pa.large_string()}[text]
+    captions = [["one", "two", "one"], ["three"], ["four", "five"]]
+    for shard in shards:
+        columns = {
+            "image": [png(i) for i in range(3)],
+            "caption": pa.array(captions, pa.list_(text_type)),
+            "image_id": pa.array(["a", "b", "c"], text_type),
+            **extra,
+        }
+        write_arrow(tmp_path / f"{shard}.arrow", columns)
+    source = open_sets("captions", tmp_path, (name,), "train")
+    texts = [row["text"] for row in source.texts()]
+    assert texts == ["one", "two", "three", "four", "five"] * len(shards)
+    row = source[2 + 5 * (len(shards) - 1)]
+    assert row["text"] == "three"
+    assert row["image_id"] == "b"
+    assert np.array_equal(row["images"][0], picture(1))
+    broken = {"image": [b"no"], "caption": pa.array([["x", " "]], pa.list_(text_type))}
+    write_arrow(tmp_path / f"{shards[-1]}.arrow", broken)
+    data.arrow_table.cache_clear()
+    with pytest.raises(BadSample, match=f"{shards[-1]}.arrow, row 0: 'caption' must be"):
+        open_sets("captions", tmp_path, (name,), "train")
+
+
+# ---------------------------------------------------------------- answers
+QUESTIONS = {
+    "image": [png(0), png(1)],
+    "questions": [["what?", "who?"], ["why?"]],
+    "question_id": [[11, 12], [13]],
+    "image_id": [5, 6],
+}
+ANSWERS = {
+    "answers": [[["net", "yes"], ["no"]], [["yes"]]],
+    "answer_labels": [[[2, 0], [1]], [[0]]],
+    "answer_scores": [[[1.0, 0.3], [0.6]], [[0.9]]],
+}
+
+
+def test_fixed_arrow_files_come_first(tmp_path):
+    write_arrow(tmp_path / "vqav2_train_fix.arrow", {**QUESTIONS, **ANSWERS})
+    other_ids = {**QUESTIONS, **ANSWERS, "question_id": [[0, 0], [0]]}
+    write_arrow(tmp_path / "vqav2_train.arrow", other_ids)
+    source = open_sets("questions", tmp_path, ("vqav2",), "train")
+    assert [row["question_id"] for row in source.texts()] == [11, 12, 13]
+
+
+def test_the_vocabulary_is_a_file_or_rebuilt_from_the_arrow_files(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    write_arrow(tmp_path / "vqav2_train_fix.arrow", {**QUESTIONS, **ANSWERS})
+    nulls = pa.array([[], []], pa.list_(pa.null()))
+    write_arrow(tmp_path / "vqav2_test.arrow", {**QUESTIONS, **dict.fromkeys(ANSWERS, nulls)})
+    assert tasks.load_answers(tmp_path) == ["yes", "no", "net"]
+    (tmp_path / "answers.json").write_text('["a", "b"]')
+    assert tasks.load_answers(tmp_path) == ["a", "b"]
+    with pytest.raises(ValueError, match="no VQA vocabulary"):
+        tasks.load_answers(tmp_path / "elsewhere")
+
+
+# ---------------------------------------------------------------- guesses
+def questions_of(folder, name, pairs):
+    """A source with one question for each (text, answer)."""
+    records = []
+    for i, (text, answer) in enumerate(pairs):
+        question = {"id": i, "question": text, "answers": {answer: 1.0}}
+        records.append({"image": "a.png", "questions": [question]})
+    return data.open_source("questions", [write_records(folder / name, records)])
+
+
+def test_guesses_from_the_text_alone_in_closed_form(tmp_path):
+    training = questions_of(
+        tmp_path, "a.jsonl", [("a", "0"), ("a", "0"), ("b", "2"), ("a", "1")]
+    )
+    heldout = questions_of(
+        tmp_path, "b.jsonl", [("a", "0"), ("b", "2"), ("b", "0"), ("c", "1")]
+    )
+    # the commonest answer is 0; of "a" it is 0, of "b" 2, and "c" is not known
+    assert tasks.text_only_guess(training, heldout) == {"majority": 0.5, "text_only": 0.5}
+
+
+def test_chance_of_retrieval(folder):
+    source = open_sets("captions", folder, ("coco",), "train")
+    chance = tasks.baselines(source, source)["chance"]
+    assert chance == {
+        "ir_r1": 0.25,
+        "ir_r5": 1.0,
+        "ir_r10": 1.0,
+        "tr_r1": 0.25,
+        "tr_r5": 1.0,
+        "tr_r10": 1.0,
+    }
+
+
+@pytest.mark.parametrize("name", [name for name, task in tasks.TASKS.items() if task.recipe])
+def test_every_task_runs_on_the_built_in_scenes(name):
+    dataset = tasks.open_split(
+        name, "any", "", True, demo_tokenizer(), lambda image, rng: image, 20, 32
+    )
+    assert dataset.source.kind == tasks.TASKS[name].kind
+    assert dataset.source.num_images == 512
+    json.dumps(dataset.source.texts(3))

@@ -1,0 +1,149 @@
+"""tokenizer.py against transformers, SentencePiece and published ids."""
+
+import json
+import pickle
+
+import pytest
+import sentencepiece
+import torch
+from helpers import GOLDEN
+
+import tokenizer as tokenizers_room
+from scenes import demo_source, demo_tokenizer
+from tokenizer import check_tokenizer, load_tokenizer, train_tokenizer
+
+TOKENIZERS = GOLDEN.parent / "tokenizers"
+HARD = [
+    "Hello world",
+    "",
+    "  double  spaces ",
+    "naïve café — déjà vu",
+    "雪が降る 🙂🙃",
+    "I'd've said so",
+    "100% $5 #tag 3.5",
+    "\t\r\n x",
+    "a" * 70,
+    "The <mask> sat",
+    "x<mask>y  <mask>",
+    "<s>hi</s>",
+    "zero\u200bwidth é e\u0301 ﬁ ½",
+    "<|endoftext|>",
+    "\x00\x01",
+]
+
+
+@pytest.mark.parametrize("name", ["roberta-base", "qwen2"])
+def test_tokenizer_gives_the_published_ids(name, tmp_path):
+    if not (TOKENIZERS / name).is_dir():
+        pytest.skip(f"no {TOKENIZERS / name}")
+    ours = load_tokenizer(TOKENIZERS / name)
+    ours.save(tmp_path)
+    saved = load_tokenizer(tmp_path)
+    cases = json.loads((TOKENIZERS / name / "expected_ids.json").read_text())
+    assert cases
+    for case in cases:
+        assert ours.encode(case["text"]) == case["ids"]
+        assert saved.encode(case["text"]) == case["ids"]
+
+
+def test_vocab_and_merges_are_read_as_transformers_reads_them(tmp_path):
+    RobertaTokenizer = pytest.importorskip("transformers").RobertaTokenizer
+    folder = TOKENIZERS / "roberta-base"
+    if not folder.is_dir():
+        folder = tmp_path
+        trained = train_tokenizer(HARD * 3 + ["the man and the dog"] * 9, 400)
+        trained.backend.model.save(str(folder))
+    ours = load_tokenizer(folder)
+    peer = RobertaTokenizer.from_pretrained(folder)
+    assert ours.pad_id == peer.pad_token_id
+    assert ours.cls_id == peer.cls_token_id
+    assert ours.sep_id == peer.sep_token_id
+    assert ours.mask_id == peer.mask_token_id
+    assert ours.special_ids == set(peer.all_special_ids)
+    assert ours.vocab_size == len(peer)
+    for text in HARD:
+        assert ours.encode(text) == peer(text)["input_ids"], text
+        cut = peer(text, truncation=True, max_length=7)["input_ids"]
+        assert ours.encode(text, 7) == cut, text
+    ids, mask = ours(HARD, 20)
+    expected = peer(
+        HARD, truncation=True, max_length=20, padding="max_length", return_tensors="pt"
+    )
+    assert torch.equal(ids, expected["input_ids"])
+    assert torch.equal(mask, expected["attention_mask"])
+
+
+def test_trained_tokenizer_is_deterministic_lossless_and_whole_worded(tmp_path):
+    ours = demo_tokenizer()
+    assert ours.backend.to_str() == demo_tokenizer().backend.to_str()
+    assert (ours.cls_id, ours.pad_id, ours.sep_id, ours.mask_id) == (0, 1, 2, 4)
+    ours.save(tmp_path)
+    again = pickle.loads(pickle.dumps(load_tokenizer(tmp_path / "tokenizer.json")))
+    for text in HARD:
+        if "<" not in text:
+            assert again.decode(again.encode(text)) == text
+    for kind in ("captions", "statements", "hypotheses"):
+        for row in demo_source(kind, "heldout", 50).texts():
+            assert len(ours.encode(row["text"])) == len(row["text"].split()) + 2
+
+
+def test_the_digest_tells_tokenizers_apart(tmp_path):
+    ours = demo_tokenizer()
+    ours.save(tmp_path)
+    assert load_tokenizer(tmp_path).digest() == ours.digest()
+    assert train_tokenizer(["a b c"], 300).digest() != ours.digest()
+
+
+def test_sentencepiece_equals_the_library_and_adds_what_it_lacks(tmp_path):
+    texts = [row["text"] for row in demo_source("captions", "train", 300).texts()]
+    (tmp_path / "text").write_text("\n".join(texts))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "text"),
+        model_prefix=str(tmp_path / "spm"),
+        vocab_size=36,
+        minloglevel=2,
+    )
+    peer = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "spm.model"))
+    ours = load_tokenizer(tmp_path)
+    text = "a small red circle"
+    assert ours.encode(text) == [peer.bos_id(), *peer.encode(text), peer.eos_id()]
+    assert ours.decode(ours.encode(text)) == text
+    assert (ours.pad_id, ours.mask_id, ours.vocab_size) == (36, 37, 38)
+    assert ours.special_ids == {0, 1, 2, 36, 37}
+    (tmp_path / "out").mkdir()
+    ours.save(tmp_path / "out")
+    saved = pickle.loads(pickle.dumps(load_tokenizer(tmp_path / "out")))
+    assert saved.encode(text) == ours.encode(text)
+
+
+@pytest.mark.parametrize(
+    "files, message",
+    [
+        ({}, "expected tokenizer.json"),
+        ({"tokenizer.json": "{}"}, "tokenizer.json is not a readable"),
+        ({"x.model": "?"}, "x.model is not a readable"),
+        ({"vocab.json": '{"a": 0}'}, "vocab.json is not a readable"),
+        ({"vocab.json": '{"a": 0}', "merges.txt": "#version: 0.2\n"}, "lacks .'<s>'"),
+    ],
+)
+def test_what_is_no_tokenizer_is_named(files, message, tmp_path):
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        load_tokenizer(tmp_path)
+
+
+def test_a_tokenizer_that_the_model_cannot_read_is_refused():
+    ours = demo_tokenizer()
+    check_tokenizer(ours, ours.vocab_size, ours.pad_id)
+    check_tokenizer(ours, ours.vocab_size + 8, ours.pad_id)
+    with pytest.raises(ValueError, match=f"has {ours.vocab_size} ids .* --vocab_size 9"):
+        check_tokenizer(ours, 9, ours.pad_id)
+    with pytest.raises(ValueError, match="pad id 1, the model .* --pad_token_id 0"):
+        check_tokenizer(ours, ours.vocab_size, 0)
+
+
+def test_without_a_pad_token_there_are_no_batches():
+    backend = tokenizers_room.byte_level(tokenizers_room.models.BPE(), ())
+    with pytest.raises(ValueError, match="has none of <pad>, .* to pad texts with"):
+        tokenizers_room.Tokenizer(backend)(["x"], 4)
