@@ -1,97 +1,142 @@
-"""bench.py"""
-from collections.abc import Callable
+"""Speed and memory beside peers: transformers' models of the same sizes, and the plain way to
+re-rank.
+
+    python bench.py [towers]      ManagerTower and BridgeTower: inference, and training on MLM + ITM
+    python bench.py retrieval     re-ranking in batches, and by one pass for each image
+    python bench.py llava         LLaVA-OV-Manager and LLaVA-OneVision: training, prefill, decoding
+
+A round runs every case once, and a matrix product of the same precision: whatever else the machine
+does hits all alike. Printed are medians over the rounds. "of matmul" is the FLOP/s over those of
+the product in the same round (on CUDA: the MFU); FLOPs are counted by torch, with attention as
+plain matrix products. "ratio" is the speed over that of the peer; for share_images and for
+managers, over that without. "GiB" is what the allocator (CUDA), or the tensors of the call
+(elsewhere), hold at most, with the weights. Weights are random. The peers need
+requirements-dev.txt.
+
+The papers count 101.25 GFLOP for BridgeTower and 105.52 for ManagerTower (one VQA sample of 384 px
+and 50 tokens), and 39.43 and 43.20 ms on a TITAN V; of the MLLM, 4% more time with managers.
+
+B samples of a batch, L tokens, S pixels a side of a picture or tile, T tiles of an image; I
+pictures, M captions.
+"""
+
+import dataclasses
+import statistics
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
-from pathlib import Path
-from torch import Tensor
-from torch import nn
-from torch.nn.attention import SDPBackend
-from torch.nn.attention import sdpa_kernel
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
-from typing import NamedTuple
-import argparse
-import dataclasses
-import itertools
-import json
-import statistics
-import time
-import torch
-import weakref
+
 from chat import IGNORE, IMAGE_TOKEN
-from eval import retrieval_scores
-from fields import add_flags
-from files import write_atomically
-from llava_manager import LlavaManager, LlavaManagerConfig, OFFICIAL_FIELDS, VISION_FIELDS
-from loop import wrap
+from eval import check_output, retrieval_scores
+from fields import FieldError, FlagError, check_fields, option, parse_flags
+from files import save_json
+from llava_manager import OFFICIAL_FIELDS, VISION_FIELDS, LlavaManager, LlavaManagerConfig
+from loop import RunConfig, wrap
 from model import ManagerTower, ManagerTowerConfig
 from multigrid import ImageTiles, count_image_tokens
 from objectives import Pretraining
-from world import World, autocast, evaluating
+from world import World, autocast, evaluating, one_sentence, resolve_precision
 
-
-PEER, DECODED = "transformers", 16  # tokens after the first
-
-
+PEER = "transformers"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-@dataclasses.dataclass
+# ---------------------------------------------------------------- the flags
+@dataclass
 class BenchConfig:
-    """One run. Every field is a flag."""
-    model: str = "base"  # tiny | base | large (not for llava)
-    batch_size: int = 4
-    rounds: int = 5
-    precision: str = "auto"  # fp32 | bf16 | fp16; auto = bf16 on CUDA, fp32 elsewhere
-    device: str = "auto"
-    compile: bool = False  # torch.compile of both sides
-    json: str = ""  # where to write the numbers
+    """What every comparison has."""
 
-    def __post_init__(self):
-        known = self.model in ("tiny", "base", "large") and self.precision in ("auto", *DTYPES)
-        if not known or self.rounds < 1 or self.batch_size < 2 or self.batch_size % 2:
-            raise ValueError(f"model: tiny, base, large; precision: auto, {', '.join(DTYPES)}; rounds: 1, 2, ...; "
-                             f"batch_size: 2, 4, ...; and not {self}")
+    model: str = option("base", "preset of the architecture", choices=("tiny", "base", "large"))
+    batch_size: int = option(4, "samples of a batch; an even number", least=2)
+    rounds: int = option(5, "times that everything is measured; the median counts", least=1)
+    precision: str = option(
+        "auto", "auto = bf16 on CUDA, fp32 elsewhere", choices=("auto", *DTYPES)
+    )
+    device: str = option("auto", "auto, cpu, cuda or cuda:N")
+    compile: bool = option(False, "compile the layers of both sides with torch.compile")
+    json: str = option("", "file to write the numbers to")
 
-
-class Case(NamedTuple):
-    name: str
-    call: Callable
-    amount: int  # samples or tokens of one call
-    gflop: float  # of one call
-    module: nn.Module  # its weights count as memory
-    peer: str | None = None  # the case that the ratio is to
-    minus: str | None = None  # the case whose time is not to count
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.batch_size % 2:
+            raise FieldError(f"batch_size is {self.batch_size}; it must be an even number")
 
 
-def count_gflop(call: Callable) -> float:
-    # attention in its plain form: of the fused kernels the CPU's are not counted, and CUDA's with their recomputation
+@dataclass
+class RetrievalConfig(BenchConfig):
+    """`retrieval`, where both sides are this project's code."""
+
+    model: str = option("tiny", "preset of the architecture", choices=("tiny", "base", "large"))
+    batch_size: int = option(32, "samples of a batch; an even number", least=2)
+    precision: str = option("auto", choices=("auto", *DTYPES), flag=False)
+    compile: bool = option(False, flag=False)
+
+
+@dataclass
+class LlavaConfig(BenchConfig):
+    """`llava`, which has two sizes."""
+
+    model: str = option("tiny", "preset of the architecture", choices=("tiny", "base"))
+    compile: bool = option(False, flag=False)
+
+
+# ---------------------------------------------------------------- FLOPs and memory of a call
+def count_gflop(call: Callable[[], Any]) -> float:
+    """GFLOP of a call.
+
+    Attention is counted in its plain form: of the fused kernels the CPU's are not counted, and
+    CUDA's with what they compute again.
+    """
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         call()
     return counter.get_total_flops() / 1e9
 
 
-class Footprint(TorchDispatchMode):
-    """`peak`: the most bytes that tensors made under it held at one time, on any device, meta too."""
-    now = peak = 0
+def storages_in(tree: Any) -> dict[int, torch.UntypedStorage]:
+    """The storages of all tensors in nested lists, tuples and dicts, by their address in C++."""
+    storages = {}
+    for leaf in tree_leaves(tree):
+        if isinstance(leaf, Tensor):
+            storage = leaf.untyped_storage()
+            storages[storage._cdata] = storage
+    return storages
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+
+class Footprint(TorchDispatchMode):
+    """`peak`: the most bytes that tensors made under it held at a time, on any device, meta too."""
+
+    now = 0
+    peak = 0
+
+    def __torch_dispatch__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         out = func(*args, **(kwargs or {}))
-        old, new = ({s._cdata: s for s in (x.untyped_storage() for x in tree_leaves(tree) if isinstance(x, Tensor))}
-                    for tree in ((args, kwargs), out))
-        for key in new.keys() - old.keys():  # neither a view of an argument nor changed in place
-            self.grow(new[key].nbytes())
-            weakref.finalize(new[key], self.grow, -new[key].nbytes())
+        before = storages_in((args, kwargs))
+        for key, storage in storages_in(out).items():
+            if key not in before:  # neither a view of an argument nor changed in place
+                self.grow(storage.nbytes())
+                weakref.finalize(storage, self.grow, -storage.nbytes())
         return out
 
-    def grow(self, nbytes: int):
+    def grow(self, nbytes: int) -> None:
         self.now += nbytes
         self.peak = max(self.peak, self.now)
 
 
-def peak_bytes(call: Callable, device: torch.device) -> int:
-    """What call() takes on top of what is there: from the allocator on CUDA, of tensors elsewhere."""
+def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
+    """What a call takes on top of what is there, by CUDA's allocator; of tensors elsewhere."""
     if device.type != "cuda":
         with Footprint() as footprint:
             call()
@@ -102,7 +147,8 @@ def peak_bytes(call: Callable, device: torch.device) -> int:
     return torch.cuda.max_memory_allocated(device) - before
 
 
-def seconds(call: Callable, device: torch.device) -> float:
+def seconds_of(call: Callable[[], Any], device: torch.device) -> float:
+    """Seconds of a call, until the device is done with it."""
     start = time.perf_counter()
     call()
     if device.type == "cuda":
@@ -110,234 +156,678 @@ def seconds(call: Callable, device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def measure(cases: list[Case], unit: str, run: BenchConfig, device: torch.device) -> list[dict]:
-    """Runs the cases and prints a line for each; returns their numbers."""
-    n, times = (8192, 20) if device.type == "cuda" else (2048, 4)  # large enough for the device's best
-    (a, b), gflop = torch.randn(2, n, n, device=device, dtype=DTYPES[run.precision]), 2e-9 * n**3 * times
-    calls = {"": lambda: [a @ b for _ in range(times)], **{case.name: case.call for case in cases}}
-    peaks = {name: peak_bytes(call, device) for name, call in calls.items()}  # and this warms up
-    rounds = [{name: seconds(call, device) for name, call in calls.items()} for _ in range(run.rounds)]
-    for t, case in itertools.product(rounds, cases):
-        t[case.name] -= t.get(case.minus, 0)
+# ---------------------------------------------------------------- measuring
+class Case(NamedTuple):
+    """One call that is measured."""
 
-    def median(numerator: str, denominator: str | None = None) -> float:
-        return statistics.median(t[numerator] / t.get(denominator, 1) for t in rounds)
+    name: str
+    call: Callable[[], Any]
+    amount: int  # samples or tokens of one call
+    gflop: float  # of one call
+    module: nn.Module  # its weights count as memory
+    peer: str | None = None  # the case that the ratio is to
+    minus: str | None = None  # the case whose time is not to count
 
-    rows, rate = [], gflop / median("")
-    print(f"\n{'seconds':>46s}{unit + '/s':>11s}{'GFLOP':>10s}{'GFLOP/s':>10s}{'of matmul':>10s}{'GiB':>8s}   ratio")
+
+class CaseResult(NamedTuple):
+    """A row of the table."""
+
+    name: str
+    seconds: float
+    rate: float  # samples or tokens a second
+    gflop: float  # of one sample or token
+    gflop_per_second: float
+    of_matmul: float  # the same, in units of the device's matrix product
+    gib: float
+    ratio: float  # the peer's time by this one
+    matmul_gflop_per_second: float
+
+
+class MatrixProduct(NamedTuple):
+    """What the device can do at best."""
+
+    call: Callable[[], Any]
+    gflop: float  # of one call
+
+
+Round = dict[str, float]  # name of a case -> its seconds in one round
+MATMUL = ""  # the name of the matrix product in a round
+
+
+def matrix_product(dtype: torch.dtype, device: torch.device) -> MatrixProduct:
+    """Products of two square matrices that are large enough for the device's best."""
+    size = 8192 if device.type == "cuda" else 2048
+    times = 20 if device.type == "cuda" else 4
+    left, right = torch.randn(2, size, size, device=device, dtype=dtype)
+
+    def call() -> list[Tensor]:
+        return [left @ right for _ in range(times)]
+
+    return MatrixProduct(call, 2e-9 * size**3 * times)
+
+
+def net_seconds(measured: Round, cases: list[Case]) -> Round:
+    """The times of one round, each less what is not to count (of decoding: the prefill)."""
+    net = dict(measured)
     for case in cases:
-        t = median(case.name)
-        rows.append({"name": case.name, "seconds": t, "rate": case.amount / t, "gflop": case.gflop / case.amount,
-                     "gflop_per_second": case.gflop / t, "of_matmul": case.gflop / gflop * median("", case.name),
-                     "gib": (peaks[case.name] + sum(p.nbytes for p in case.module.parameters())) / 2**30,
-                     "ratio": median(case.peer or case.name, case.name), "matmul_gflop_per_second": rate})
-        print("{name:38s}{seconds:8.3f}{rate:11.2f}{gflop:10.3f}{gflop_per_second:10.1f}{of_matmul:10.3f}{gib:8.2f}"
-              "{ratio:8.2f}".format(**rows[-1]))
-    print(f"GFLOP of one of the {unit}, GiB with the weights. The matrix product: {rate:.1f} GFLOP/s")
-    return rows
+        if case.minus is not None:
+            net[case.name] = measured[case.name] - measured[case.minus]
+    return net
 
 
-def once(function: Callable, module: nn.Module, training: bool, run: BenchConfig, device: torch.device):
-    """Inference; or forward and backward of function(), a loss. The optimizer is the same for all, and left out."""
-    with torch.inference_mode(not training), autocast(run, device):
+def median_ratio(rounds: list[Round], numerator: str, denominator: str) -> float:
+    """The median over rounds of the ratio of two times."""
+    return statistics.median(round_[numerator] / round_[denominator] for round_ in rounds)
+
+
+def case_result(case: Case, rounds: list[Round], peak: int, matmul_gflop: float) -> CaseResult:
+    """The row of a case. peak: the bytes of its call; matmul_gflop: of one call of the product."""
+    seconds = statistics.median(round_[case.name] for round_ in rounds)
+    matmul_seconds = statistics.median(round_[MATMUL] for round_ in rounds)
+    matmuls = median_ratio(rounds, MATMUL, case.name)  # that take as long as one call
+    of_matmul = case.gflop / matmul_gflop * matmuls
+    weights = sum(parameter.nbytes for parameter in case.module.parameters())
+    gib = (peak + weights) / 2**30
+    gflop_per_second = case.gflop / seconds
+    matmul_speed = matmul_gflop / matmul_seconds
+    ratio = median_ratio(rounds, case.peer or case.name, case.name)
+    return CaseResult(
+        name=case.name,
+        seconds=seconds,
+        rate=case.amount / seconds,
+        gflop=case.gflop / case.amount,
+        gflop_per_second=gflop_per_second,
+        of_matmul=of_matmul,
+        gib=gib,
+        ratio=ratio,
+        matmul_gflop_per_second=matmul_speed,
+    )
+
+
+TABLE_HEAD = "{:>46s}{:>11s}{:>10s}{:>10s}{:>10s}{:>8s}   ratio"
+TABLE_ROW = (
+    "{name:38s}{seconds:8.3f}{rate:11.2f}{gflop:10.3f}{gflop_per_second:10.1f}{of_matmul:10.3f}"
+    "{gib:8.2f}{ratio:8.2f}"
+)
+
+
+def print_table(results: list[CaseResult], unit: str) -> None:
+    """unit: samples or tokens."""
+    print()
+    print(TABLE_HEAD.format("seconds", f"{unit}/s", "GFLOP", "GFLOP/s", "of matmul", "GiB"))
+    for result in results:
+        print(TABLE_ROW.format(**result._asdict()))
+    speed = results[0].matmul_gflop_per_second
+    print(
+        f"GFLOP of one of the {unit}, GiB with the weights. The matrix product: {speed:.1f} GFLOP/s"
+    )
+
+
+def measure(
+    cases: list[Case], unit: str, config: BenchConfig, device: torch.device
+) -> list[CaseResult]:
+    """Run the cases in turns, and print a line for each."""
+    product = matrix_product(DTYPES[config.precision], device)
+    calls = {MATMUL: product.call}
+    for case in cases:
+        calls[case.name] = case.call
+
+    # the memory first, for this warms up
+    peaks = {name: peak_bytes(call, device) for name, call in calls.items()}
+
+    rounds = []
+    for _ in range(config.rounds):
+        measured = {name: seconds_of(call, device) for name, call in calls.items()}
+        rounds.append(net_seconds(measured, cases))
+
+    results = []
+    for case in cases:
+        results.append(case_result(case, rounds, peaks[case.name], product.gflop))
+    print_table(results, unit)
+    return results
+
+
+def step(
+    function: Callable[[], Any],
+    module: nn.Module,
+    training: bool,
+    precision: str,
+    device: torch.device,
+) -> None:
+    """Inference; or forward and backward of function(), a loss, for the weights of `module`.
+
+    The optimizer is the same for all sides, and left out.
+    """
+    with torch.inference_mode(not training), autocast(precision, device):
         loss = function()
     if training:
         loss.backward()
         module.zero_grad()
 
 
-def random_pairs(c: ManagerTowerConfig, batch_size: int, device="cpu") -> dict:
-    """A pre-training batch without padding: every seventh token is masked, every other pair is false."""
-    ids = torch.randint(c.pad_token_id + 1, c.vocab_size, (batch_size, c.max_text_len))
-    labels = ids.where(torch.arange(c.max_text_len) % 7 == 1, IGNORE)
-    pixels, match = torch.randn(batch_size, 3, c.image_size, c.image_size), torch.arange(batch_size) % 2
-    batch = {"pixels": pixels, "input_ids": ids, "attention_mask": torch.ones_like(ids), "mlm_ids": ids,
-             "mlm_labels": labels, "itm_labels": match, "itm_pixels": pixels[torch.arange(batch_size) | 1]}
-    return {k: v.to(device) for k, v in batch.items()}
+# ---------------------------------------------------------------- two towers
+def random_pairs(
+    config: ManagerTowerConfig, batch_size: int, device: str | torch.device = "cpu"
+) -> dict[str, Tensor]:
+    """A pre-training batch without padding: every seventh token masked, every other pair false.
+
+    input_ids, attention_mask, mlm_ids, mlm_labels (B, L); pixels, itm_pixels (B, 3, S, S);
+    itm_labels (B,).
+    """
+    length = config.max_text_len
+    ids = torch.randint(config.pad_token_id + 1, config.vocab_size, (batch_size, length))
+    is_masked = torch.arange(length) % 7 == 1
+    pixels = torch.randn(batch_size, 3, config.image_size, config.image_size)
+    numbers = torch.arange(batch_size)
+    other_pixels = pixels[numbers | 1]  # an even row gets the picture of the row after it
+    batch = {
+        "pixels": pixels,
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "mlm_ids": ids,
+        "mlm_labels": ids.where(is_masked, IGNORE),
+        "itm_labels": numbers % 2,
+        "itm_pixels": other_pixels,
+    }
+    return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
-def bridge_tower(c: ManagerTowerConfig) -> nn.ModuleDict:
-    """transformers' two models for pre-training, on one common body."""
-    from transformers import BridgeTowerConfig, BridgeTowerForImageAndTextRetrieval, BridgeTowerForMaskedLM
-    text = {"vocab_size": c.vocab_size, "hidden_size": c.text_width, "num_hidden_layers": c.text_layers,
-            "num_attention_heads": c.text_heads, "intermediate_size": c.text_mlp_width,
-            "hidden_dropout_prob": c.dropout,
-            "attention_probs_dropout_prob": c.dropout, "max_position_embeddings": c.max_positions}
-    vision = {"hidden_size": c.vision_width, "num_hidden_layers": c.vision_layers, "patch_size": c.patch_size,
-              "image_size": c.image_size}
-    config = BridgeTowerConfig(hidden_size=c.hidden_size, num_attention_heads=c.num_heads, text_config=text,
-                               num_hidden_layers=c.num_layers, vision_config=vision)
-    models = nn.ModuleDict({"mlm": BridgeTowerForMaskedLM(config), "itm": BridgeTowerForImageAndTextRetrieval(config)})
-    models["itm"].bridgetower = models["mlm"].bridgetower
-    return models
+def bridge_tower(config: ManagerTowerConfig) -> nn.ModuleDict:
+    """transformers' two models for pre-training ("mlm" and "itm"), on one common body."""
+    import transformers
+
+    text: dict[str, Any] = {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.text_width,
+        "num_hidden_layers": config.text_layers,
+        "num_attention_heads": config.text_heads,
+        "intermediate_size": config.text_mlp_width,
+    }
+    text["max_position_embeddings"] = config.max_positions
+    text["hidden_dropout_prob"] = config.dropout
+    text["attention_probs_dropout_prob"] = config.dropout
+    vision = {
+        "hidden_size": config.vision_width,
+        "num_hidden_layers": config.vision_layers,
+        "patch_size": config.patch_size,
+        "image_size": config.image_size,
+    }
+    theirs = transformers.BridgeTowerConfig(
+        hidden_size=config.hidden_size,
+        num_attention_heads=config.num_heads,
+        text_config=text,
+        num_hidden_layers=config.num_layers,
+        vision_config=vision,
+    )
+    mlm: Any = transformers.BridgeTowerForMaskedLM(theirs)
+    itm: Any = transformers.BridgeTowerForImageAndTextRetrieval(theirs)
+    itm.bridgetower = mlm.bridgetower
+    return nn.ModuleDict({"mlm": mlm, "itm": itm})
 
 
-def bridge_tower_loss(models: nn.ModuleDict, b: dict) -> Tensor:
-    """MLM + ITM as transformers offers them: with logits of all tokens, where our head takes the masked ones."""
-    mask = b["attention_mask"]
-    mlm = models["mlm"](b["mlm_ids"], mask, pixel_values=b["pixels"], labels=b["mlm_labels"])
-    return mlm.loss + models["itm"](b["input_ids"], mask, pixel_values=b["itm_pixels"], labels=b["itm_labels"]).loss
+def bridge_tower_loss(models: nn.ModuleDict, batch: dict[str, Tensor]) -> Tensor:
+    """MLM + ITM as transformers offers them: with logits of all tokens, ours of the masked ones."""
+    mask = batch["attention_mask"]
+    mlm = models["mlm"](
+        batch["mlm_ids"], mask, pixel_values=batch["pixels"], labels=batch["mlm_labels"]
+    )
+    itm = models["itm"](
+        batch["input_ids"], mask, pixel_values=batch["itm_pixels"], labels=batch["itm_labels"]
+    )
+    return mlm.loss + itm.loss
 
 
-def bench_towers(run: BenchConfig, device: torch.device) -> list[dict]:
-    config = getattr(ManagerTowerConfig, run.model)()
-    ours, peer = ManagerTower(config).to(device), bridge_tower(config).to(device)
-    task, shared = (Pretraining(ours, ("mlm", "itm"), share) for share in (False, True))
-    body, inputs = peer["mlm"].bridgetower, ("pixels", "input_ids", "attention_mask")
-    functions = [("ManagerTower", ours, False, lambda b: ours(*(b[k] for k in inputs)), PEER),
-                 (PEER, peer, False, lambda b: body(*(b[k] for k in inputs[1:]), pixel_values=b["pixels"]), None),
-                 ("ManagerTower", ours, True, lambda b: sum(task(b).values()), PEER),
-                 ("share_images", ours, True, lambda b: sum(shared(b).values()), "ManagerTower"),
-                 (PEER, peer, True, partial(bridge_tower_loss, peer), None)]
-    batch, cases, rows = random_pairs(config, run.batch_size, device), {False: [], True: []}, []
-    pair = {k: v[:2] for k, v in batch.items()}  # FLOPs are counted on two samples
-    for name, module, training, function, other in functions:
-        kind, rest = ", training step" if training else ", inference", (module.train(training), training, run, device)
-        gflop = count_gflop(partial(once, partial(function, pair), *rest)) * run.batch_size / 2
-        call = partial(once, partial(function, batch), *rest)
-        cases[training].append(Case(name + kind, call, run.batch_size, gflop, module, other and other + kind))
-    if run.compile:
-        wrap(task, run, World(run.device))
+def tower_features(model: ManagerTower, batch: dict[str, Tensor]) -> Any:
+    return model(batch["pixels"], batch["input_ids"], batch["attention_mask"])
+
+
+def bridge_tower_features(models: nn.ModuleDict, batch: dict[str, Tensor]) -> Any:
+    body: Any = models["mlm"].bridgetower
+    return body(batch["input_ids"], batch["attention_mask"], pixel_values=batch["pixels"])
+
+
+def pretraining_loss(task: Pretraining, batch: dict[str, Tensor]) -> Any:
+    return sum(task(batch).values())
+
+
+class Side(NamedTuple):
+    """One side of the comparison of towers."""
+
+    name: str
+    module: nn.Module
+    function: Callable[[dict[str, Tensor]], Any]  # batch -> features, or a loss
+    peer: str | None = None  # the side that the ratio is to
+
+
+def tower_cases(
+    sides: list[Side],
+    training: bool,
+    batch: dict[str, Tensor],
+    config: BenchConfig,
+    device: torch.device,
+) -> list[Case]:
+    """The cases of inference, or of training steps. FLOPs are counted on the first two samples."""
+    kind = ", training step" if training else ", inference"
+    pair = {name: tensor[:2] for name, tensor in batch.items()}
+    cases = []
+    for side in sides:
+        side.module.train(training)
+        settings = (side.module, training, config.precision, device)
+        on_pair = partial(step, partial(side.function, pair), *settings)
+        on_batch = partial(step, partial(side.function, batch), *settings)
+        gflop = count_gflop(on_pair) * config.batch_size / 2
+        peer = side.peer + kind if side.peer else None
+        name = side.name + kind
+        cases.append(Case(name, on_batch, config.batch_size, gflop, side.module, peer))
+    return cases
+
+
+def bench_towers(config: BenchConfig, device: torch.device) -> list[dict]:
+    """ManagerTower and transformers' BridgeTower of the same size."""
+    architecture: ManagerTowerConfig = getattr(ManagerTowerConfig, config.model)()
+    ours = ManagerTower(architecture).to(device)
+    peer = bridge_tower(architecture).to(device)
+    task = Pretraining(ours, ("mlm", "itm"), share_images=False)
+    sharing_task = Pretraining(ours, ("mlm", "itm"), share_images=True)
+    batch = random_pairs(architecture, config.batch_size, device)
+
+    inference_sides = [
+        Side("ManagerTower", ours, partial(tower_features, ours), PEER),
+        Side(PEER, peer, partial(bridge_tower_features, peer)),
+    ]
+    loss = partial(pretraining_loss, task)
+    sharing_loss = partial(pretraining_loss, sharing_task)
+    training_sides = [
+        Side("ManagerTower", ours, loss, PEER),
+        Side("share_images", ours, sharing_loss, "ManagerTower"),
+        Side(PEER, peer, partial(bridge_tower_loss, peer)),
+    ]
+    inference_cases = tower_cases(inference_sides, False, batch, config, device)
+    training_cases = tower_cases(training_sides, True, batch, config, device)
+
+    # only now, for what is compiled cannot be counted
+    if config.compile:
+        wrap(task, RunConfig(compile=True), World(config.device))
+        body: Any = peer["mlm"].bridgetower
         body.compile()
-    print(f"ManagerTower and BridgeTower {run.model}, {config.image_size} px, {config.max_text_len} tokens; MLM + ITM")
-    for training in (False, True):
-        ours.train(training), peer.train(training)
-        rows += measure(cases[training], "samples", run, device)
-    print(f"share_images saves {1 - rows[3]['gflop'] / rows[2]['gflop']:.1%} of a training step's FLOPs and "
-          f"{1 - 1 / rows[3]['ratio']:.1%} of its time")
-    return rows
+
+    print(
+        f"ManagerTower and BridgeTower {config.model}, {architecture.image_size} px, "
+        f"{architecture.max_text_len} tokens; MLM + ITM"
+    )
+    ours.eval()
+    peer.eval()
+    inference = measure(inference_cases, "samples", config, device)
+    ours.train()
+    peer.train()
+    training = measure(training_cases, "samples", config, device)
+
+    apart, shared, _ = training
+    saved_flops = 1 - shared.gflop / apart.gflop
+    saved_time = 1 - 1 / shared.ratio
+    print(
+        f"share_images saves {saved_flops:.1%} of a training step's FLOPs and "
+        f"{saved_time:.1%} of its time"
+    )
+    return [result._asdict() for result in (*inference, *training)]
 
 
-def one_image_at_a_time(model: ManagerTower, images: Tensor, ids: Tensor, mask: Tensor, chosen: Tensor) -> Tensor:
-    """What eval.retrieval_scores gives for the pairs chosen (I, M), by one pass for each image and its captions."""
+# ---------------------------------------------------------------- re-ranking
+def one_image_at_a_time(
+    model: ManagerTower, images: Tensor, ids: Tensor, mask: Tensor, chosen: Tensor
+) -> Tensor:
+    """What eval.retrieval_scores gives for the pairs chosen (I, M), by one pass for each image.
+
+    images (I, 3, S, S); ids, mask (M, L). The scores (I, M) of the other pairs are -100.
+    """
     scores = torch.full(chosen.shape, -100.0)
     with evaluating(model) as device:
-        texts, mask = model.encode_text(ids.to(device), mask.to(device)), mask.to(device)
+        texts = model.encode_text(ids.to(device), mask.to(device))
+        mask = mask.to(device)
         for i, image in enumerate(images):
             rows = chosen[i].nonzero()[:, 0].to(device)
-            experts = model.encode_image(image[None].to(device)).expand(len(rows), -1, -1, -1)
-            logits = model.heads["itm"](model.fuse(texts[rows], experts, mask[rows]).pooled)
+            one_image = model.encode_image(image[None].to(device))
+            experts = one_image.expand(len(rows), -1, -1, -1)
+            features = model.fuse(texts[rows], experts, mask[rows])
+            logits = model.heads["itm"](features.pooled)
             scores[i, chosen[i]] = logits[:, 1].float().cpu()
     return scores
 
 
-def bench_retrieval(run: BenchConfig, device: torch.device) -> list[dict]:
+class RetrievalResult(NamedTuple):
+    """Times are medians over rounds, in seconds."""
+
+    pictures: int
+    captions: int
+    pairs: int  # that were re-ranked
+    batch: int
+    difference: float  # the largest one of two scores
+    batched: float
+    single: float  # one image at a time
+    ratio: float
+
+
+def bench_retrieval(config: BenchConfig, device: torch.device) -> list[dict]:
     """Two batches of pictures, five captions each, 16 candidates."""
-    model = ManagerTower(getattr(ManagerTowerConfig, run.model)(heads=("itm", "itc"))).to(device)
-    batch, size = random_pairs(model.config, 10 * run.batch_size), run.batch_size
-    images, texts = batch["pixels"][: 2 * size], {k: batch[k] for k in ("input_ids", "attention_mask")}
-    batched = partial(retrieval_scores, model, load=images.__getitem__, num_images=len(images), **texts, k_test=16,
-                      batch_size=size)
+    architecture = getattr(ManagerTowerConfig, config.model)(heads=("itm", "itc"))
+    model = ManagerTower(architecture).to(device)
+    num_pictures = 2 * config.batch_size
+    num_captions = 10 * config.batch_size
+    batch = random_pairs(model.config, num_captions)
+    images = batch["pixels"][:num_pictures]
+    ids = batch["input_ids"]
+    mask = batch["attention_mask"]
+    batched = partial(
+        retrieval_scores,
+        model,
+        load=images.__getitem__,
+        num_images=num_pictures,
+        input_ids=ids,
+        attention_mask=mask,
+        k_test=16,
+        batch_size=config.batch_size,
+    )
     scores = batched()
-    single = partial(one_image_at_a_time, model, images, *texts.values(), scores > -100)
-    row = {"pictures": len(images), "captions": 10 * size, "pairs": int((scores > -100).sum()), "batch": size,
-           "difference": (scores - single()).abs().max().item()}
-    times = [(seconds(batched, device), seconds(single, device)) for _ in range(run.rounds)]
-    row["batched"], row["single"], row["ratio"] = map(statistics.median, zip(*((x, y, y / x) for x, y in times)))
-    print("{pictures} pictures, {captions} captions, {pairs} pairs re-ranked: {batched:.3f} s in batches of {batch}, "
-          "{single:.3f} "
-          "s one image at a time, ratio {ratio:.2f}; the scores agree to {difference:.1e}".format(**row))
-    return [row]
+    is_chosen = scores > -100
+    single = partial(one_image_at_a_time, model, images, ids, mask, is_chosen)
+    difference = (scores - single()).abs().max().item()
+
+    batched_times = []
+    single_times = []
+    for _ in range(config.rounds):
+        batched_times.append(seconds_of(batched, device))
+        single_times.append(seconds_of(single, device))
+    ratios = [slow / fast for slow, fast in zip(single_times, batched_times, strict=True)]
+    num_pairs = int(is_chosen.sum())
+    batched_seconds = statistics.median(batched_times)
+    single_seconds = statistics.median(single_times)
+    ratio = statistics.median(ratios)
+    print(
+        f"{num_pictures} pictures, {num_captions} captions, {num_pairs} pairs re-ranked: "
+        f"{batched_seconds:.3f} s in batches of {config.batch_size}, "
+        f"{single_seconds:.3f} s one image at a time, ratio {ratio:.2f}; "
+        f"the scores agree to {difference:.1e}"
+    )
+    result = RetrievalResult(
+        pictures=num_pictures,
+        captions=num_captions,
+        pairs=num_pairs,
+        batch=config.batch_size,
+        difference=difference,
+        batched=batched_seconds,
+        single=single_seconds,
+        ratio=ratio,
+    )
+    return [result._asdict()]
 
 
-def llava_onevision(c: LlavaManagerConfig) -> nn.Module:
+# ---------------------------------------------------------------- the MLLM
+DECODED = 16  # tokens after the first one
+TRAINING_STEP = "training step"
+PREFILL = "prefill"
+DECODING = "decoding"
+PROMPT = 33  # ids, with the image's placeholder
+
+
+def llava_onevision(config: LlavaManagerConfig) -> nn.Module:
     """transformers' model of the same size: what ours is without managers."""
-    from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
-    vision, text = ({theirs: getattr(c, ours) for ours, theirs in fields.items()}
-                    for fields in (VISION_FIELDS, OFFICIAL_FIELDS))
-    vision |= {"model_type": "siglip_vision_model", "num_hidden_layers": c.vision_layers - 1, "vision_use_head": False}
-    return LlavaOnevisionForConditionalGeneration(LlavaOnevisionConfig(
-        vision_config=vision, text_config=text | {"model_type": "qwen2"}, image_token_index=c.vocab_size - 1,
-        vision_feature_layer=-1, image_grid_pinpoints=[list(size) for size in c.grid_pinpoints],
-        vision_aspect_ratio=c.aspect,
-        vision_feature_select_strategy="full", tie_word_embeddings=c.tie_embeddings))
+    import transformers
+
+    vision = {theirs: getattr(config, ours) for ours, theirs in VISION_FIELDS.items()}
+    vision["model_type"] = "siglip_vision_model"
+    vision["num_hidden_layers"] = config.vision_layers - 1  # without the last one, as ours
+    vision["vision_use_head"] = False
+    text = {theirs: getattr(config, ours) for ours, theirs in OFFICIAL_FIELDS.items()}
+    text["model_type"] = "qwen2"
+    pinpoints = [list(size) for size in config.grid_pinpoints]
+    image_token = config.vocab_size - 1
+    theirs: Any = transformers.LlavaOnevisionConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=image_token,
+        vision_feature_layer=-1,
+        image_grid_pinpoints=pinpoints,
+        vision_aspect_ratio=config.aspect,
+        vision_feature_select_strategy="full",
+        tie_word_embeddings=config.tie_embeddings,
+    )
+    return transformers.LlavaOnevisionForConditionalGeneration(theirs)
 
 
-def llava_prompt(c: LlavaManagerConfig, grid: int, batch_size: int, device) -> tuple[Tensor, list, int]:
-    """input_ids: 32 tokens around one image; the images: a base tile and grid x grid tiles; the tokens of an image."""
-    size = (max(grid, 1) * c.image_size,) * 2
-    image = ImageTiles(torch.randn(1 + grid**2, 3, c.image_size, c.image_size, device=device), size)
-    ids = torch.randint(3, c.vocab_size - 1, (batch_size, 33)).index_fill(1, torch.tensor([16]), IMAGE_TOKEN)
-    return ids, [image] * batch_size, count_image_tokens(len(image.pixels), size, c)
+class Prompt(NamedTuple):
+    """The same prompt for each row of a batch."""
+
+    ids: Tensor  # (B, L), with one placeholder a row
+    images: list[ImageTiles]
+    num_image_tokens: int  # of one image
 
 
-def llava_calls(model: nn.Module, c: LlavaManagerConfig, grid: int, batch_size: int, device) -> tuple[int, dict]:
-    """(tokens of the spliced batch, functions: "training step" gives a loss), for our model or for the peer."""
-    ids, images, count = llava_prompt(c, grid, batch_size, device)
-    labels, more = ids.where(ids != IMAGE_TOKEN, IGNORE), {"images": images}
-    if not isinstance(model, LlavaManager):
-        repeats = torch.where(ids[0] == IMAGE_TOKEN, count, 1)
-        ids = ids.where(ids != IMAGE_TOKEN, c.vocab_size - 1)
-        ids, labels = (x.repeat_interleave(repeats, 1).to(device) for x in (ids, labels))
-        pixels = torch.stack([image.pixels for image in images]).to(next(model.parameters()).dtype)
-        more = {"pixel_values": pixels, "image_sizes": torch.tensor([images[0].size] * batch_size)}
-    return (count + 32) * batch_size, {
-        "training step": lambda: model(ids, labels=labels, **more)[0],
-        "prefill": lambda: model.generate(ids, max_new_tokens=1, **more),
-        "decoding": lambda: model.generate(ids, max_new_tokens=1 + DECODED, **more)}
+def llava_prompt(
+    config: LlavaManagerConfig, grid: int, batch_size: int, device: torch.device
+) -> Prompt:
+    """32 tokens around one image of a base tile and grid x grid tiles (0: the base tile alone)."""
+    side = max(grid, 1) * config.image_size
+    shape = (1 + grid**2, 3, config.image_size, config.image_size)
+    image = ImageTiles(torch.randn(shape, device=device), (side, side))
+    ids = torch.randint(3, config.vocab_size - 1, (batch_size, PROMPT))
+    ids[:, PROMPT // 2] = IMAGE_TOKEN
+    num_image_tokens = count_image_tokens(len(image.pixels), image.size, config)
+    return Prompt(ids, [image] * batch_size, num_image_tokens)
 
 
-def bench_llava(run: BenchConfig, device: torch.device) -> list[dict]:
-    c, rows = getattr(LlavaManagerConfig, run.model)(eos_ids=()), []
-    ours, peer = LlavaManager(c), llava_onevision(c)
-    plain = LlavaManager(dataclasses.replace(c, manager_type=None))
-    plan = [("managers", ours, 2, "no managers"), ("no managers", plain, 2, PEER), (PEER, peer, 2, None),
-            ("managers", ours, 0, "no managers"), ("no managers", plain, 0, None)]  # the peer always has a grid
+def expand_placeholders(tokens: Tensor, is_image: Tensor, count: int) -> Tensor:
+    """(B, L) -> (B, L + count - 1): each placeholder `count` times. is_image (L,)."""
+    repeats = torch.where(is_image, count, 1)
+    return tokens.repeat_interleave(repeats, dim=1)
+
+
+def llava_inputs(
+    model: nn.Module, config: LlavaManagerConfig, prompt: Prompt, device: torch.device
+) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """(input_ids, labels, the images' keywords) as our model takes them, or the peer."""
+    is_image = prompt.ids == IMAGE_TOKEN
+    labels = prompt.ids.where(~is_image, IGNORE)
+    if isinstance(model, LlavaManager):
+        return prompt.ids, labels, {"images": prompt.images}
+    # the peer has a token of its own for images, as often as an image has tokens
+    ids = prompt.ids.where(~is_image, config.vocab_size - 1)
+    ids = expand_placeholders(ids, is_image[0], prompt.num_image_tokens).to(device)
+    labels = expand_placeholders(labels, is_image[0], prompt.num_image_tokens).to(device)
+    dtype = next(model.parameters()).dtype
+    pixels = torch.stack([image.pixels for image in prompt.images]).to(dtype)  # (B, T, 3, S, S)
+    sizes = torch.tensor([image.size for image in prompt.images])
+    return ids, labels, {"pixel_values": pixels, "image_sizes": sizes}
+
+
+class LlavaSide(NamedTuple):
+    """One side of the comparison of MLLMs."""
+
+    name: str
+    model: nn.Module
+    grid: int  # the image has a base tile and grid x grid tiles
+    peer: str | None = None
+
+
+def llava_cases(
+    side: LlavaSide,
+    architecture: LlavaManagerConfig,
+    training: bool,
+    config: BenchConfig,
+    device: torch.device,
+) -> list[Case]:
+    """The case of a training step; or those of prefill and of decoding, which is less its prefill.
+
+    On the way the model moves to the device, in fp32 for training.
+    """
+    dtype = DTYPES["fp32" if training else config.precision]
+    model: Any = side.model.train(training).to(device, dtype)
+    prompt = llava_prompt(architecture, side.grid, config.batch_size, device)
+    ids, labels, images = llava_inputs(model, architecture, prompt, device)
+    num_tokens = (prompt.num_image_tokens + PROMPT - 1) * config.batch_size
+
+    def make_case(kind: str, function: Callable[[], Any], prefill: Case | None = None) -> Case:
+        suffix = f", grid {side.grid}, {kind}"
+        name = side.name + suffix
+        peer = side.peer + suffix if side.peer else None
+        call = partial(step, function, model, training, config.precision, device)
+        gflop = count_gflop(call)
+        if prefill is None:
+            return Case(name, call, num_tokens, gflop, model, peer)
+        gflop -= prefill.gflop
+        num_decoded = DECODED * config.batch_size
+        return Case(name, call, num_decoded, gflop, model, peer, minus=prefill.name)
+
+    if training:
+        return [make_case(TRAINING_STEP, lambda: model(ids, labels=labels, **images)[0])]
+    prefill = make_case(PREFILL, partial(model.generate, ids, max_new_tokens=1, **images))
+    decode = partial(model.generate, ids, max_new_tokens=1 + DECODED, **images)
+    return [prefill, make_case(DECODING, decode, prefill)]
+
+
+def bench_llava(config: BenchConfig, device: torch.device) -> list[dict]:
+    """LLaVA-OV-Manager with and without managers, and transformers' LLaVA-OneVision."""
+    architecture: LlavaManagerConfig = getattr(LlavaManagerConfig, config.model)(eos_ids=())
+    ours = LlavaManager(architecture)
+    peer = llava_onevision(architecture)
+    plain = LlavaManager(dataclasses.replace(architecture, manager_type=None))
+    with_grid = [
+        LlavaSide("managers", ours, 2, "no managers"),
+        LlavaSide("no managers", plain, 2, PEER),
+        LlavaSide(PEER, peer, 2),
+    ]
+    # transformers' model always has a grid
+    base_tile_alone = [
+        LlavaSide("managers", ours, 0, "no managers"),
+        LlavaSide("no managers", plain, 0),
+    ]
+    results: list[dict] = []
     for training in (True, False):
         cases = []
-        for name, model, grid, other in plan:
-            model.train(training).to(device, DTYPES["fp32" if training else run.precision])
-            total, calls = llava_calls(model, c, grid, run.batch_size, device)
-            for kind in ["training step"] if training else ["prefill", "decoding"]:
-                call, what = partial(once, calls[kind], model, training, run, device), f", grid {grid}, {kind}"
-                # decoding: less its prefill
-                amount, less = (DECODED * run.batch_size, cases[-1]) if kind == "decoding" else (total, None)
-                gflop = count_gflop(call) - (less.gflop if less else 0)
-                cases.append(Case(name + what, call, amount, gflop, model, other and other + what, less and less.name))
-        rows += measure(cases, "tokens", run, device)
-    return rows + manager_overhead()
+        for side in (*with_grid, *base_tile_alone):
+            cases += llava_cases(side, architecture, training, config, device)
+        results += [result._asdict() for result in measure(cases, "tokens", config, device)]
+    overheads = manager_overhead()
+    return results + [overhead._asdict() for overhead in overheads]
 
 
-def manager_overhead() -> list[dict]:
-    """What managers add to the prefill of one image by the 0.5B model, in bf16, counted on the meta device."""
-    rows, plain, meta = [], (), torch.device("meta")
-    for grid, kind in itertools.product((1, 2, 3), (None, "static", "adaptive", "adaptive_cross")):
-        with meta:
-            model = LlavaManager(LlavaManagerConfig.base(manager_type=kind)).eval().to(torch.bfloat16)
-        ids, images, count = llava_prompt(model.config, grid, 1, meta)
-        call = partial(once, partial(model, ids, images=images), model, False, BenchConfig(precision="fp32"), meta)
-        cost = count_gflop(call), sum(p.numel() for p in model.parameters()), peak_bytes(call, meta) / 2**20
-        plain = plain if kind else cost
-        gflop, parameters, mib = (x - y for x, y in zip(cost, plain))
-        rows.append({"name": f"0.5B, {kind or 'no'} managers, {grid} x {grid} tiles", "image_tokens": count,
-                     "gflop": cost[0], "overhead": gflop / plain[0], "parameters": parameters, "mib": mib})
-        print("{name:40s}{image_tokens:5d} image tokens, {gflop:6.0f} GFLOP, {overhead:+6.2%}; "
-              "{parameters:+8d} parameters, {mib:+6.1f} MiB".format(**rows[-1]))
-    return rows
+# ---------------------------------------------------------------- what managers add to the MLLM
+class Cost(NamedTuple):
+    """Of the prefill of one image."""
+
+    image_tokens: int
+    gflop: float
+    parameters: int
+    mib: float  # of activations
 
 
-BENCHES = {"towers": (bench_towers, BenchConfig(), ()),
-           "retrieval": (bench_retrieval, BenchConfig("tiny", 32), ("precision", "compile")),
-           "llava": (bench_llava, BenchConfig("tiny"), ("compile",))}
+class OverheadResult(NamedTuple):
+    """A line of the second table: of one kind of managers, beside the model without any."""
+
+    name: str
+    image_tokens: int
+    gflop: float
+    overhead: float  # more FLOPs than without managers, as a part of those
+    parameters: int  # more than without managers
+    mib: float  # more than without managers
 
 
-def main(argv: list[str]):
-    what, argv = (argv[0], argv[1:]) if argv and argv[0] in BENCHES else ("towers", argv)
-    bench, run, skip = BENCHES[what]
-    parser = argparse.ArgumentParser(allow_abbrev=False, description=f"bench.py [{'|'.join(BENCHES)}], here: {what}")
-    add_flags(parser, BenchConfig, skip)
-    run = dataclasses.replace(run, **vars(parser.parse_args(argv)))
-    if what == "llava" and run.model == "large":
-        raise ValueError("bench.py llava has no --model large, only tiny and base")
-    if what != "retrieval" and find_spec("transformers") is None:
+OVERHEAD_ROW = (
+    "{name:40s}{image_tokens:5d} image tokens, {gflop:6.0f} GFLOP, {overhead:+6.2%}; "
+    "{parameters:+8d} parameters, {mib:+6.1f} MiB"
+)
+
+
+def prefill_cost(manager_type: str | None, grid: int) -> Cost:
+    """The cost of the 0.5B model in bf16, counted on the meta device."""
+    meta = torch.device("meta")
+    with meta:
+        model = LlavaManager(LlavaManagerConfig.base(manager_type=manager_type))
+    model = model.eval().to(torch.bfloat16)
+    prompt = llava_prompt(model.config, grid, 1, meta)
+    function = partial(model, prompt.ids, images=prompt.images)
+    call = partial(step, function, model, False, "fp32", meta)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    gflop = count_gflop(call)
+    mib = peak_bytes(call, meta) / 2**20
+    return Cost(prompt.num_image_tokens, gflop, parameters, mib)
+
+
+def compare_costs(name: str, cost: Cost, plain: Cost) -> OverheadResult:
+    """The cost of a model beside the one of the model without managers."""
+    overhead = (cost.gflop - plain.gflop) / plain.gflop
+    parameters = cost.parameters - plain.parameters
+    mib = cost.mib - plain.mib
+    return OverheadResult(name, cost.image_tokens, cost.gflop, overhead, parameters, mib)
+
+
+def manager_overhead() -> list[OverheadResult]:
+    """What managers add to the prefill of one image by the 0.5B model, for three grids."""
+    results = []
+    for grid in (1, 2, 3):
+        plain = prefill_cost(None, grid)
+        costs = {"no": plain}
+        for manager_type in ("static", "adaptive", "adaptive_cross"):
+            costs[manager_type] = prefill_cost(manager_type, grid)
+        for kind, cost in costs.items():
+            name = f"0.5B, {kind} managers, {grid} x {grid} tiles"
+            result = compare_costs(name, cost, plain)
+            print(OVERHEAD_ROW.format(**result._asdict()))
+            results.append(result)
+    return results
+
+
+# ---------------------------------------------------------------- the command line
+class Bench(NamedTuple):
+    """A command."""
+
+    run: Callable[[Any, torch.device], list[dict]]  # config, device -> the numbers
+    config: type[BenchConfig]
+    has_peer: bool  # it needs transformers
+
+
+BENCHES = {
+    "towers": Bench(bench_towers, BenchConfig, has_peer=True),
+    "retrieval": Bench(bench_retrieval, RetrievalConfig, has_peer=False),
+    "llava": Bench(bench_llava, LlavaConfig, has_peer=True),
+}
+
+
+def split_command(argv: Sequence[str]) -> tuple[str, list[str]]:
+    """(name of the bench, its flags); without a name it is `towers`."""
+    if not argv or argv[0].startswith("-"):
+        return "towers", list(argv)
+    if argv[0] not in BENCHES:
+        raise FlagError(
+            f"bench.py has no {argv[0]!r}; it must be one of {', '.join(BENCHES)}; "
+            "`python bench.py -h` lists all flags"
+        )
+    return argv[0], list(argv[1:])
+
+
+def main(argv: list[str]) -> None:
+    name, flags = split_command(argv)
+    bench = BENCHES[name]
+    others = ", ".join(other for other in BENCHES if other != name)
+    description = f"{bench.run.__doc__} Other comparisons: {others}."
+    config = parse_flags(bench.config, flags, description, name)
+    check_output("--json", config.json)
+    if bench.has_peer and find_spec("transformers") is None:
         raise ValueError("the peers are transformers' models: pip install -r requirements-dev.txt")
-    device = World(run.device).device
-    if run.precision == "auto":
-        run.precision = "bf16" if device.type == "cuda" else "fp32"
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    report = {"bench": what, "on": name, "torch": torch.__version__, **dataclasses.asdict(run)}
+    device = World(config.device).device
+    precision = resolve_precision(config.precision, device)
+    config = dataclasses.replace(config, precision=precision)
+    machine = f"CPU, {torch.get_num_threads()} threads"
+    if device.type == "cuda":
+        machine = torch.cuda.get_device_name()
+    report: dict[str, Any] = {"bench": name, "on": machine, "torch": torch.__version__}
+    report.update(dataclasses.asdict(config))
     print(", ".join(f"{key} {value}" for key, value in report.items()))
+
     torch.manual_seed(0)
-    report["rows"] = bench(run, device)
-    if run.json:
-        write_atomically(Path(run.json), lambda path: path.write_text(json.dumps(report, indent=1) + "\n"))
+    report["rows"] = bench.run(config, device)
+    if config.json:
+        save_json(config.json, report)
+
+
+if __name__ == "__main__":
+    one_sentence(main)

@@ -40,6 +40,7 @@ def tokenize(text: str, tokenizer: Any, has_image: bool = True) -> list[int]:
                     f"the tokenizer lacks {TURN_START} or {TURN_END}, which chats need; Qwen2's "
                     "has both"
                 )
+    # between two pieces stood a tag
     pieces = text.split(IMAGE_TAG) if has_image else [text]
     ids: list[int] = []
     for number, piece in enumerate(pieces):
@@ -117,6 +118,7 @@ def encode_chat(
     turns = read_turns(conversation)
     if style == "plain":
         return encode_plain(turns, tokenizer)
+    # an answer before the first question is dropped: official
     if turns and turns[0][0] == "assistant":
         turns = turns[1:]
     if style != "qwen_1_5" or not turns:
@@ -125,9 +127,11 @@ def encode_chat(
             "turn"
         )
 
+    # these have a label in any turn
     always: set[int] = set()
     if not strict_labels:
         always = set(tokenize(f"{TURN_START}{TURN_END}\n", tokenizer))
+    # turn by turn: no token reaches over the border of two
     ids: list[int] = []
     labels: list[int] = []
     for role, text in [("system", SYSTEM), *turns]:
@@ -151,6 +155,7 @@ def encode_prompt(turns: Sequence[str], tokenizer: Any, num_images: int = 0) -> 
         raise ValueError(
             f"a prompt ends with a turn of the user, so their number is odd, not {len(turns)}"
         )
+    # the placeholders, in front of the first question
     first = turns[0]
     if num_images > 0:
         tags = " ".join([IMAGE_TAG] * num_images)

@@ -188,6 +188,7 @@ def parse_chat(record: dict) -> Parsed:
     """
     turns = need_turns(record)
     pictures = need_chat_pictures(record)
+    # each picture needs a tag, the place where its tokens will stand
     tags = sum(turn["value"].count(IMAGE_TAG) for turn in turns)
     if "video" in record or (pictures and tags not in (0, len(pictures))):
         raise BadSample(f"{len(pictures)} images but {tags} <image> tags; videos are not read")
@@ -201,6 +202,7 @@ def parse_chat(record: dict) -> Parsed:
     return pictures, [{"conversation": turns, "id": record.get("id"), "length": length}]
 
 
+# kind -> how a record of a manifest, of LLaVA's files or of the demo is read
 PARSERS: dict[str, Parser] = {
     "captions": parse_captions,
     "questions": parse_questions,
@@ -286,6 +288,7 @@ class ArrowKind(NamedTuple):
     parse: Callable[[dict], list[dict]]
 
 
+# kind -> what its .arrow files look like; conversations have none
 ARROW_KINDS = {
     "captions": ArrowKind(("image",), {"caption": "list of text"}, arrow_captions),
     "questions": ArrowKind(
@@ -316,7 +319,7 @@ def is_of_arrow_type(declared: Any, wanted: str) -> bool:
 
     A column of nulls fits everything: test files have such ones.
     """
-    from pyarrow import types
+    from pyarrow import types  # optional: only who has .arrow files needs it
 
     if types.is_null(declared) or wanted == "anything":
         return True
@@ -428,7 +431,7 @@ class Manifest(Part):
         place = int(self.places[index])
         if self.items is not None:
             return self.items[place]
-        start = int(self.starts[place - 1])
+        start = int(self.starts[place - 1])  # lines are counted from 1
         size = int(self.starts[place]) - start
         try:
             return json.loads(read_at(self.path, start, size))
@@ -452,8 +455,8 @@ class ArrowFile(Part):
         if "image_id" in table.column_names:
             self.text_columns.append("image_id")
         self.places = range(table.num_rows)
-        self.chunk_number = -1
-        self.chunk: list[dict] = []
+        self.chunk_number = -1  # none yet
+        self.chunk: list[dict] = []  # the texts of its rows
 
     def check_columns(self, kind: str, table: Any) -> None:
         """Raises ValueError for a column that is missing or has another type."""
@@ -551,6 +554,7 @@ class Source:
         digest = hashlib.sha256()
         for part in parts:
             if part.rows_each is not None:
+                # drawing every record only to count its rows would take minutes
                 digest.update(part.description.encode())
                 counts += [part.rows_each] * len(part.places)
                 continue
@@ -558,6 +562,7 @@ class Source:
                 digest.update(digest_rows(rows))
                 counts.append(len(rows))
         self.digest = digest.hexdigest()
+        # the number of the record after the last one of each part: (parts,)
         self.part_ends = np.cumsum([len(part.places) for part in parts])
         self.num_images = len(counts)
         # the number of the record that each row belongs to: (rows,)
@@ -572,6 +577,7 @@ class Source:
             try:
                 rows = part.parse_texts(self.kind, index)
             except BadSample as error:
+                # the record keeps its number, so that the names of the others stay right
                 named = BadSample(f"{part.name(index)}: {error}")
                 tolerate(named, self.on_bad_sample, self.seen, self.bad)
                 rows = []
@@ -614,6 +620,7 @@ class Source:
     def __getitem__(self, row: int) -> dict:
         index = int(self.image_of[row])
         images, rows = self.load(index)
+        # rows of one record are neighbours, so the first of them tells which one this is
         first_row = int(np.searchsorted(self.image_of, self.image_of[row]))
         return {**rows[row - first_row], "images": images, "image_index": index}
 
@@ -720,6 +727,7 @@ def read_mixture(path: str) -> list[dict]:
     entries = content.get("datasets") if isinstance(content, dict) else content
     if not isinstance(entries, list):
         raise ValueError(f"{path} has no list `datasets`, found {entries!r:.80}")
+    # each entry with its path resolved
     resolved = []
     for number, entry in enumerate(entries, 1):
         check_entry(f"{path}, entry {number}", entry)
@@ -815,6 +823,7 @@ class PairDataset(Dataset):
         epoch, position, row = key if isinstance(key, tuple) else (0, key, key)
         for candidate in range(row, row + len(self)):
             self.seen += 1
+            # anew for each candidate: what is drawn depends on the position alone
             rng = np.random.default_rng((self.seed, epoch, position))
             try:
                 return self.item(position, candidate % len(self), rng)
@@ -833,6 +842,7 @@ class PairDataset(Dataset):
         images = item.pop("images")
         for name, image in zip(("pixels", "pixels_1"), images, strict=False):
             item[name] = self.transform(image, rng)
+        # test sets have no answers, and then no targets
         scores = item.pop("answers", None)
         if scores is not None:
             targets = [float(scores.get(answer, 0)) for answer in self.answers]
@@ -868,6 +878,7 @@ class PretrainDataset(PairDataset):
 
     def is_match(self, position: int) -> bool:
         """Whether the pair at this position is a true one: half of each batch, drawn for it."""
+        # the last number of the seed keeps this stream apart from those of the samplers
         batch, place = divmod(position, self.batch_size)
         order = np.random.default_rng((self.seed, batch, 0, 1)).permutation(self.batch_size)
         return bool(order[place] >= self.batch_size // 2)
@@ -924,6 +935,7 @@ class ChatDataset(PairDataset):
         return len(self.rows)
 
     def item(self, position: int, row: int, rng: np.random.Generator) -> dict:
+        # which data this position of the run trains on, and in which style
         style = "qwen_1_5"
         source = self.source
         if position < self.plain:
@@ -942,6 +954,7 @@ class ChatDataset(PairDataset):
             )
         except ValueError as error:
             raise BadSample(f"{name}: {error}") from None
+        # a leading turn of the assistant is dropped, and its tags with it
         input_ids, _ = tokens
         tags = input_ids.count(IMAGE_TOKEN)
         if tags != len(images):
@@ -997,6 +1010,7 @@ def deal_by_length(rows: list[int], lengths: Sequence[int], num_batches: int) ->
 
     Returns the batches one after the other. Rows that cannot be dealt evenly are dealt in turn.
     """
+    # only the last megabatch of a modality can be uneven
     if len(rows) % num_batches != 0:
         dealt = []
         for i in range(num_batches):
@@ -1050,6 +1064,7 @@ def length_grouped(
             modalities.append(megabatches(rows, lengths, batch_size, world_size, generator))
     if len(modalities) == 1:
         return list(itertools.chain.from_iterable(modalities[0]))
+    # whole megabatches of both modalities, mixed
     full = modalities[0][:-1] + modalities[1][:-1]
     order: list[int] = []
     for i in torch.randperm(len(full), generator=generator).tolist():
@@ -1073,7 +1088,9 @@ class BatchPlan:
 
     The batch is cut into as few micro-steps as keep every process at most at micro_batch_size rows,
     and each of them is dealt to the processes. Where the numbers do not divide, some parts have one
-    unit more than others. unit: rows that must stay together, 2 where neighbours share a picture.
+    unit more than others. No process is ever without a row, so where micro_batch_size is a single
+    unit, some may have to take two. unit: rows that must stay together, 2 where neighbours share a
+    picture.
 
     sizes[i][r]: rows of process r in micro-step i. starts[i][r]: the place of the first of them in
     the batch. Raises ValueError where a process would be without a row.
@@ -1086,12 +1103,15 @@ class BatchPlan:
                 f"be a multiple of {unit}, and at least {unit * num_processes}"
             )
         self.batch_size = batch_size
+        # everything is counted in units first
         units = batch_size // unit
         most = max(1, micro_batch_size // unit)
+        # as few micro-steps as possible, then more where an uneven deal would exceed `most`
         micro_steps = math.ceil(units / (most * num_processes))
         while math.ceil(math.ceil(units / micro_steps) / num_processes) > most:
             micro_steps += 1
         micro_steps = min(micro_steps, units // num_processes)  # no process is without a row
+        # deal the batch to the micro-steps, and each of these to the processes
         self.sizes = []
         self.starts = []
         place = 0

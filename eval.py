@@ -491,26 +491,39 @@ def print_table(title: str, metrics: dict[str, Any], paper: dict[str, Any]) -> N
         print(f"  {name.replace('per_', ''):<38}{number:>10}   {paper.get(name, '-')}")
 
 
-def measure_split(config: EvalConfig, loaded: Loaded, split: str) -> tuple[dict, list[dict]]:
-    """(metrics, [{"question_id", "answer"}]) of one split; the latter is empty for a task without
-    questions.
+def open_task(
+    loaded: Loaded, checkpoint: str, name: str, split: str, data: str, data_root: str
+) -> PairDataset:
+    """One split of a task, as the model of a checkpoint reads it: with its tokenizer, transform and
+    vocabulary of answers.
     """
-    task = find_task(config.task)
+    task = find_task(name)
     model = loaded.model
-    has_questions = task.kind == "questions"
-    answers = load_vocabulary(config.checkpoint, model) if has_questions else None
-    dataset = open_split(
-        config.task,
+    answers = None
+    if task.kind == "questions" and task.heads[0] in model.heads:
+        answers = load_vocabulary(checkpoint, model)
+    return open_split(
+        name,
         split,
-        config.data_root,
-        bool(config.data),
+        data_root,
+        bool(data),
         loaded.tokenizer,
         loaded.transform,
         model.config.max_text_len,
         model.config.image_size,
         answers,
     )
-    if answers is None:
+
+
+def measure_split(config: EvalConfig, loaded: Loaded, split: str) -> tuple[dict, list[dict]]:
+    """(metrics, [{"question_id", "answer"}]) of one split; the latter is empty for a task without
+    questions.
+    """
+    model = loaded.model
+    dataset = open_task(
+        loaded, config.checkpoint, config.task, split, config.data, config.data_root
+    )
+    if find_task(config.task).kind != "questions":
         metrics = evaluate(
             model,
             dataset,
@@ -524,7 +537,7 @@ def measure_split(config: EvalConfig, loaded: Loaded, split: str) -> tuple[dict,
     predictions = predict(model, dataset, config.task, config.batch_size, config.num_workers)
     results = []
     for prediction in predictions:
-        answer = answers[prediction.choice]
+        answer = dataset.answers[prediction.choice]
         results.append({"question_id": prediction.question_id, "answer": answer})
     return accuracy(predictions), results
 

@@ -91,8 +91,12 @@ def is_of_type(value: Any, declared: Any) -> bool:
     """Whether a value has exactly this simple type. A bool is no number; a float is finite, and may
     be given as an int.
     """
+    if type(value) is int and abs(value) >= 2**63:
+        return False  # more than a tensor can count
     if declared is float:
         return type(value) in (int, float) and math.isfinite(value)
+    if declared is str and isinstance(value, str) and "\0" in value:
+        return False  # no file and no word has such a name
     return type(value) is declared
 
 
@@ -110,7 +114,7 @@ def in_range(value: float, rule: Mapping[str, Any]) -> bool:
 def describe_rule(declared: Any, rule: Mapping[str, Any]) -> str:
     """What is allowed, in words: "a whole number from 1 on", "one of linear, cosine"."""
     if rule["choices"]:
-        return f"one of {', '.join(rule['choices'])}"
+        return f"one of {', '.join(choice or 'none' for choice in rule['choices'])}"
     parts = [TYPE_NAMES.get(declared, "another value")]
     if rule["least"] is not None:
         parts.append(
@@ -163,6 +167,8 @@ def check_fields(config: Any) -> None:
                 raise FieldError(f"{field.name} is {value!r:.80}; it must be a list")
             for item in value:
                 check_value(field.name, item, item_type(declared), field.metadata)
+            if field.metadata["choices"] and len(set(value)) < len(value):
+                raise FieldError(f"{field.name} is {value!r:.80}; it names one of them twice")
 
 
 # ---------------------------------------------------------------- the command line
@@ -224,10 +230,12 @@ PARSERS: dict[
 
 def show_default(value: Any) -> str:
     """A default as it would be typed."""
+    if value is None or value in ("", [], ()):
+        return "none"
+    if isinstance(value, tuple) and isinstance(value[0], tuple):
+        return json.dumps(value, separators=(",", ":"))  # sizes: [[384,768],[768,384]]
     if isinstance(value, tuple):
         return ",".join(str(item) for item in value)
-    if value == "" or value == []:
-        return "none"
     return str(value)
 
 
@@ -252,7 +260,8 @@ def add_flags(
         help_text = field.metadata.get("help", "")
         if field.metadata.get("choices"):
             amount = "some" if item_type(declared) else "one"
-            help_text += f"; {amount} of {', '.join(field.metadata['choices'])}"
+            names = [choice or "none" for choice in field.metadata["choices"]]
+            help_text += f"; {amount} of {', '.join(names)}"
         if default is not dataclasses.MISSING:
             help_text += f" [{show_default(default)}]"
         settings: dict[str, Any] = {"type": reader, "metavar": metavar}

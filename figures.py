@@ -31,7 +31,7 @@ from torch.utils.data import Subset
 
 from ask import Command, encode_turns, run_command
 from data import batches
-from eval import check_data_flags, check_output
+from eval import check_data_flags, check_output, open_task
 from fields import check_fields, option
 from files import read_log, save_json, save_picture
 from images import load_image
@@ -39,7 +39,7 @@ from llava_manager import LlavaManager, LlavaManagerConfig
 from manager import AdaptiveVisualManager
 from model import ManagerTower
 from multigrid import ImageTiles, count_image_tokens, grid_geometry, preprocess_image
-from tasks import find_task, load_answers, open_split, task_of_heads
+from tasks import find_task, task_of_heads
 from weights import is_mllm, load_llava, load_mllm, load_two_tower
 from world import evaluating, one_sentence
 
@@ -71,12 +71,14 @@ def legend_label(name: str) -> str:
 
 
 def describe_points(panel: Panel) -> str:
-    """The few points of a panel in words, a line each."""
+    """The few points of a panel in words: what they are, then a line each."""
     lines = []
     for name, (x, y) in panel.curves.items():
         for position, value in zip(x, y, strict=True):
-            lines.append(f"{legend_label(name)}: {value:.4g} at {panel.xlabel} {position}")
-    return "\n".join(lines) or panel.if_empty
+            lines.append(f"{legend_label(name)}: {value:.4g} at {panel.xlabel} = {position}")
+    if not lines:
+        return panel.if_empty
+    return "\n".join([panel.ylabel, *lines])
 
 
 def draw_panel(axes: Any, panel: Panel) -> None:
@@ -85,9 +87,7 @@ def draw_panel(axes: Any, panel: Panel) -> None:
     if all(len(x) < 2 for x, _ in panel.curves.values()):
         axes.set_axis_off()
         middle = 0.5
-        axes.text(
-            middle, middle, describe_points(panel), ha="center", va="center", fontsize="small"
-        )
+        axes.text(middle, middle, describe_points(panel), ha="center", va="center")
         return
 
     positions = set()
@@ -98,7 +98,9 @@ def draw_panel(axes: Any, panel: Panel) -> None:
         axes.plot(x, y, marker=marker, markersize=4, label=legend_label(name))
         positions.update(x)
     axes.set(xlabel=panel.xlabel, ylabel=panel.ylabel)
-    if panel.xlabel != "step":
+    if panel.xlabel == "step":
+        axes.locator_params(axis="x", integer=True)
+    else:
         axes.set_xticks(sorted(positions))  # every layer has a tick
     low, high = axes.get_ylim()
     top = 1.0 if panel.ylabel == "cosine similarity" else max(0.0, high)
@@ -247,8 +249,8 @@ def visual_manager_statistics(model: LlavaManager, prompts: list[tuple]) -> dict
         raise ValueError("adaptive managers need pictures: give --image")
     parts = defaultdict(list)  # manager -> of each prompt (2, N): weights and magnitudes
 
-    def add(k: Any, weights: Tensor) -> None:  # (B, N, L, D)
-        means = [weights.mean((0, 2, 3)), weights.abs().mean((0, 2, 3))]
+    def add(k: Any, of_batch: Tensor) -> None:  # (B, N, L, D)
+        means = [of_batch.mean((0, 2, 3)), of_batch.abs().mean((0, 2, 3))]
         parts[k].append(torch.stack(means).float().cpu())
 
     def read(k: Any, manager: Any, args: tuple, kwargs: dict, output: Tensor) -> None:
@@ -262,12 +264,17 @@ def visual_manager_statistics(model: LlavaManager, prompts: list[tuple]) -> dict
             for input_ids, images in prompts:
                 model(torch.tensor([input_ids]), images=images, logits=False)
 
-    means = [torch.stack(parts[k]).mean(0).tolist() for k in range(len(managers))]
+    weights = []
+    magnitudes = []
+    for k in range(len(managers)):
+        mean = torch.stack(parts[k]).mean(0)  # (2, N)
+        weights.append(mean[0].tolist())
+        magnitudes.append(mean[1].tolist())
     return {
         "experts": list(model.config.managed_layers),
         "layers": list(model.config.inject_layers),
-        "weights": [weights for weights, _ in means],
-        "magnitudes": [magnitudes for _, magnitudes in means],
+        "weights": weights,
+        "magnitudes": magnitudes,
     }
 
 
@@ -304,22 +311,10 @@ def measure_tower(options: ManagersOptions) -> dict[str, dict]:
     """The statistics of a ManagerTower on the data of a task."""
     check_data_flags(options.data, options.data_root)
     loaded = load_two_tower(options.checkpoint, "", options.device)
-    config = loaded.model.config
-    name = options.task or task_of_heads(config.heads)
+    name = options.task or task_of_heads(loaded.model.config.heads)
     task = find_task(name)
-    has_questions = task.kind == "questions" and task.heads[0] in loaded.model.heads
-    answers = load_answers(options.checkpoint) if has_questions else None
-    dataset = open_split(
-        name,
-        options.split or task.splits[0],
-        options.data_root,
-        bool(options.data),
-        loaded.tokenizer,
-        loaded.transform,
-        config.max_text_len,
-        config.image_size,
-        answers,
-    )
+    split = options.split or task.splits[0]
+    dataset = open_task(loaded, options.checkpoint, name, split, options.data, options.data_root)
     first_rows = Subset(dataset, range(min(options.limit, len(dataset))))
     return manager_statistics(loaded.model, first_rows, options.batch_size, options.num_workers)
 
@@ -352,7 +347,7 @@ def tower_panels(statistics: dict[str, dict]) -> list[Panel]:
                 layers = list(range(first, first + len(similarities)))
                 curves[modality] = (layers, similarities)
         # the first manager has no cross-modal part
-        missing = f"fewer than two cross-modal layers have {part} parts: nothing to compare"
+        missing = f"fewer than two managers have {part} parts:\nnothing to compare"
         title = f"managers i and i + 1: {part} parts"
         panels.append(Panel(title, "i", "cosine similarity", curves, missing))
     return panels
@@ -417,9 +412,7 @@ def short_names(folders: list[str]) -> list[str]:
     return names
 
 
-def is_number(value: Any) -> bool:
-    """Whether a value of JSON can be drawn; true and false are no numbers."""
-    return type(value) in (int, float)
+LOG_TYPES: dict[str, tuple[type, ...]] = {"step": (int,), "loss": (int, float), "eval": (dict,)}
 
 
 def check_row(place: str, row: Any) -> None:
@@ -428,12 +421,12 @@ def check_row(place: str, row: Any) -> None:
         raise ValueError(f"{place} is {row!r:.80}; it must be a dict")
     if "loss" not in row and "eval" not in row:
         return  # the header, the baselines
-    if not is_number(row.get("step")):
-        raise ValueError(f"{place} has no step that is a number: {row!r:.80}")
-    if "loss" in row and not is_number(row["loss"]):
-        raise ValueError(f"{place} has the loss {row['loss']!r:.80}; it must be a number")
-    if "eval" in row and not isinstance(row["eval"], dict):
-        raise ValueError(f"{place} has the eval {row['eval']!r:.80}; it must be a dict")
+    if "step" not in row:
+        raise ValueError(f"{place} has no step: {row!r:.80}")
+    for name, allowed in LOG_TYPES.items():
+        if name in row and type(row[name]) not in allowed:
+            wanted = " or ".join(one.__name__ for one in allowed)
+            raise ValueError(f"{place} has the {name} {row[name]!r:.80}; it must be {wanted}")
 
 
 def read_run(folder: str) -> tuple[list[dict], list[dict]]:

@@ -5,6 +5,7 @@ the disk and renamed. What cannot be read is an error that names the file.
 """
 
 import contextlib
+import fcntl
 import functools
 import io
 import json
@@ -44,7 +45,7 @@ def write_atomically(path: str | Path, write: Callable[[Path], Any]) -> None:
         SafetensorError,
     ) as error:  # what torch.save and save_file make of a full disk
         free = shutil.disk_usage(path.parent).free / 2**20
-        first_line = str(error).splitlines()[0]
+        first_line = str(error).partition("\n")[0]
         raise OSError(f"{first_line} ({free:.0f} MiB are free there)") from error
     finally:
         temporary.unlink(missing_ok=True)
@@ -56,7 +57,7 @@ def remove_temporary_files(folder: Path, names: tuple[str, ...]) -> None:
     """
     if not folder.is_dir():
         return
-    pattern = re.compile(rf"({'|'.join(re.escape(name) for name in names)})\.tmp\d+")
+    pattern = re.compile(rf"({'|'.join(re.escape(name) for name in names)})\.tmp[0-9]+")
     for path in folder.iterdir():
         if pattern.fullmatch(path.name) and path.is_file():
             path.unlink()
@@ -137,16 +138,12 @@ def parse_json(content: bytes, name: str) -> Any:
     """JSON from a file called `name`; ValueError if it is none."""
     try:
         return json.loads(content)
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # broken JSON or UTF-8, or brackets in brackets without end
+    except (ValueError, RecursionError) as error:  # RecursionError: brackets in brackets, endless
         raise ValueError(f"{name} is not JSON: {error}") from None
 
 
 def read_json(path: str | Path, *kinds: type) -> Any:
-    """A JSON file that holds one of `kinds` (dict, list; none given: anything). Raises ValueError.
-    """
+    """A JSON file that holds one of `kinds` (dict, list ...), or anything. Raises ValueError."""
     value = parse_json(read_bytes(path), str(path))
     if kinds and not isinstance(value, kinds):
         wanted = " or ".join(kind.__name__ for kind in kinds)
@@ -166,67 +163,74 @@ def read_json_lines(path: str | Path) -> list:
 
 
 def read_log(path: Path) -> list[dict]:
-    """The rows of a run's log.jsonl, less a last one that a death cut short."""
+    """The rows of a run's log.jsonl, less a last one that a death cut short.
+
+    Raises ValueError, with file and line, for a row that is not an object with a whole "step".
+    """
     rows = []
     for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
-        if line.endswith(b"\n") and line.strip():
-            rows.append(parse_json(line, f"{path}, line {number},"))
+        if not line.endswith(b"\n") or not line.strip():
+            continue
+        row = parse_json(line, f"{path}, line {number},")
+        if not isinstance(row, dict) or type(row.get("step")) is not int:
+            raise ValueError(
+                f"{path}, line {number}: a row must have a whole step, found {row!r:.80}"
+            )
+        rows.append(row)
     return rows
 
 
 # ---------------------------------------------------------------- one run a folder
 def is_alive(process_id: int) -> bool:
+    """Whether a process of this host runs."""
+    if process_id <= 0:
+        return False
     try:
         os.kill(process_id, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:  # somebody else's
         return True
     return True
 
 
-def lock_owner(file: Path) -> tuple[int, str] | None:
-    """(process id, host) in a lock file; None if there is none, or one that a death cut short."""
+def lock_owner(content: str) -> tuple[int, str] | None:
+    """(process id, host) in a lock file; None if it is free, or was cut short by a death."""
     try:
-        owner = json.loads(file.read_text())
+        owner = json.loads(content)
         return int(owner["process"]), str(owner["host"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
 
 
 def take_lock(file: Path) -> None:
-    """Create the lock file of this process. One that a dead process of this host left is taken
-    over.
+    """Write this process into the lock file. A lock that a dead process left is taken over.
 
     Raises ValueError if a process that may be alive holds it.
     """
     host = socket.gethostname()
-    owner = lock_owner(file)
-    if owner is not None:
-        owner_process, owner_host = owner
-        is_dead = owner_host == host and (
-            owner_process == os.getpid() or not is_alive(owner_process)
-        )
-        if not is_dead:
-            raise ValueError(
-                f"{file.parent} is in use by process {owner_process} on {owner_host}; choose "
-                "another --out_dir, "
-                f"or, if that process is gone, remove {file}"
-            )
-    file.unlink(missing_ok=True)
-    try:
-        with open(file, "x") as lock:
-            json.dump({"process": os.getpid(), "host": host}, lock)
-    except FileExistsError:
-        raise ValueError(
-            f"{file.parent} is in use by another process that has just started"
-        ) from None
+    with open(file, "a+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # nobody else reads or writes it until it is closed
+        lock.seek(0)
+        owner = lock_owner(lock.read())
+        if owner is not None:
+            process_id, owner_host = owner
+            is_own = process_id == os.getpid() and owner_host == host
+            is_dead = owner_host == host and not is_alive(process_id)
+            if not is_own and not is_dead:
+                raise ValueError(
+                    f"{file.parent} is in use by process {process_id} on {owner_host}; choose "
+                    f"another --out_dir, or, if that process is gone, remove {file}"
+                )
+        lock.truncate(0)
+        json.dump({"process": os.getpid(), "host": host}, lock)
 
 
 @contextlib.contextmanager
 def folder_lock(folder: Path, needed: bool = True) -> Iterator[None]:
-    """Hold folder/run.lock; needed=False: this process leaves it to another one. ValueError if it
-    is taken.
+    """Hold folder/run.lock, which is empty when it is free. Raises ValueError if it is taken.
+
+    needed=False: another process of this run holds it.
     """
     file = folder / "run.lock"
     if needed:
@@ -235,4 +239,4 @@ def folder_lock(folder: Path, needed: bool = True) -> Iterator[None]:
         yield
     finally:
         if needed:
-            file.unlink(missing_ok=True)
+            file.write_text("")

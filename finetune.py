@@ -22,7 +22,16 @@ from eval import evaluate
 from fields import make_parser, option, parse_recipe
 from files import write_json
 from images import image_transform
-from loop import Checkpoint, Task, TowerRunConfig, find_tokenizer_of, fit, param_groups, summarize
+from loop import (
+    Checkpoint,
+    Task,
+    TowerRunConfig,
+    find_tokenizer_of,
+    fit,
+    make_plan,
+    param_groups,
+    summarize,
+)
 from model import ManagerTower, ManagerTowerConfig
 from objectives import Classification, Retrieval
 from scenes import DEMO_ANSWERS, demo_source
@@ -200,6 +209,7 @@ def announce(run: FinetuneConfig, name: str, source: Source, heldout: Source, wo
 
 
 def finetune(name: str, run: FinetuneConfig, fields: dict, world: World) -> None:
+    make_plan(run, world)  # refuses a batch that cannot be dealt before anything is loaded
     task = TASKS[name]
     tokenizer = find_tokenizer_of(run, lambda: find_init_tokenizer(run))
     answers = find_answers(run, task)

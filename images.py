@@ -48,6 +48,7 @@ DECODER_ERRORS = (
 def to_rgb(image: Image.Image) -> Image.Image:
     """Decode and convert: 16-bit gray is scaled, what is transparent lies over white."""
     image.load()
+    # Pillow would cut 16 bits off at 255
     if image.mode.startswith("I"):
         gray = np.asarray(image).clip(0, 65535) / 257
         image = Image.fromarray(gray.round().astype(np.uint8))
@@ -82,6 +83,7 @@ def clip_crop(image: Image.Image, size: int) -> Image.Image:
     scaled_width = int(size * image.width / short_side)
     scaled_height = int(size * image.height / short_side)
     image = image.resize((scaled_width, scaled_height), BICUBIC)
+    # the rounding of torchvision's CenterCrop
     left = round((scaled_width - size) / 2)
     top = round((scaled_height - size) / 2)
     return image.crop((left, top, left + size, top + size))
@@ -180,6 +182,7 @@ RANDAUGMENT: dict[str, Operation] = {
 def randaugment(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     """Two random operations, each applied with chance 1/2."""
     for operation in rng.choice(list(RANDAUGMENT), 2):
+        # both are drawn whether the operation is applied or not
         sign = rng.choice((-1, 1))
         is_applied = rng.random() < 0.5
         if is_applied:

@@ -209,7 +209,7 @@ class LlavaManagerConfig:
     @classmethod
     def tiny(cls, **overrides: Any) -> "LlavaManagerConfig":
         """For the built-in demo data: a scene of 64 x 64 is a base tile and a grid of 2 x 2."""
-        values = {
+        values: dict[str, Any] = {
             "image_size": 32,
             "patch_size": 8,
             "vision_width": 96,
@@ -230,7 +230,8 @@ class LlavaManagerConfig:
             "aspect": "anyres_max_4",
             "grid_pinpoints": "(1x1),...,(2x2)",
         }
-        return cls(**{**values, **overrides})  # type: ignore[arg-type]
+        values.update(overrides)
+        return cls(**values)
 
     @classmethod
     def from_official(
@@ -242,6 +243,7 @@ class LlavaManagerConfig:
         given. Keys that are not known are ignored. Raises ValueError for keys that are missing and
         for values that this code does not support.
         """
+        # a config of a whole SigLIP holds the one of its vision tower
         if vision:
             vision = vision.get("vision_config", vision)
         check_official(config, vision)
@@ -255,6 +257,7 @@ class LlavaManagerConfig:
         }
         for ours, theirs in OFFICIAL_FIELDS.items():
             values[ours] = config[theirs]
+        # null is an absent key
         for ours, theirs in OPTIONAL_FIELDS.items():
             if config.get(theirs):
                 values[ours] = config[theirs]
@@ -272,6 +275,7 @@ class LlavaManagerConfig:
             self.inject_layers = tuple(self.inject_layers)
         if isinstance(self.eos_ids, list):
             self.eos_ids = tuple(self.eos_ids)
+        # first each field for itself, then the fields together
         check_fields(self)
         self.grid_pinpoints = expand_pinpoints(self.grid_pinpoints, self.image_size)
         self.check_sizes()
@@ -287,6 +291,7 @@ class LlavaManagerConfig:
             raise ValueError(
                 f"patch_size {self.patch_size} is larger than image_size {self.image_size}"
             )
+        # attention splits a width into heads, and grouped queries split the heads
         for total, part in (
             ("vision_width", "vision_heads"),
             ("hidden_size", "num_heads"),
@@ -297,6 +302,7 @@ class LlavaManagerConfig:
                     f"{total} {getattr(self, total)} is not a multiple of {part} "
                     f"{getattr(self, part)}"
                 )
+        # the rotary embedding turns pairs of channels
         head_size = self.hidden_size // self.num_heads
         if head_size % 2:
             raise ValueError(
@@ -381,6 +387,7 @@ def official_eos_ids(config: dict) -> Any:
 
 def official_managers(config: dict) -> dict[str, Any]:
     """The fields that the official mm_manager_... keys decide."""
+    # which tiles are managed
     values: dict[str, Any] = {"manager_type": None, "managed_grids": "all"}
     grids = config.get("mm_manager_grid_type")
     if grids == "main":
@@ -395,6 +402,7 @@ def official_managers(config: dict) -> dict[str, Any]:
         return values
     # "zerouni" says how the official managers are initialised; all are so
     values["manager_type"] = str(manager_type).removesuffix("_zerouni")
+    # which hidden states and which layers of the LLM: what range() takes
     for name in LAYER_RANGES:
         keys = layer_range_keys(name)
         for key in keys:
@@ -444,18 +452,21 @@ def check_inputs(
         )
     if labels is not None and labels.shape != ids.shape:
         raise ValueError(f"labels {tuple(labels.shape)} must be like input_ids {tuple(ids.shape)}")
+    # placeholders and images in equal number
     is_placeholder = (ids == IMAGE_TOKEN) & mask
     count = int(is_placeholder.sum())
     if count != len(images):
         raise ValueError(
             f"{count} placeholders ({IMAGE_TOKEN}) in input_ids, but {len(images)} images"
         )
+    # ids that the embedding has
     is_unknown = (ids < 0) | (ids >= config.vocab_size)
     unknown = ids[is_unknown & mask & ~is_placeholder]
     if len(unknown):
         raise ValueError(
             f"token id {int(unknown[0])} is outside the vocabulary of {config.vocab_size}"
         )
+    # tiles of the size that SigLIP takes
     side = config.image_size
     for number, image in enumerate(images):
         shape = tuple(image.pixels.shape)
@@ -480,16 +491,19 @@ def find_text_query(ids: Tensor, num_images: int, im_start_id: int) -> Tensor:
     image_positions = torch.nonzero(ids == IMAGE_TOKEN)[:, 0]
     last_image = int(image_positions[-1])
 
+    # style plain
     turns = torch.nonzero(ids == im_start_id)[:, 0].tolist()  # the system, the user, the assistant
     if len(turns) < 2:
         last_newline = len(ids) - 1
         return (at > last_image) & (at < last_newline)
 
-    # Without a third turn the row's end stands for its beginning: so does the official code.
+    # the text behind the last image; without a third turn the row's end stands for its beginning,
+    # as in the official code
     assistant = turns[2] if len(turns) > 2 else len(ids)
     im_end = assistant - 2
     newline_behind = last_image + 1
     query = (at > newline_behind) & (at < im_end)
+    # the text before the only image
     if num_images == 1:
         newline_before = int(image_positions[0]) - 1
         text = turns[1] + 3  # behind <|im_start|>, user, newline
@@ -508,10 +522,12 @@ def expand_row(
     is_placeholder = ids == IMAGE_TOKEN
     repeats = torch.ones_like(ids)  # how many positions each token of the row becomes
     repeats[is_placeholder] = counts
+    # of each token of the row the number of its image, and where it starts in the expanded row
     image = torch.full_like(ids, -1)
     image[is_placeholder] = first_image + torch.arange(len(counts))
-    start = repeats.cumsum(0) - repeats  # the first position of each token
+    start = repeats.cumsum(0) - repeats
 
+    # a placeholder and all that belongs to it is repeated
     expanded_ids = ids.repeat_interleave(repeats)  # (S,)
     return {
         "ids": expanded_ids,
@@ -549,6 +565,7 @@ def expand_placeholders(
     all_labels = ids if labels is None else labels.cpu().long()
     counts = [count_image_tokens(len(image.pixels), image.size, config) for image in images]
 
+    # row by row: these are small tensors of whole numbers, on the CPU
     rows = []
     images_per_row = []
     first_image = 0
@@ -562,6 +579,7 @@ def expand_placeholders(
         images_per_row.append(num_images)
         first_image += num_images
 
+    # cut and padded, one below the other
     most = config.max_length
     return ExpandedBatch(
         ids=pad_column(rows, "ids", 0, most),
@@ -600,6 +618,7 @@ def find_managed(batch: ExpandedBatch, config: LlavaManagerConfig) -> Tensor:
     is_image = batch.image >= 0
     if config.managed_grids == "all" or len(batch.counts) == 0:
         return is_image
+    # the base tile's tokens are the first ones of an image
     tile = config.side**2
     is_alone = (batch.counts == tile)[batch.image]  # of text it says nothing
     in_base = batch.place < tile
@@ -615,10 +634,12 @@ def find_query(
     A managed token reads the text query of its row. In a row that has none it reads the managed
     tokens of its own image.
     """
+    # the managed tokens: flat position, image and row of each
     length = batch.ids.shape[1]
     positions = torch.nonzero(is_managed.flatten())[:, 0]
     image = batch.image[is_managed]
     row = positions // length
+    # the query tokens: first all text queries, then the tokens that read one another
     text = torch.nonzero(batch.is_query.flatten())[:, 0]
     has_text = batch.is_query.any(1)  # (B,)
     is_own = ~has_text[row]  # (M,)
@@ -660,6 +681,7 @@ class KVCache:
             batch, heads, _, head_size = k.shape
             self.keys[layer] = k.new_zeros(batch, heads, self.capacity, head_size)
             self.values[layer] = v.new_zeros(batch, heads, self.capacity, head_size)
+        # in place: the new tokens take the slots of padding, or the next ones
         slots = self.slots[:, None, :, None].expand_as(k)
         keys = self.keys[layer].scatter_(2, slots, k)
         values = self.values[layer].scatter_(2, slots, v)
@@ -702,6 +724,7 @@ class DecoderLayer(nn.Module):
         v = self.split_heads(v)
         q = rotate(q, cos, sin)
         k = rotate(k, cos, sin)
+        # in a prompt, and in training, causal attention; then a token sees the slots up to its own
         mask = None
         if cache is not None:
             k, v = cache.append(self.number, k, v)
@@ -715,7 +738,9 @@ class DecoderLayer(nn.Module):
         """x (B, S, D) -> (B, S, D). Rows are padded on the right only, so the causal mask alone
         hides the padding.
         """
+        # attention
         x = x + self.attend(self.norm_1(x), cos, sin, cache)
+        # gated MLP
         gate, up = self.gate_up(self.norm_2(x)).chunk(2, dim=-1)
         return x + self.down(F.silu(gate) * up)
 
@@ -761,6 +786,7 @@ class Qwen2(nn.Module):
             positions = torch.arange(x.shape[1], device=x.device)[None]
         else:
             positions = cache.slots
+        # all layers turn queries and keys by the same angles
         cos, sin = self.rotations(positions)
         for number, layer in enumerate(self.layers):
             if inject is not None:
@@ -908,19 +934,22 @@ class LlavaManager(nn.Module):
         training noise of static managers. Not given: each is a row of its own.
         """
         config = self.config
+        # the tokens: the last hidden state
         states = self.encode_tiles(images)
         last = self.projector(states[config.vision_layers - 1])  # (T, n*n, D)
         tokens = self.merge_images(last[:, None], images, self.image_newline[None, None])[0]
         if config.manager_type is None:
             return tokens, Experts()
+        # what managers read: the managed ones
         if images_per_row is None:
             images_per_row = [1] * len(images)
         if config.manager_type == "static":
             # one insight at a time: all N of them at once would outweigh the rest
-            insights = self.project_experts(states)
+            insights = self.insights(states)
             return tokens, Experts(self.static_increments(insights, images, images_per_row))
 
-        all_insights = list(self.project_experts(states))
+        # adaptive managers need the experts themselves; the one before layer 0 is static
+        all_insights = list(self.insights(states))
         stack = self.adaptive_experts(all_insights, images)
         increments = None
         if config.inject_layers[0] == 0:
@@ -939,14 +968,16 @@ class LlavaManager(nn.Module):
         numbers = sorted(kept)
         return dict(zip(numbers, self.vision(pixels, numbers), strict=True))
 
-    def project_experts(self, states: dict[int, Tensor]) -> Iterator[Tensor]:
-        """The insights proj(V_n) + e_n of the managed layers, one after the other, each
-        (T, 1, n*n, D).
-        """
-        for number, embedding in zip(self.config.managed_layers, self.layer_embedding, strict=True):
-            insight = run(self.projector, self.vision.checkpointing, states[number])
-            insight = insight + embedding.to(insight.dtype)
-            yield insight[:, None]
+    def insight(self, state: Tensor, embedding: Tensor) -> Tensor:
+        """proj(V_n) + e_n of one managed layer: (T, n*n, D_vision) and (D,) -> (T, 1, n*n, D)."""
+        projected = run(self.projector, self.vision.checkpointing, state)
+        return (projected + embedding.to(projected.dtype))[:, None]
+
+    def insights(self, states: dict[int, Tensor]) -> Iterator[Tensor]:
+        """The insights of the managed layers, made one after the other as they are asked for."""
+        managed_layers = self.config.managed_layers
+        for number, embedding in zip(managed_layers, self.layer_embedding, strict=True):
+            yield self.insight(states[number], embedding)
 
     def adaptive_experts(self, insights: list[Tensor], images: Sequence[ImageTiles]) -> Tensor:
         """N insights (T, 1, n*n, D) -> the experts of adaptive managers, (1, N, L, D)."""
@@ -965,6 +996,7 @@ class LlavaManager(nn.Module):
         Static managers do not depend on the LLM, and merging is linear. So their sums over the
         experts come first, of all managers at once, and only these K results are merged.
         """
+        # the weights of each image, then of each tile
         device = self.image_newline.device
         num_rows = len(images_per_row)
         row_of_image = torch.arange(num_rows).repeat_interleave(torch.tensor(images_per_row))
@@ -973,6 +1005,7 @@ class LlavaManager(nn.Module):
         weights_of_tile = weights.repeat_interleave(
             tiles.to(device), 0, output_size=int(tiles.sum())
         )  # (T, N, K, 1, D)
+        # the sums of all managers over the experts, tile by tile
         sums = weighted_sum(weights_of_tile.unbind(1), insights)  # (T, K, n*n, D)
         # a newline is the same for all experts, so its weight is the sum of theirs
         newlines = weights.sum(1)[:, :, 0] * self.image_newline  # (I, K, D)
@@ -982,6 +1015,7 @@ class LlavaManager(nn.Module):
         """The weights of all static managers, (num_rows, N, K, 1, D): 0 for the last expert of the
         manager before layer 0, which has one less.
         """
+        # stacking needs the same number of experts for all: zeros take the place of a missing one
         num_experts = len(self.config.managed_layers)
         all_weights = []
         for manager in self.managers:
@@ -997,6 +1031,7 @@ class LlavaManager(nn.Module):
         """Several features of each tile, (T, K, n*n, D), and their newline tokens, (I or 1, K, D)
         -> those of all image tokens, (K, L, D).
         """
+        # image by image, as each has a grid of its own
         tiles_of_image = features.split([len(image.pixels) for image in images])
         newlines = newlines.expand(len(images), -1, -1)
         merged = []
@@ -1011,6 +1046,7 @@ class LlavaManager(nn.Module):
         """The LLM's input (B, S, D), and what it calls before each layer."""
         device = self.image_newline.device
         embeddings = self.llm.embed(batch.ids.clamp(min=0).to(device))  # (B, S, D)
+        # padding is zeros, as in the official code
         is_padding = ~batch.mask[..., None].to(device)
         embeddings = embeddings.masked_fill(is_padding, 0)
         inject = None
@@ -1038,12 +1074,14 @@ class LlavaManager(nn.Module):
         is_managed = find_managed(batch, self.config)
         positions = torch.nonzero(is_managed.flatten())[:, 0].to(device)
         tokens = self.number_tokens(batch)[is_managed].to(device)
+        # only the managed tokens are left of what managers read
         increments = experts.increments
         if increments is not None:
             increments = increments[:, tokens]
         stack = experts.stack
         if stack is not None:
             stack = stack[:, :, tokens]
+        # the text query of adaptive managers; empty for those that read none
         query = positions[:0]
         query_mask = positions[:0].bool()[None, None]
         if self.config.query is not None:
@@ -1062,6 +1100,7 @@ class LlavaManager(nn.Module):
             assert managed.experts.increments is not None
             increment = managed.experts.increments[number]
         else:
+            # the image tokens of the whole batch as one row; the mask keeps the rows apart
             image = flat[None, managed.positions]  # (1, M, D)
             query = flat[None, managed.query]  # (1, Q, D)
             manager = self.managers[number]
@@ -1093,6 +1132,7 @@ class LlavaManager(nn.Module):
         Only the label tokens' logits are made, `chunk` at a time, and again in the backward pass:
         all of (B, S, V) would outweigh the model.
         """
+        # the hidden state of a position predicts the next token
         has_loss = labels[:, 1:] != IGNORE
         hidden_parts = hidden[:, :-1][has_loss].split(chunk)
         label_parts = labels[:, 1:][has_loss].split(chunk)

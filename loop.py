@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import json
 import math
+import pickle
 import re
 import signal
 import time
@@ -30,7 +31,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from data import BatchPlan, GlobalBatchSampler, collate, largest_divisor
-from fields import check_fields, option
+from fields import FieldError, check_fields, option
 from files import (
     VERSION,
     folder_lock,
@@ -114,6 +115,12 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        for name in ("vision", "text"):
+            place = getattr(self, name)
+            if place and not Path(place).exists():
+                raise FieldError(f"{name} is {place!r}, which does not exist")
+        if not self.out_dir:
+            raise FieldError("out_dir is empty; it must be the folder of the run")
 
     def model_defaults(self, model_fields: dict) -> dict:
         """The model's fields as the help page shows them."""
@@ -285,6 +292,30 @@ def find_tokenizer_of(run: RunConfig, find: Callable[[], Tokenizer]) -> Tokenize
     return find()
 
 
+STATE = ("step", "best", "identity", "model", "optimizer", "scaler")  # in training_state.pt
+
+
+def read_training_state(file: Path) -> dict:
+    """The content of a training_state.pt. Raises ValueError for anything else."""
+    reason = f"it does not hold {', '.join(STATE)}"
+    try:
+        # weights_only: a pickle from elsewhere executes nothing; mmap: no second copy in memory
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        if isinstance(state, dict) and all(name in state for name in STATE):
+            json.loads(state["identity"])
+            return state
+    except (
+        RuntimeError,
+        EOFError,
+        OSError,
+        ValueError,
+        TypeError,
+        pickle.UnpicklingError,
+    ) as error:
+        reason = str(error).partition("\n")[0]
+    raise ValueError(f"{file} is not a readable training state ({reason}); --fresh starts anew")
+
+
 class Checkpoint:
     """out_dir: training_state.pt (the truth), the files for users (its weights), best/, log.jsonl.
 
@@ -363,13 +394,7 @@ class Checkpoint:
 
     def load(self, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
         """Fill model, optimizer and scaler from training_state.pt. Raises ValueError."""
-        try:
-            # weights_only: a pickle from elsewhere executes nothing; mmap: no second copy in memory
-            state = torch.load(self.state_file, map_location="cpu", weights_only=True, mmap=True)
-        except (RuntimeError, EOFError, OSError) as error:
-            raise ValueError(
-                f"{self.state_file} is not a readable training state ({error}); --fresh starts anew"
-            ) from error
+        state = read_training_state(self.state_file)
         differences = different_values(json.loads(state["identity"]), self.identity)
         if differences:
             raise ValueError(
@@ -611,6 +636,16 @@ def check_finite(
     )
 
 
+def check_weights(model: nn.Module, step: int, checkpoint: Checkpoint) -> None:
+    """Raises ValueError if an update has made a weight infinite or NaN, before it is saved."""
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise ValueError(
+                f"the weights are not finite after step {step}: {name}. Is --learning_rate too "
+                f"high? The checkpoint of step {checkpoint.step} is kept"
+            )
+
+
 def is_due(done: int, every: int, last: int) -> bool:
     """Whether what happens every so many steps (0 = never), and after the last one, is due."""
     return done == last or (every > 0 and done % every == 0)
@@ -716,10 +751,12 @@ def run_steps(
             checkpoint.log({"step": done, "loss": loss, **losses, "lr": rate, "grad_norm": norm})
         # 5. measure on held-out data
         if is_due(done, run.eval_every, run.max_steps):
+            check_weights(task.model, done, checkpoint)
             checkpoint.record(done, evaluate(), bar)
         # 6. save; all processes leave at the same step
         leave = world.sum(terminated.clone()).item() > 0
         if leave or is_due(done, run.save_every, run.max_steps):
+            check_weights(task.model, done, checkpoint)
             checkpoint.save(done, optimizer, scaler)
         if leave:
             return done
@@ -732,7 +769,8 @@ def summarize(
 ) -> None:
     """Show held-out metrics beside the baselines', where the checkpoint is, what to type next."""
     log = read_log(checkpoint.log_file)
-    metrics = [row["eval"] for row in log if "eval" in row][-1]
+    evaluations = [row["eval"] for row in log if "eval" in row]
+    metrics = evaluations[-1] if evaluations else {}  # somebody may have removed the log
     # a run that is finished already has logged them
     if not any("baselines" in row for row in log):
         checkpoint.log({"step": run.max_steps, "baselines": baselines})

@@ -158,8 +158,9 @@ def official_vqa_accuracy(results: list[dict], annotations: list[dict]) -> dict:
         scores.append(leave_one_out_score(normalize_answer(result["answer"]), people))
         question_types.append(annotation.get("question_type"))
         answer_types.append(annotation.get("answer_type"))
+    overall = math.fsum(scores) / len(scores)
     return {
-        "overall": math.fsum(scores) / len(scores),
+        "overall": overall,
         "answered": len(results),
         "questions": len(annotation_of),
         "per_question_type": mean_by(scores, question_types),

@@ -211,8 +211,7 @@ def class_logits(model: ManagerTower, head: str, batch: dict) -> Tensor:
 
 
 class Classification(Task):
-    """Soft targets: binary cross-entropy summed over the answers (VQA); one label: cross-entropy.
-    """
+    """Soft targets: binary cross-entropy, summed over the answers (VQA); a label: cross-entropy."""
 
     def __init__(self, model: ManagerTower, head: str):
         super().__init__(model)

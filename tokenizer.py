@@ -93,7 +93,7 @@ class Tokenizer:
         if self.pad_id is None:
             raise ValueError(f"the tokenizer has none of {', '.join(PAD_NAMES)} to pad texts with")
         ids = []
-        mask = []
+        mask = []  # 1 for real tokens
         for text in texts:
             text_ids = self.encode(text, max_len)
             padding = max_len - len(text_ids)
@@ -191,6 +191,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         model = models.BPE.from_file(str(file), str(file.with_name("merges.txt")))
     except Exception as error:  # both libraries raise nothing narrower
         raise ValueError(f"{file} is not a readable tokenizer: {error}") from None
+    # vocab.json does not say which tokens are special, so only RoBERTa's can be read
     missing = [name for name in ROBERTA_SPECIALS if model.token_to_id(name) is None]
     if missing:
         raise ValueError(
@@ -215,6 +216,7 @@ def train_tokenizer(
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
     backend.train_from_iterator(texts, trainer)
+    # a fresh one around the merges, whose special tokens are known as such
     return Tokenizer(byte_level(backend.model, specials))
 
 

@@ -24,7 +24,15 @@ from torch.utils.data import DataLoader, Subset
 from data import PretrainDataset, Source, collate
 from fields import make_parser, option, parse_recipe
 from images import image_transform
-from loop import Checkpoint, TowerRunConfig, find_tokenizer_of, fit, param_groups, summarize
+from loop import (
+    Checkpoint,
+    TowerRunConfig,
+    find_tokenizer_of,
+    fit,
+    make_plan,
+    param_groups,
+    summarize,
+)
 from model import ManagerTower, ManagerTowerConfig
 from objectives import Pretraining
 from scenes import demo_source, demo_tokenizer
@@ -220,6 +228,7 @@ def text_only_mlm_guess(training: Any, heldout: Any, samples: int = 2000) -> flo
 
 # ---------------------------------------------------------------- the run
 def pretrain(run: TrainConfig, fields: dict, world: World) -> None:
+    make_plan(run, world)  # refuses a batch that cannot be dealt before anything is loaded
     image_size = fields.get("image_size", ManagerTowerConfig.tiny().image_size)
     source, heldout_source = make_sources(run, image_size)
     tokenizer = find_tokenizer_of(run, lambda: find_tokenizer(run, source))

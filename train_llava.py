@@ -31,7 +31,16 @@ from data import ChatDataset, Source, collate_conversations, open_chat
 from fields import option, parse_recipe
 from files import read_json
 from llava_manager import LlavaManager, LlavaManagerConfig
-from loop import Checkpoint, RunConfig, Task, find_tokenizer_of, fit, make_groups, summarize
+from loop import (
+    Checkpoint,
+    RunConfig,
+    Task,
+    find_tokenizer_of,
+    fit,
+    make_groups,
+    make_plan,
+    summarize,
+)
 from multigrid import preprocess_image
 from scenes import demo_source
 from tasks import text_only_guess
@@ -428,6 +437,7 @@ def check_start(name: str, run: LlavaTrainConfig, fields: dict) -> None:
 
 def train_llava(name: str, run: LlavaTrainConfig, fields: dict, world: World) -> None:
     check_start(name, run, fields)
+    make_plan(run, world)  # refuses a batch that cannot be dealt before anything is loaded
     if not run.grid:
         fields = {**fields, **PLAIN}
     prepare = prepare_demo if name == DEMO else prepare_stage

@@ -1268,6 +1268,9 @@ def infer_config(state: State, settings: dict) -> ManagerTowerConfig:
     infer_derived_sizes(state, values)
     infer_fusion(state, values)
     infer_from_settings(settings, values)
+    if values["vocab_size"] <= values["pad_token_id"]:
+        key = official_keys()["text_encoder.word_embedding.weight"]
+        raise ValueError(f"wrong shape: {key} has no row for the padding token")
     return ManagerTowerConfig(**values)
 
 
@@ -1349,8 +1352,10 @@ def infer_from_settings(settings: dict, values: dict[str, Any]) -> None:
 
 
 def number_in(settings: dict, name: str, default: float) -> Any:
-    """A number of the settings. Raises ValueError for a text."""
-    value = settings.get(name, default)
+    """A number of the settings; the default for none. Raises ValueError for a text."""
+    value = settings.get(name)
+    if value is None:
+        return default
     if type(value) not in (int, float):
         raise ValueError(f"the setting {name} is {value!r:.80}; it must be a number")
     return value

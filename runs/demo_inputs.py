@@ -30,7 +30,7 @@ CHAT_SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # Qwen2's
 
 
 def save_part(state: dict[str, Tensor], prefix: str, new_prefix: str, folder: Path) -> None:
-    """The tensors whose names begin with `prefix`, with `new_prefix` instead, as a file of folder."""
+    """The tensors whose names begin with `prefix`, renamed to `new_prefix`, as a file of folder."""
     part = {}
     for name, tensor in state.items():
         if name.startswith(prefix):

@@ -79,7 +79,7 @@ def make_model(num_experts: int = 6) -> ManagedClassifier:
     return model
 
 
-def toy_batch(generator: torch.Generator, rows: int = 64) -> tuple[Tensor, Tensor]:
+def toy_batch(generator: torch.Generator, rows: int = 32) -> tuple[Tensor, Tensor]:
     """Random token ids (B, L), and the class of each row (B,), which its first token decides.
 
     The lowest layer of a random encoder still shows that token best: watch its weight grow.

@@ -147,15 +147,15 @@ def test_no_panel_is_empty(num_layers, drawn):
         text, shown = said(panel)
         assert shown == (pairs >= 2)
         if pairs <= 0:
-            assert "fewer than two cross-modal layers" in text
+            assert "fewer than two managers have" in text
         elif pairs == 1:
-            assert "text: " in text and "image: " in text and " at i " in text
+            assert "text: " in text and "image: " in text and " at i = " in text
     assert sum(said(panel)[1] for panel in panels[2:]) == drawn
 
 
 def test_a_single_expert_is_said_not_drawn():
     panel = Panel("weights", "expert", "weight", {"layer 1": ([12], [1.0])})
-    assert said(panel) == ("layer 1: 1 at expert 12", False)
+    assert said(panel) == ("weight\nlayer 1: 1 at expert = 12", False)
 
 
 # ---------------------------------------------------------------- LLaVA-OV-Manager
@@ -255,7 +255,7 @@ def test_a_run_with_one_logged_row_is_said_not_drawn(tmp_path, monkeypatch):
     one_row = write_log(tmp_path / "run", ROWS[:1])
     figures.curves(CurvesOptions([one_row], str(tmp_path / "curves.png")))
     assert [said(panel) for panel in panels] == [
-        ("run: 3 at step 1", False),
+        ("loss\nrun: 3 at step = 1", False),
         ("no evaluation is logged yet", False),
     ]
 
@@ -274,9 +274,10 @@ def test_a_name_is_shown_as_it_is():
         ([], "has neither a loss nor an evaluation yet"),
         ([{"step": 0, "header": {}}], "has neither a loss nor an evaluation yet"),
         ([[1]], r"row 1, is \[1\]; it must be a dict"),
-        ([{"loss": 1.0}], "row 1, has no step that is a number"),
-        ([ROWS[0], {"step": 1, "loss": "x"}], "row 2, has the loss 'x'; it must be a number"),
-        ([{"step": 1, "eval": None}], "row 1, has the eval None; it must be a dict"),
+        ([{"loss": 1.0}], "row 1, has no step"),
+        ([ROWS[0], {"step": 1, "loss": "x"}], "row 2, has the loss 'x'; it must be int or float"),
+        ([{"step": "x", "loss": 1.0}], "row 1, has the step 'x'; it must be int"),
+        ([{"step": 1, "eval": None}], "row 1, has the eval None; it must be dict"),
     ],
 )
 def test_a_log_that_cannot_be_drawn_is_an_error(tmp_path, rows, message):

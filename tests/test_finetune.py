@@ -489,7 +489,7 @@ def test_errors_of_data_and_weights(prepared, pretrained, tmp_path):
             run_finetune("vqav2", init, tmp_path / "out", "--data_root", prepared, *flags)
 
 
-# ---------------------------------------------------------------- baselines
+# ---------------------------------------------------------------- baselines of a task with labels
 class Rows(list):
     """Hypotheses with a text and a label."""
 
@@ -512,15 +512,3 @@ def test_text_only_guess_in_closed_form():
     assert guess == {"majority": 2 / 4, "text_only": 2 / 4}
     by_name = tasks.baselines(rows_of("a0 a0 b2 a1"), rows_of("b2 b2 b2 a1"))
     assert by_name == {"majority": {"accuracy": 0.0}, "text_only": {"accuracy": 3 / 4}}
-
-
-def test_chance_of_retrieval():
-    class Captions:
-        kind = "captions"
-        num_images = 8
-
-    expected = {}
-    for direction in ("ir", "tr"):
-        for k, chance in ((1, 1 / 8), (5, 5 / 8), (10, 1.0)):
-            expected[f"{direction}_r{k}"] = chance
-    assert tasks.baselines(Captions, Captions) == {"chance": expected}

@@ -57,12 +57,14 @@ def test_broken_pictures_are_named(content, tmp_path):
 
 @pytest.mark.parametrize("error", [RuntimeError, NotImplementedError, OSError, SyntaxError])
 def test_whatever_a_decoder_raises_is_a_bad_sample(error, monkeypatch):
-    def load(image):
+    content = png()
+
+    def decode(image):
         raise error("the decoder's reason")
 
-    monkeypatch.setattr(Image.Image, "load", load)
+    monkeypatch.setattr(images, "to_rgb", decode)
     with pytest.raises(BadSample, match="bytes: not a readable image .the decoder's reason."):
-        load_image(png())
+        load_image(content)
 
 
 # ---------------------------------------------------------------- transforms
@@ -88,11 +90,9 @@ def test_an_unknown_transform_is_refused():
         image_transform("vit", 8, True)
 
 
-@pytest.mark.parametrize(
-    "name, flips", [("albef_randaug_wc", 0.5), ("albef_randaug_wohf", 0.0)]
-)
+@pytest.mark.parametrize("name, flips", [("albef_randaug_wc", 0.5), ("albef_randaug_wohf", 0.0)])
 def test_random_crop_and_flip_have_the_published_ranges(name, flips, monkeypatch):
-    """A picture whose red and green are its own coordinates tells which box was cut, and whether it was mirrored."""
+    """Red and green are the picture's own coordinates: they tell which box was cut."""
     monkeypatch.setattr(images, "RANDAUGMENT", {"Identity": lambda image, m: image})
     x, y = np.meshgrid(np.arange(200), np.arange(200))
     ramp = Image.fromarray(np.stack([x, y, x * 0], -1).astype(np.uint8))

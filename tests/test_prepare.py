@@ -19,7 +19,6 @@ from safetensors.torch import load_file
 import prepare
 from fields import FlagError
 from images import load_image
-from metrics import answer_score, normalize_answer
 from model import ManagerTower, ManagerTowerConfig
 from prepare import main
 from weights import to_official
@@ -112,43 +111,7 @@ def test_an_error_of_the_script_is_one_sentence(tmp_path):
     assert ends == [1, 2]
 
 
-# ---------------------------------------------------------------- VQA's rules
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("Yes.", "yes"),
-        ("3.", "3"),
-        ("1.5", "1.5"),
-        ("u.s.a", "usa"),
-        ("none", "0"),
-        ("Ten", "10"),
-        ("dont", "don't"),
-        ("The two-story house", "2 story house"),
-        ("a cat, and the dog", "cat and dog"),
-        ("1,000", "1000"),
-        ("couldnt've", "couldn't've"),
-        ("couldn'tve", "couldn't've"),
-        ("yall'll", "y'all'll"),
-        ("somebody'd", "somebodyd"),
-        ("black/white", "black white"),
-        ("black / white", "black white"),
-        ("what?", "what"),
-        ("." * 40 + "x", "." * 8 + "x"),
-        ("", ""),
-        ("An", ""),
-    ],
-)
-def test_the_answer_normaliser_on_hand_made_cases(text, expected):
-    assert normalize_answer(text) == expected
-
-
-def test_answer_score_is_the_mean_over_left_out_annotators():
-    for count in range(11):
-        given = [1] * count + [0] * (10 - count)
-        leave_one_out = [min(sum(others) / 3, 1) for others in combinations(given, 9)]
-        assert answer_score(count) == pytest.approx(sum(leave_one_out) / 10)
-
-
+# ---------------------------------------------------------------- VQAv2
 def vqa_annotation(question_id, majority):
     given = {"red": ["red"] * 2 + ["Red."] + ["yes"] * 7, "blue": ["blue"] * 10}
     answers = []

@@ -58,7 +58,7 @@ def run_script(script, *arguments, **environment):
         env={**kept, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment},
         capture_output=True,
         text=True,
-        timeout=900,
+        timeout=1800,
     )
 
 

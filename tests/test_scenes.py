@@ -29,7 +29,7 @@ def find_gap(ink):
 
 
 def look(image):
-    """The scene in a picture, from its pixels alone: (two (size, color, shape), relation), left or top first."""
+    """The scene in a picture: (two (size, color, shape), relation), the left or top one first."""
     pixels = np.array(image).astype(int)
     distances = {name: np.abs(pixels - color).sum(-1) for name, color in PALETTE.items()}
     ink = np.abs(pixels - pixels[0, 0]).sum(-1) > 0
@@ -205,7 +205,7 @@ def test_the_splits_are_disjoint_in_content():
     [("questions", (0, 99), 0.5), ("statements", (-2, None), 0.6), ("hypotheses", (1, 3), 0.45)],
 )
 def test_texts_alone_do_not_tell_the_answers(kind, words, limit):
-    """The commonest training answer to the same question, or to texts with the same two words, is often wrong."""
+    """The commonest training answer to the same question, or the same two words, is often wrong."""
 
     def key(row):
         return tuple(row["text"].split()[slice(*words)])

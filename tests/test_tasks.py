@@ -1,6 +1,4 @@
-"""tasks.py: which files a set has, the vocabulary of answers, and the guesses that need no picture."""
-
-import json
+"""tasks.py: files of a set, the vocabulary of answers, and guesses that need no picture."""
 
 import numpy as np
 import pytest
@@ -9,6 +7,7 @@ from helpers import picture, png, write_arrow, write_records
 import data
 import tasks
 from files import BadSample
+from images import image_transform
 from scenes import demo_tokenizer
 from tasks import open_sets
 
@@ -141,12 +140,8 @@ def questions_of(folder, name, pairs):
 
 
 def test_guesses_from_the_text_alone_in_closed_form(tmp_path):
-    training = questions_of(
-        tmp_path, "a.jsonl", [("a", "0"), ("a", "0"), ("b", "2"), ("a", "1")]
-    )
-    heldout = questions_of(
-        tmp_path, "b.jsonl", [("a", "0"), ("b", "2"), ("b", "0"), ("c", "1")]
-    )
+    training = questions_of(tmp_path, "a.jsonl", [("a", "0"), ("a", "0"), ("b", "2"), ("a", "1")])
+    heldout = questions_of(tmp_path, "b.jsonl", [("a", "0"), ("b", "2"), ("b", "0"), ("c", "1")])
     # the commonest answer is 0; of "a" it is 0, of "b" 2, and "c" is not known
     assert tasks.text_only_guess(training, heldout) == {"majority": 0.5, "text_only": 0.5}
 
@@ -167,8 +162,8 @@ def test_chance_of_retrieval(folder):
 @pytest.mark.parametrize("name", [name for name, task in tasks.TASKS.items() if task.recipe])
 def test_every_task_runs_on_the_built_in_scenes(name):
     dataset = tasks.open_split(
-        name, "any", "", True, demo_tokenizer(), lambda image, rng: image, 20, 32
+        name, "any", "", True, demo_tokenizer(), image_transform("clip", 32, False), 20, 32
     )
     assert dataset.source.kind == tasks.TASKS[name].kind
     assert dataset.source.num_images == 512
-    json.dumps(dataset.source.texts(3))
+    assert dataset[0]["input_ids"].shape == (20,)

@@ -66,9 +66,7 @@ def test_vocab_and_merges_are_read_as_transformers_reads_them(tmp_path):
         cut = peer(text, truncation=True, max_length=7)["input_ids"]
         assert ours.encode(text, 7) == cut, text
     ids, mask = ours(HARD, 20)
-    expected = peer(
-        HARD, truncation=True, max_length=20, padding="max_length", return_tensors="pt"
-    )
+    expected = peer(HARD, truncation=True, max_length=20, padding="max_length", return_tensors="pt")
     assert torch.equal(ids, expected["input_ids"])
     assert torch.equal(mask, expected["attention_mask"])
 

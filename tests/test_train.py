@@ -103,7 +103,7 @@ def test_log_rows_and_files_of_a_run_on_the_demo_data(tmp_path, capsys):
 
 
 def test_any_size_of_batch_runs(small, tmp_path):
-    """Three rows in micro-batches of two; a batch smaller than a micro-batch; ITC with an odd one."""
+    """Three rows in micro-batches of two; a batch of one; ITC with an odd number of rows."""
     cases = [("3", "2", "mlm,itm"), ("1", "8", "mlm,itm"), ("5", "8", "mlm,itm,itc")]
     for batch_size, micro_batch_size, objectives in cases:
         out = tmp_path / batch_size
@@ -135,7 +135,8 @@ def test_the_mlms_recipes_are_found_on_the_command_line():
     assert train.is_llava(["--recipe", "llava_demo"])
     assert train.is_llava(["--fresh", "--recipe=llava_stage1"])
     assert not train.is_llava(["--recipe", "pretrain"])
-    assert not train.is_llava(["--out_dir", "llava_demo", "--recipe"])
+    assert not train.is_llava(["--out_dir", "llava_demo"])
+    assert not train.is_llava(["--recipe", "llava_stage1", "--recipe", "demo"])  # the last counts
     assert not train.is_llava([])
 
 

@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 import torch
 from helpers import (
-    LOV,
     MT,
     close,
     golden,
@@ -1038,6 +1037,7 @@ def test_official_checkpoints_become_folders_with_the_official_outputs(tmp_path,
         close(features.pooled, out["infer.cls_feats"], 5e-6)
 
 
+@pytest.mark.slow
 @needs("manifests")
 def test_full_size_configs_are_inferred_from_shapes():
     cases = {
@@ -1059,6 +1059,7 @@ def test_full_size_configs_are_inferred_from_shapes():
         assert {key: tensor.shape for key, tensor in ours.items()} == expected
 
 
+@pytest.mark.slow
 def test_damaged_official_states_are_named(tmp_path):
     """Whatever is missing, misshapen, no number or not finite, the converter says file and key."""
     config = ManagerTowerConfig.tiny(
@@ -1252,6 +1253,7 @@ def test_huggingface_bridgetower_has_equal_outputs(tmp_path, name, safe):
         torch.testing.assert_close(ours, reference, atol=2e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_damaged_huggingface_bridgetowers_are_named(tmp_path):
     hub = pytest.importorskip("transformers.models.bridgetower.modeling_bridgetower")
     peer = hub.BridgeTowerForContrastiveLearning(bridgetower_config())
@@ -1306,8 +1308,7 @@ def test_weights_take_tokenizer_and_answers_along(tmp_path):
     assert ours.encode("a b") == theirs.encode("a b")
 
 
-def test_the_names_that_other_tests_use_are_plain_tables():
+def test_an_encoder_is_exported_under_its_published_names():
     encoder = ManagerTower(ManagerTowerConfig.tiny()).text_encoder
     exported = export_state(encoder.state_dict(), expand(ROBERTA, "", "roberta.", 3))
     assert exported["roberta.encoder.layer.2.attention.self.key.bias"].shape == (96,)
-    assert (LOV / "manifest").exists()
