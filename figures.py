@@ -412,17 +412,13 @@ def short_names(folders: list[str]) -> list[str]:
     return names
 
 
-LOG_TYPES: dict[str, tuple[type, ...]] = {"step": (int,), "loss": (int, float), "eval": (dict,)}
+LOG_TYPES: dict[str, tuple[type, ...]] = {"loss": (int, float), "eval": (dict,)}
 
 
-def check_row(place: str, row: Any) -> None:
-    """Raises ValueError for a row of a log that cannot be drawn. place: its file and number."""
-    if not isinstance(row, dict):
-        raise ValueError(f"{place} is {row!r:.80}; it must be a dict")
-    if "loss" not in row and "eval" not in row:
-        return  # the header, the baselines
-    if "step" not in row:
-        raise ValueError(f"{place} has no step: {row!r:.80}")
+def check_row(place: str, row: dict) -> None:
+    """Raises ValueError for a row of a log that cannot be drawn. place: its file and number. That
+    it has a step has been tested when it was read.
+    """
     for name, allowed in LOG_TYPES.items():
         if name in row and type(row[name]) not in allowed:
             wanted = " or ".join(one.__name__ for one in allowed)

@@ -169,18 +169,19 @@ class TowerRunConfig(RunConfig):
 
 # ---------------------------------------------------------------- what is trained
 class Task(nn.Module):
-    """What `fit` trains: forward(batch) -> {name: sum of a loss}, counts(batch) -> {name: its
-    number of terms}.
+    """What `fit` trains: a model with its losses.
 
-    Before each forward pass `train_step` sets `shares`, the rows of every process in this
+    forward(batch) -> {name: sum of a loss over this process' rows}; counts(batch) -> {name: how
+    many terms that sum has}. Before each forward pass `train_step` sets `shares`, the rows of every process in this
     micro-step, and seeds `negatives`, which draws the same numbers on every process.
     """
 
-    leaves_parameters_unused = False
+    leaves_parameters_unused = False  # DDP has to know when the losses do not reach all of them
 
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model: Any = model
+        # a generator of its own, so that it does not disturb dropout and noise
         self.negatives = torch.Generator(next(model.parameters()).device)
         self.shares: list[int] = [0]
 
@@ -219,9 +220,7 @@ def make_groups(model: nn.Module, rule: Callable[[str], tuple[float, float]]) ->
 
 
 def param_groups(model: nn.Module, run: TowerRunConfig) -> list[dict]:
-    """ManagerTower's three learning rates (encoders, heads, cross-modal), each with and without
-    weight decay.
-    """
+    """ManagerTower's groups: encoders, heads, cross-modal, each with and without weight decay."""
 
     def rule(name: str) -> tuple[float, float]:
         # 1. the learning rate: heads, cross-modal part, and the encoders, which have the base rate
@@ -238,11 +237,11 @@ def param_groups(model: nn.Module, run: TowerRunConfig) -> list[dict]:
 
 
 def lr_multiplier(step: int, max_steps: int, warmup: int, schedule: str) -> float:
-    """Linear from 0 over `warmup` updates, then linear or cosine to 0. Update 0 has 0, as in the
-    official code.
-    """
+    """Linear from 0 over `warmup` updates, then linear or cosine to 0."""
+    # update 0 has the rate 0, as in the official code
     if step < warmup:
         return step / warmup
+    # the part of the way down that is left, from 1 to 0
     rest = max(0.0, (max_steps - step) / max(1, max_steps - warmup))
     if schedule == "linear":
         return rest
@@ -331,13 +330,16 @@ class Checkpoint:
         identity: dict,
         world: World,
     ):
+        # what is saved
         self.run = run
         self.model = model
         self.save_extras = save_extras
         self.world = world
+        # where it is saved
         self.folder = Path(run.out_dir)
         self.state_file = self.folder / "training_state.pt"
         self.log_file = self.folder / "log.jsonl"
+        # how far the run is
         self.step = 0  # of the last training state
         self.best: float | None = None  # the highest score so far
         fields = {name: getattr(run, name) for name in run.identity}
@@ -440,6 +442,7 @@ class Checkpoint:
         if self.world.rank == 0:
             numbers = [f"{name} {x:.4g}" for name, x in metrics.items() if isinstance(x, float)]
             bar.write(f"step {step}: {', '.join(numbers)}")
+        # higher is better, whatever the score is
         if self.best is None or metrics["score"] > self.best:
             self.best = metrics["score"]
             best = self.folder / "best"
@@ -510,6 +513,7 @@ def make_loader(
 
     A dataset with `lengths` is read in groups of rows of similar lengths (LLaVA).
     """
+    # the order of the rows is the same for any number of processes; this one takes its share
     sampler = GlobalBatchSampler(
         len(dataset),
         make_plan(run, world),
@@ -537,6 +541,7 @@ def wrap(task: Task, run: RunConfig, world: World) -> nn.Module:
         for module in task.model.modules():
             if isinstance(module, task.model.blocks_to_compile):
                 module.compile()
+    # one process needs no wrapper around its gradients
     if world.size == 1:
         return task
     device_ids = [world.device.index] if world.device.type == "cuda" else None
@@ -550,6 +555,7 @@ def count_terms(task: Task, batches: list[dict], world: World) -> tuple[list[str
 
     The second is a float64 tensor (losses,), at least 1 everywhere.
     """
+    # over the micro-batches of this process, then over all processes
     counts = [task.counts(batch) for batch in batches]
     names = list(counts[0])
     own = [float(sum(count[name] for count in counts)) for name in names]
@@ -623,6 +629,7 @@ def check_finite(
     """Raises ValueError, naming the samples, if a loss or the gradient's norm is not finite."""
     if all(math.isfinite(number) for number in numbers.values()):
         return
+    # somebody has to look at the samples, so name them, the first ones of a large batch
     names = []
     for batch in batches:
         for index in batch["image_index"]:
@@ -638,6 +645,7 @@ def check_finite(
 
 def check_weights(model: nn.Module, step: int, checkpoint: Checkpoint) -> None:
     """Raises ValueError if an update has made a weight infinite or NaN, before it is saved."""
+    # a finite loss of this step says nothing about the weights that the step has made
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             raise ValueError(
@@ -654,6 +662,7 @@ def is_due(done: int, every: int, last: int) -> bool:
 def announce(run: RunConfig, world: World, start: int) -> None:
     """Say what is going to run."""
     begin = f"resuming after step {start}" if start else f"{run.max_steps} steps"
+    # where the processes do not divide the batch, some have a row more than others
     plan = make_plan(run, world)
     smallest = min(min(sizes) for sizes in plan.sizes)
     largest = max(max(sizes) for sizes in plan.sizes)
@@ -693,6 +702,7 @@ def fit(
                 f"{run.out_dir} is finished: {start} of {run.max_steps} steps. --fresh starts anew."
             )
             return True
+        # the steps
         announce(run, world, start)
         loader = make_loader(dataset, run, world, start, collate)
         bar = tqdm(
@@ -722,6 +732,7 @@ def run_steps(
     bar: tqdm,
 ) -> int:
     """The steps from `start` on. Returns how many are done: all, or those before a SIGTERM."""
+    # what stays the same in all steps
     module = wrap(task, run, world)
     batches = iter(loader)
     micro_steps = len(make_plan(run, world).sizes)
@@ -774,6 +785,7 @@ def summarize(
     # a run that is finished already has logged them
     if not any("baselines" in row for row in log):
         checkpoint.log({"step": run.max_steps, "baselines": baselines})
+    # a column for each baseline, a row for each metric that one of them has
     titles = "".join(f"{name.replace('_', ' '):>12s}" for name in baselines)
     print(f"{'held out':15s}{'this run':>12s}{titles}")
     for name in metrics:

@@ -213,7 +213,7 @@ def test_grid(tmp_path, mllm):
 ROWS = [
     {"step": 1, "loss": 3.0, "lr": 0.1},
     {"step": 2, "loss": 1.5, "lr": 0.0},
-    {"baseline": {"accuracy": 0.1}},
+    {"step": 2, "baselines": {"untrained": {"accuracy": 0.1}}},
     {"step": 2, "eval": {"accuracy": 0.5, "per_type": {"color": 0.4}, "score": 0.5}},
 ]
 
@@ -273,10 +273,10 @@ def test_a_name_is_shown_as_it_is():
     [
         ([], "has neither a loss nor an evaluation yet"),
         ([{"step": 0, "header": {}}], "has neither a loss nor an evaluation yet"),
-        ([[1]], r"row 1, is \[1\]; it must be a dict"),
-        ([{"loss": 1.0}], "row 1, has no step"),
+        ([[1]], "line 1: a row must have a whole step"),
+        ([{"loss": 1.0}], "line 1: a row must have a whole step"),
         ([ROWS[0], {"step": 1, "loss": "x"}], "row 2, has the loss 'x'; it must be int or float"),
-        ([{"step": "x", "loss": 1.0}], "row 1, has the step 'x'; it must be int"),
+        ([{"step": "x", "loss": 1.0}], "line 1: a row must have a whole step"),
         ([{"step": 1, "eval": None}], "row 1, has the eval None; it must be dict"),
     ],
 )
