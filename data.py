@@ -911,8 +911,11 @@ class ChatDataset(PairDataset):
 
     rows: which ones. Up to position `plain` of the global order come rows of `captions` instead, in
     the style of stage 1. Nothing is dropped: the model cuts what is too long, after the image
-    tokens are in their places.
+    tokens are in their places. lengths: of each of the rows, where batches are to be grouped by
+    them (see `length_grouped`).
     """
+
+    lengths: list[int] | None = None
 
     def __init__(
         self,

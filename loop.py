@@ -172,11 +172,13 @@ class Task(nn.Module):
     """What `fit` trains: a model with its losses.
 
     forward(batch) -> {name: sum of a loss over this process' rows}; counts(batch) -> {name: how
-    many terms that sum has}. Before each forward pass `train_step` sets `shares`, the rows of every process in this
-    micro-step, and seeds `negatives`, which draws the same numbers on every process.
+    many terms that sum has}. Before each forward pass `train_step` sets `shares`, the rows of every
+    process in this micro-step, and seeds `negatives`, which draws the same numbers on every
+    process.
     """
 
-    leaves_parameters_unused = False  # DDP has to know when the losses do not reach all of them
+    # DDP has to know when the losses do not reach all parameters
+    leaves_parameters_unused = False
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -213,6 +215,7 @@ def make_groups(model: nn.Module, rule: Callable[[str], tuple[float, float]]) ->
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             groups[rule(name)].append(parameter)
+    # set_learning_rate scales "lr", and "peak_lr" stays
     return [
         {"params": parameters, "lr": rate, "peak_lr": rate, "weight_decay": decay}
         for (rate, decay), parameters in groups.items()
@@ -339,7 +342,7 @@ class Checkpoint:
         self.folder = Path(run.out_dir)
         self.state_file = self.folder / "training_state.pt"
         self.log_file = self.folder / "log.jsonl"
-        # how far the run is
+        # how far the run is, and how good it was at its best
         self.step = 0  # of the last training state
         self.best: float | None = None  # the highest score so far
         fields = {name: getattr(run, name) for name in run.identity}
@@ -365,6 +368,7 @@ class Checkpoint:
     def make_folder(self) -> None:
         """Rank 0 makes out_dir, the others wait for it."""
         self.guard(lambda: self.folder.mkdir(parents=True, exist_ok=True), self.folder)
+        # the others may look into the folder only when it is there
         self.world.barrier()
 
     def resume(self, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> int:
@@ -430,6 +434,7 @@ class Checkpoint:
     def log(self, row: dict) -> None:
         """Append a row to log.jsonl."""
 
+        # a death amid this write leaves half a row, which `read_log` leaves out
         def append() -> None:
             with open(self.log_file, "a") as file:
                 file.write(json.dumps(row) + "\n")
@@ -749,6 +754,7 @@ def run_steps(
         task.train()
         losses = train_step(task, module, global_batch, step, run, world, scaler)
         norm = apply_gradients(task, optimizer, scaler, run)
+        # from here on `done` steps are done
         done = step + 1
         # 3. stop before a broken update is saved; fp16's scaler expects norms that are not finite
         numbers = losses if scaler.is_enabled() else {**losses, "grad_norm": norm}

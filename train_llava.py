@@ -369,15 +369,14 @@ def prepare_stage(run: LlavaTrainConfig, fields: dict, world: World) -> Prepared
     source = open_chat(data_path, image_folder, run.seed, run.on_bad_sample)
     if not run.eval_size < len(source):
         raise ValueError(
-            f"--eval_size {run.eval_size} must be from 1 to {len(source) - 1}, as {run.data_path} "
-            "has "
-            f"{len(source)} rows"
+            f"--eval_size {run.eval_size} must be from 1 to {len(source) - 1}, as "
+            f"{run.data_path} has {len(source)} rows"
         )
     tokenizer = find_tokenizer_of(
         run, lambda: load_tokenizer(run.tokenizer or run.init or run.text)
     )
     model = make_llava(run, fields, tokenizer).to(world.device)
-    order = np.random.default_rng((run.seed, len(source))).permutation(len(source))
+    order = np.random.default_rng((run.seed, len(source))).permutation(len(source)).tolist()
     make_dataset = functools.partial(
         ChatDataset,
         source,
@@ -390,8 +389,8 @@ def prepare_stage(run: LlavaTrainConfig, fields: dict, world: World) -> Prepared
     dataset = make_dataset(order[run.eval_size :], on_bad_sample=run.on_bad_sample)
     heldout = make_dataset(order[: run.eval_size])
     if not run.alignment:  # LLaVA's batches of one modality and of similar lengths
-        lengths = np.array([row["length"] for row in source.texts()])
-        dataset.lengths = lengths[dataset.rows].tolist()
+        lengths = [row["length"] for row in source.texts()]
+        dataset.lengths = [lengths[row] for row in dataset.rows]
     if not run.max_steps:
         run = dataclasses.replace(run, max_steps=math.ceil(len(dataset) / run.batch_size))
     task = Chat(model)
