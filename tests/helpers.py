@@ -367,9 +367,7 @@ def save_tiny_mllms(root):
 
     backend = scenes.demo_tokenizer().backend
     chat_tokens = ("<|im_start|>", "<|im_end|>")
-    backend.add_special_tokens(
-        [tokenizers.AddedToken(name, special=True) for name in chat_tokens]
-    )
+    backend.add_special_tokens([tokenizers.AddedToken(name, special=True) for name in chat_tokens])
     tokenizer = Tokenizer(backend)
     for manager_type in ("static", "adaptive_last"):
         torch.manual_seed(0)

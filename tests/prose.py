@@ -1,8 +1,10 @@
-"""How dense the prose of the code is: python tests/prose.py [FILE ...] prints a row for each file, and the sums.
+"""How dense the prose of the code is: python tests/prose.py [FILE ...] prints a row for each file,
+and the sums.
 
-A statement is any ast.stmt except def, class and docstrings; its nodes are all its descendants in the syntax tree that
-are not in a nested statement. It is a mirror, not a law: where a formula is one statement in the paper it may be one
-here. tests/test_house.py holds the whole to the limits at the end of this file.
+A statement is any ast.stmt except def, class and docstrings; its nodes are all its descendants in
+the syntax tree that are not in a nested statement. It is a mirror, not a law: where a formula is
+one statement in the paper it may be one here. tests/test_house.py holds the whole to the limits at
+the end of this file.
 """
 
 import ast
@@ -36,7 +38,11 @@ class Prose(NamedTuple):
 
 
 def is_docstring(node: ast.stmt) -> bool:
-    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+    return (
+        isinstance(node, ast.Expr)
+        and isinstance(node.value, ast.Constant)
+        and isinstance(node.value.value, str)
+    )
 
 
 def count_nodes(statement: ast.AST) -> int:
@@ -63,7 +69,9 @@ def is_tuple_assignment(node: ast.AST) -> bool:
 def is_merge(node: ast.AST) -> bool:
     """{...} | {...}, or a |= of a dict; types and flags are no merges."""
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
-        return any(isinstance(side, ast.Dict | ast.DictComp | ast.Set) for side in (node.left, node.right))
+        return any(
+            isinstance(side, ast.Dict | ast.DictComp | ast.Set) for side in (node.left, node.right)
+        )
     return isinstance(node, ast.AugAssign) and isinstance(node.op, ast.BitOr)
 
 
@@ -71,7 +79,9 @@ BRANCHES = (ast.If, ast.For, ast.While, ast.IfExp, ast.ExceptHandler, ast.compre
 
 
 def complexity_of(function: ast.AST) -> int:
-    """Cyclomatic complexity: 1, and 1 for each branch, loop, handler, comprehension, and further `and` or `or`."""
+    """Cyclomatic complexity: 1, and 1 for each branch, loop, handler, comprehension, and further
+    `and` or `or`.
+    """
     complexity = 1
     for node in ast.walk(function):
         if isinstance(node, BRANCHES):
@@ -99,7 +109,11 @@ def measure(text: str) -> Prose:
     not_counted = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
     statements = []
     for node in nodes:
-        if isinstance(node, ast.stmt) and not isinstance(node, not_counted) and not is_docstring(node):
+        if (
+            isinstance(node, ast.stmt)
+            and not isinstance(node, not_counted)
+            and not is_docstring(node)
+        ):
             statements.append(node)
     sizes = [count_nodes(statement) for statement in statements]
     comprehensions = [node for node in nodes if isinstance(node, COMPREHENSIONS)]
@@ -150,7 +164,9 @@ def show(name: str, prose: Prose) -> str:
     return f"{name:22s}" + " ".join(cells)
 
 
-TITLES = "lines  nodes   >40 nd  >100c  a,b=x,y  compr nested walrus merges  cond comments complexity"
+TITLES = (
+    "lines  nodes   >40 nd  >100c  a,b=x,y  compr nested walrus merges  cond comments complexity"
+)
 
 
 def main(names: list[str]) -> None:

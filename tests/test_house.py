@@ -114,7 +114,7 @@ def texts_in(path):
 
 
 def test_a_downstream_task_has_one_home():
-    """Its name stands in tasks.py; else only where scenes, raw files, heads and weights are named."""
+    """Its name stands in tasks.py; else only where scenes, raw files, heads, weights are named."""
     import model
     import tasks
 

@@ -658,6 +658,7 @@ def test_config_from_official():
         LlavaManagerConfig.base(managed_layers=(25,))
 
 
+@pytest.mark.slow
 def test_managers_cost_at_most_four_percent():
     """The paper's figure, in FLOPs of the full model on one picture of 1024 x 768, counted on the
     meta device.
