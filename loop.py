@@ -410,6 +410,7 @@ class Checkpoint:
         self.model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
+        # where it was
         self.best = state["best"]
         self.step = state["step"]
 

@@ -180,8 +180,8 @@ class ManagerTowerConfig:
         return cls(**fields)
 
     def __post_init__(self) -> None:
-        self.heads = tuple(self.heads)  # config.json has a list
         check_fields(self)
+        self.heads = tuple(self.heads)  # config.json has a list
         for name in self.heads:  # HEADS stands below: the checker of fields does not know it
             if name not in HEADS:
                 raise FieldError(f"heads is {name!r}; it must be one of {', '.join(HEADS)}")
@@ -195,8 +195,8 @@ class ManagerTowerConfig:
             managed = self.num_experts(modality)
             if managed > layers:
                 raise ValueError(
-                    f"{managed} managed layers, the {modality} encoder has {layers} (fusion "
-                    f"{self.fusion!r})"
+                    f"fusion {self.fusion!r} reads {managed} layers of the {modality} encoder "
+                    f"(managed_layers_{modality}, or num_layers), which has {layers}"
                 )
         # the position table has a row for each token of a text
         first_position = self.pad_token_id + 1

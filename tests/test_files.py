@@ -3,6 +3,7 @@ line; one run a folder.
 """
 
 import json
+import multiprocessing
 import os
 import socket
 import subprocess
@@ -287,6 +288,10 @@ def dead_process():
     return process.pid
 
 
+def owner_in(file):
+    return files.lock_owner(file.read_text())
+
+
 def write_lock(folder, process, host=HOST):
     (folder / "run.lock").write_text(json.dumps({"process": process, "host": host}))
 
@@ -294,11 +299,11 @@ def write_lock(folder, process, host=HOST):
 def test_a_lock_names_its_process_and_goes_with_it(tmp_path):
     file = tmp_path / "run.lock"
     with files.folder_lock(tmp_path):
-        assert files.lock_owner(file) == (os.getpid(), HOST)
-    assert not file.exists()
+        assert owner_in(file) == (os.getpid(), HOST)
+    assert owner_in(file) is None
     with pytest.raises(KeyboardInterrupt), files.folder_lock(tmp_path):
         raise KeyboardInterrupt
-    assert not file.exists()
+    assert owner_in(file) is None
 
 
 def test_a_folder_that_is_in_use_is_refused_and_stays_so(tmp_path):
@@ -307,7 +312,7 @@ def test_a_folder_that_is_in_use_is_refused_and_stays_so(tmp_path):
     sentence = f"is in use by process {os.getppid()} on {HOST}; choose another --out_dir"
     with pytest.raises(ValueError, match=sentence), files.folder_lock(tmp_path):
         raise AssertionError("it must not come here")
-    assert files.lock_owner(file) == (os.getppid(), HOST)
+    assert owner_in(file) == (os.getppid(), HOST)
 
 
 def test_somebody_elses_process_is_alive(tmp_path, monkeypatch):
@@ -323,8 +328,8 @@ def test_somebody_elses_process_is_alive(tmp_path, monkeypatch):
 def test_the_lock_of_a_dead_process_is_taken_over(tmp_path):
     write_lock(tmp_path, dead_process())
     with files.folder_lock(tmp_path):
-        assert files.lock_owner(tmp_path / "run.lock") == (os.getpid(), HOST)
-    assert not (tmp_path / "run.lock").exists()
+        assert owner_in(tmp_path / "run.lock") == (os.getpid(), HOST)
+    assert owner_in(tmp_path / "run.lock") is None
 
 
 def test_of_another_host_nobody_can_say_that_a_process_is_dead(tmp_path):
@@ -338,28 +343,53 @@ def test_of_another_host_nobody_can_say_that_a_process_is_dead(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", ["", "{", '{"process": 1', "[]", "5", "null", '{"host": "x"}', '{"process": "a"}']
+    "content",
+    [
+        "",
+        "{",
+        '{"process": 1',
+        "[]",
+        "5",
+        "null",
+        '{"host": "x"}',
+        '{"process": "a"}',
+        "[" * 100_000,
+    ],
 )
 def test_a_lock_that_a_death_cut_short_is_taken_over(content, tmp_path):
     (tmp_path / "run.lock").write_text(content)
-    assert files.lock_owner(tmp_path / "run.lock") is None
+    assert owner_in(tmp_path / "run.lock") is None
     with files.folder_lock(tmp_path):
-        assert files.lock_owner(tmp_path / "run.lock") == (os.getpid(), HOST)
+        assert owner_in(tmp_path / "run.lock") == (os.getpid(), HOST)
 
 
-def test_of_two_that_begin_at_once_one_is_refused(tmp_path, monkeypatch):
-    """The other one creates its lock between our look and our own file."""
-    unlink = files.Path.unlink
+def take_and_hold(file, at_once, results, everybody_tried):
+    """In a process of its own: try to take the lock, say whether it worked, and stay alive."""
+    at_once.wait()
+    try:
+        files.take_lock(file)
+        results.put(True)
+    except ValueError:
+        results.put(False)
+    everybody_tried.wait()
 
-    def unlink_late(path, missing_ok=False):
-        unlink(path, missing_ok=missing_ok)
-        write_lock(tmp_path, os.getppid())
 
-    with monkeypatch.context() as patch:
-        patch.setattr(files.Path, "unlink", unlink_late)
-        with pytest.raises(ValueError, match="another process that has just started"):
-            files.take_lock(tmp_path / "run.lock")
-    assert files.lock_owner(tmp_path / "run.lock") == (os.getppid(), HOST)
+def test_of_several_that_begin_at_once_one_gets_the_lock(tmp_path):
+    context = multiprocessing.get_context("fork")
+    number = 6
+    at_once = context.Barrier(number)
+    everybody_tried = context.Event()
+    results = context.Queue()
+    write_lock(tmp_path, dead_process())
+    arguments = (tmp_path / "run.lock", at_once, results, everybody_tried)
+    processes = [context.Process(target=take_and_hold, args=arguments) for _ in range(number)]
+    for process in processes:
+        process.start()
+    taken = [results.get(timeout=60) for _ in processes]
+    everybody_tried.set()
+    for process in processes:
+        process.join()
+    assert sum(taken) == 1
 
 
 def test_the_other_processes_of_a_run_leave_the_lock_to_rank_0(tmp_path):

@@ -475,7 +475,7 @@ def test_a_second_run_in_the_same_folder_is_refused(small, tmp_path):
     for content in (json.dumps({"process": dead.pid, "host": host}), '{"process": 1'):
         lock.write_text(content)
         run_small(small, "--max_steps", 2, "--out_dir", tmp_path)
-        assert not lock.exists()
+        assert lock.read_text() == ""
 
 
 @pytest.mark.parametrize(

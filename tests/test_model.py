@@ -379,7 +379,7 @@ def test_presets():
         ("heads", ("cls",), "heads is 'cls'; it must be one of mlm, "),
         ("hidden_size", 97, "hidden_size 97 is not a multiple of num_heads 3"),
         ("image_size", 60, "image_size 60 is not a multiple of patch_size 16"),
-        ("managed_layers_text", 9, "9 managed layers, the text encoder has 3"),
+        ("managed_layers_text", 9, "reads 9 layers of the text encoder"),
         ("max_text_len", 100, "max_positions"),
         ("num_layers", 0, "num_layers is 0"),
         ("vocab_size", "9", "vocab_size is '9'"),

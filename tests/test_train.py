@@ -30,7 +30,8 @@ from train import TrainConfig
         (["--objectives", "mlm,itx"], "--objectives is 'itx'; it must be one of mlm, itm, itc"),
         (["--fusion", "bridge", "--manager_type", "saue"], "no managers"),
         (["--micro_batch_size", "1", "--share_images", "true"], "must be at least 2"),
-        (["--vision", "x.safetensors"], "go together"),
+        (["--vision", "x.safetensors"], "--vision is 'x.safetensors', which does not exist"),
+        (["--vision", "."], "go together"),
         (["--hidden_size", "17"], "not a multiple"),
         (["--data_root", "/nowhere"], "/nowhere"),
         (["--device", "abacus"], "--device is 'abacus'"),
@@ -95,7 +96,7 @@ def test_log_rows_and_files_of_a_run_on_the_demo_data(tmp_path, capsys):
         names = {file.name for file in folder.iterdir()}
         assert {"model.safetensors", "config.json", "tokenizer.json"} <= names
     assert not list(tmp_path.rglob("*.tmp*"))
-    assert not (tmp_path / "run.lock").exists()
+    assert (tmp_path / "run.lock").read_text() == ""
     assert weights.load_model(tmp_path).config.image_size == 16
     said = capsys.readouterr().out
     assert f"python figures.py managers --checkpoint {tmp_path} --data demo" in said
