@@ -447,7 +447,7 @@ def test_epochs_count_where_max_steps_is_0(prepared, pretrained, tmp_path):
         (["--data", "demos", "--init", "x"], "--data is 'demos'; it must be .*demo"),
         (["--data=demo", "--init", "/nowhere"], "nowhere"),
         (["--data", "demo", "--init", "unimodal"], "needs --vision"),
-        (["--data", "demo", "--init", "x", "--text", "y"], "has its own"),
+        (["--data", "demo", "--init", "x", "--text", "."], "has its own"),
         (["--data", "demo", "--init", "official:/nowhere.ckpt"], "give --tokenizer"),
         (["--data", "demo", "--init", "x", "--epochs", "0"], "--epochs is 0.0; it must be .*above"),
         (["--data", "demo", "--init", "x", "--k_test", "0"], "--k_test is 0; it must be"),
