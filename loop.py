@@ -269,12 +269,12 @@ def make_optimizer(groups: list[dict], run: RunConfig, device: torch.device) -> 
 
 
 # ---------------------------------------------------------------- checkpoints
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 FILES = (  # what a run writes into out_dir and out_dir/best
     "training_state.pt",
     "model.safetensors",
     "config.json",
-    "tokenizer.json",
-    "tokenizer.model",
+    *TOKENIZER_FILES,
     "answers.json",
     "log.jsonl",
 )
@@ -287,9 +287,11 @@ def find_tokenizer_of(run: RunConfig, find: Callable[[], Tokenizer]) -> Tokenize
     is always taken, and `Checkpoint` refuses it if it is another one.
     """
     # 1. the checkpoint's own
-    resumes = (Path(run.out_dir) / "training_state.pt").exists() and not run.fresh
-    if resumes and not run.tokenizer:
-        return load_tokenizer(run.out_dir)
+    folder = Path(run.out_dir)
+    resumes = (folder / "training_state.pt").exists() and not run.fresh
+    stored = [name for name in TOKENIZER_FILES if (folder / name).exists()]
+    if resumes and stored and not run.tokenizer:
+        return load_tokenizer(folder)
     # 2. a new run's
     return find()
 
@@ -660,6 +662,21 @@ def check_weights(model: nn.Module, step: int, checkpoint: Checkpoint) -> None:
             )
 
 
+MOST_SKIPPED = 100  # steps in a row that an fp16 run may spend on looking for its scale
+
+
+def check_scale(skipped: int, made: int, is_last: bool) -> None:
+    """Raises ValueError if an fp16 run learns nothing.
+
+    skipped: how many steps without an update there were in a row; made: updates before them.
+    """
+    if skipped >= MOST_SKIPPED or (is_last and skipped and not made):
+        raise ValueError(
+            f"with --precision fp16 the last {skipped} steps made no update, as their gradients "
+            "were not finite; use --precision bf16 or fp32, or a lower --learning_rate"
+        )
+
+
 def is_due(done: int, every: int, last: int) -> bool:
     """Whether what happens every so many steps (0 = never), and after the last one, is due."""
     return done == last or (every > 0 and done % every == 0)
@@ -747,6 +764,8 @@ def run_steps(
     terminated = torch.zeros(1, device=world.device)
     signal.signal(signal.SIGTERM, lambda *_: terminated.fill_(1))
     began = time.time()
+    made = 0  # updates; only fp16 may leave one out
+    skipped = 0  # updates left out in a row
     for step in range(start, run.max_steps):
         # 1. this process' micro-batches of one global batch
         global_batch = [next(batches) for _ in range(micro_steps)]
@@ -760,6 +779,10 @@ def run_steps(
         # 3. stop before a broken update is saved; fp16's scaler expects norms that are not finite
         numbers = losses if scaler.is_enabled() else {**losses, "grad_norm": norm}
         check_finite(numbers, done, global_batch, loader.dataset, checkpoint)
+        is_update = math.isfinite(norm)
+        made += is_update
+        skipped = 0 if is_update else skipped + 1
+        check_scale(skipped, start + made, done == run.max_steps)
         # 4. show and log
         loss = sum(losses.values())
         speed = (done - start) * run.batch_size / (time.time() - began)

@@ -38,7 +38,14 @@ def contrastive_logits(
     with torch.no_grad():
         head.temperature.clamp_(0.001, 0.5)
     text, image = model.contrast(text_experts, image_experts)
-    logits = gather(text, shares) @ gather(image, shares).T / head.temperature
+    all_texts = gather(text, shares)  # (A, C)
+    all_images = gather(image, shares)
+    if all_texts.dtype in (torch.float16, torch.bfloat16):
+        all_texts = all_texts.float()
+        all_images = all_images.float()
+    # in float32: at the smallest temperature a logit is up to 1,000, where half precision is coarse
+    with torch.autocast(all_texts.device.type, enabled=False):
+        logits = all_texts @ all_images.T / head.temperature
     return logits, logits.T
 
 

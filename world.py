@@ -203,31 +203,52 @@ def is_lost_connection(error: RuntimeError) -> bool:
     return dist.is_initialized() and any(words in str(error) for words in LOST)
 
 
-def one_sentence(main: Callable[[list[str]], Any]) -> None:
-    """Run main with the command line. What is wrong with the user's input ends in one sentence, not
-    in a traceback.
+ALLOCATION = ("allocate memory", "out of memory", "Storage size calculation overflowed")
 
-    Exit status 1; 2 for a command line that cannot be read. Of several processes rank 0 speaks, the
-    others are silent.
+
+def sentence_of_allocation(error: Exception) -> str | None:
+    """What to say of sizes that do not fit into memory or into a number; None for other errors."""
+    first_line = str(error).strip().partition("\n")[0]
+    if isinstance(error, MemoryError | OverflowError):
+        return f"the sizes that were asked for are too large ({first_line or 'out of memory'})"
+    if any(words in first_line for words in ALLOCATION):
+        return f"there is not enough memory for the sizes that were asked for ({first_line})"
+    return None
+
+
+def say_error(sentence: str) -> None:
+    """The last line on stderr. Of several processes rank 0 says it."""
+    if int(os.environ.get("RANK", 0)) > 0:
+        # Nearly always all processes meet the same error. Rank 0 says it and ends, and torchrun
+        # then ends this one too. If this one is still here after a while, only it knows.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(PATIENCE)
+    sys.stdout.flush()
+    print(f"error: {sentence}", file=sys.stderr, flush=True)
+
+
+def one_sentence(main: Callable[[list[str]], Any]) -> None:
+    """Run main with the command line. What is wrong with the user's input is said in one sentence.
+
+    Exit status 1; 2 for a command line that cannot be read.
     """
-    rank = int(os.environ.get("RANK", 0))
-    if rank > 0 and ("-h" in sys.argv or "--help" in sys.argv):
+    if int(os.environ.get("RANK", 0)) > 0 and ("-h" in sys.argv or "--help" in sys.argv):
         sys.exit(0)  # rank 0 prints the page
     try:
         main(sys.argv[1:])
+    except FlagError as error:
+        say_error(sentence_of(error))
+        sys.exit(2)
     except (ValueError, OSError) as error:
-        if rank > 0:
-            # Nearly always all processes meet the same error. Rank 0 says it and ends, and torchrun
-            # then ends this one too. If this one is still here after a while, it is the only one
-            # that knows.
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            time.sleep(PATIENCE)
-        sys.stdout.flush()
-        print(f"error: {sentence_of(error)}", file=sys.stderr, flush=True)
-        sys.exit(2 if isinstance(error, FlagError) else 1)
-    except RuntimeError as error:
-        if not is_lost_connection(error):
-            raise
+        say_error(sentence_of(error))
+        sys.exit(1)
+    except (MemoryError, OverflowError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and is_lost_connection(error):
+            sys.exit(1)  # the process that ended says why
+        sentence = sentence_of_allocation(error)
+        if sentence is None:
+            raise  # a fault of the program, which a traceback helps to find
+        say_error(sentence)
         sys.exit(1)
     finally:
         if dist.is_initialized():

@@ -3,6 +3,7 @@ accumulation; resumed = uninterrupted, whatever the moment of death; what identi
 run a folder."""
 
 import json
+import math
 import os
 import re
 import resource
@@ -564,3 +565,45 @@ def test_log_and_config_say_their_version(small, tmp_path):
     assert (header["device"], header["precision"]) == ("cpu", "fp32")
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["version"] == files.VERSION and config["transform"] == "clip"
+
+
+def test_a_half_precision_run_that_learns_nothing_says_so(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "apply_gradients", lambda *_: math.inf)
+    with pytest.raises(ValueError, match="the last 3 steps made no update.*--precision bf16"):
+        run_small(small, "--max_steps", 3, "--precision", "fp16", "--out_dir", tmp_path)
+    assert not (tmp_path / "training_state.pt").exists()
+
+
+def test_weights_that_are_not_finite_are_never_saved(small, tmp_path):
+    flags = ("--warmup", 0, "--learning_rate", 1e39, "--max_steps", 1, "--out_dir", tmp_path)
+    with pytest.raises(ValueError, match="the weights are not finite after step 1: "):
+        run_small(small, *flags)
+    assert not (tmp_path / "training_state.pt").exists()
+    assert not (tmp_path / "best").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"no", [1], {}, {"identity": None}, torch.zeros(2)])
+def test_what_is_no_training_state_is_refused(small, tmp_path, content):
+    run_small(small, "--max_steps", 1, "--out_dir", tmp_path)
+    if isinstance(content, bytes):
+        (tmp_path / "training_state.pt").write_bytes(content)
+    else:
+        torch.save(content, tmp_path / "training_state.pt")
+    with pytest.raises(ValueError, match="training_state.pt is not a readable training state"):
+        run_small(small, "--max_steps", 1, "--out_dir", tmp_path)
+
+
+@pytest.mark.parametrize("row", ["5", "[1]", '{"step": "a"}', '{"step": null}', "{", '{"loss": 1}'])
+def test_a_row_of_the_log_that_is_none_is_named(small, tmp_path, row):
+    run_small(small, "--max_steps", 1, "--out_dir", tmp_path)
+    with open(tmp_path / "log.jsonl", "a") as file:
+        file.write(row + "\n")
+    with pytest.raises(ValueError, match=r"log.jsonl, line \d+"):
+        run_small(small, "--max_steps", 1, "--out_dir", tmp_path)
+
+
+def test_somebody_elses_weights_are_not_overwritten(small, tmp_path):
+    (tmp_path / "model.safetensors").write_text("precious")
+    with pytest.raises(ValueError, match="has a model.safetensors but no training_state.pt"):
+        run_small(small, "--max_steps", 1, "--out_dir", tmp_path)
+    assert (tmp_path / "model.safetensors").read_text() == "precious"

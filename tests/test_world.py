@@ -362,3 +362,25 @@ def test_exit_status_and_last_line_of_a_script(tmp_path):
     assert result.returncode == 1
     assert result.stderr.splitlines()[-1].startswith(f"error: {tmp_path / 'nowhere'} has no")
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        MemoryError("Unable to allocate 7.28 TiB for an array"),
+        OverflowError("int too large to convert to float"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes"),
+        RuntimeError("CUDA out of memory. Tried to allocate 20.00 GiB"),
+        RuntimeError("Storage size calculation overflowed with sizes=[1000000000000, 96]"),
+    ],
+)
+def test_sizes_that_cannot_be_are_one_sentence(error, capsys):
+    def main(argv):
+        raise error
+
+    with pytest.raises(SystemExit) as end:
+        world.one_sentence(main)
+    assert end.value.code == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and said.count("\n") == 1
