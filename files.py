@@ -234,9 +234,14 @@ def folder_lock(folder: Path, needed: bool = True) -> Iterator[None]:
     """
     file = folder / "run.lock"
     if needed:
-        take_lock(file)
+        try:
+            take_lock(file)
+        except OSError as error:
+            raise ValueError(f"cannot write {file}: {error.strerror or error}") from error
     try:
         yield
     finally:
         if needed:
-            file.write_text("")
+            # on a full disk it stays: the next run sees that this process is dead
+            with contextlib.suppress(OSError):
+                os.truncate(file, 0)
