@@ -29,9 +29,7 @@ class FieldError(ValueError):
 
 
 class FlagError(ValueError):
-    """A command line that cannot be read: an unknown flag, a value of another type, a flag that is
-    missing.
-    """
+    """A command line that cannot be read: a flag is unknown, missing, or of another type."""
 
 
 def option(
@@ -88,8 +86,9 @@ def may_be_none(declared: Any) -> bool:
 
 
 def is_of_type(value: Any, declared: Any) -> bool:
-    """Whether a value has exactly this simple type. A bool is no number; a float is finite, and may
-    be given as an int.
+    """Whether a value has exactly this simple type.
+
+    A bool is no number; a float is finite, and may be given as an int.
     """
     if type(value) is int and abs(value) >= 2**63:
         return False  # more than a tensor can count
@@ -173,9 +172,7 @@ def check_fields(config: Any) -> None:
 
 # ---------------------------------------------------------------- the command line
 class Parser(argparse.ArgumentParser):
-    """argparse with errors of one sentence, and with a help page that only the first of several
-    processes prints.
-    """
+    """argparse with errors of one sentence."""
 
     def error(self, message: str) -> NoReturn:
         raise FlagError(f"{message}; `python {self.prog} -h` lists all flags")

@@ -30,8 +30,9 @@ class BadSample(ValueError):
 
 # ---------------------------------------------------------------- writing
 def write_atomically(path: str | Path, write: Callable[[Path], Any]) -> None:
-    """write(temporary path), flush to the disk, rename. Raises OSError, also where a library says
-    it otherwise.
+    """write(temporary path), flush to the disk, rename.
+
+    Raises OSError, also where a library says it otherwise.
     """
     path = Path(path)
     temporary = Path(f"{path}.tmp{os.getpid()}")
@@ -52,8 +53,9 @@ def write_atomically(path: str | Path, write: Callable[[Path], Any]) -> None:
 
 
 def remove_temporary_files(folder: Path, names: tuple[str, ...]) -> None:
-    """Remove what `write_atomically` left behind when its process died: NAME.tmp<digits> for
-    exactly these names.
+    """Remove what `write_atomically` left behind when its process died.
+
+    That is NAME.tmp<digits>, for exactly these names.
     """
     if not folder.is_dir():
         return
@@ -152,9 +154,7 @@ def read_json(path: str | Path, *kinds: type) -> Any:
 
 
 def read_json_lines(path: str | Path) -> list:
-    """The rows of a JSON Lines file; blank lines are left out. Raises ValueError with file and
-    line.
-    """
+    """The rows of a JSON Lines file, without blank lines. Raises ValueError with the line."""
     rows = []
     for number, line in enumerate(read_bytes(path).split(b"\n"), 1):
         if line.strip():

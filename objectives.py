@@ -59,8 +59,9 @@ def itc_loss(logits: Tensor, logits_t: Tensor, same: Tensor, rows: slice) -> Ten
 
 
 def negative_weights(logits: Tensor, same: Tensor) -> Tensor:
-    """softmax(logits) without the matching pairs; a row with no weight left draws uniformly, its
-    own pair too.
+    """softmax(logits) without the matching pairs.
+
+    A row with no weight left draws uniformly, its own pair too.
     """
     weights = torch.softmax(logits.detach(), dim=1).masked_fill(same.bool(), 0)
     has_none = weights.sum(1, keepdim=True) == 0
@@ -68,8 +69,9 @@ def negative_weights(logits: Tensor, same: Tensor) -> Tensor:
 
 
 def draw_negatives(weights: Tensor, generator: torch.Generator | None) -> Tensor:
-    """A column for each row, texts then images (2A). All processes draw the same, and take their
-    own rows.
+    """A column for each row, texts then images (2A).
+
+    All processes draw the same, and take their own rows.
     """
     return torch.multinomial(weights, 1, generator=generator).squeeze(1)
 
@@ -137,8 +139,9 @@ def contrastive_losses(
 
 # ---------------------------------------------------------------- pre-training
 class Pretraining(Task):
-    """MLM + ITM, each with its own pass as in the official code, or with one shared image pass; and
-    ITC.
+    """MLM and ITM, and ITC.
+
+    MLM and ITM have an image pass each, as in the official code, or share one.
     """
 
     def __init__(
@@ -191,8 +194,9 @@ class Pretraining(Task):
         return F.cross_entropy(logits, batch["mlm_labels"][is_masked], reduction="sum")
 
     def itm_images(self, batch: dict, image_experts: Any) -> Tensor:
-        """Experts of the pictures that ITM sees: a second pass; or, shared, false pairs take their
-        partner's.
+        """Experts of the pictures that ITM sees.
+
+        They come from a second pass; or, shared, a false pair takes its partner's.
         """
         if not self.share_images:
             return self.model.encode_image(batch["itm_pixels"])
@@ -237,8 +241,9 @@ class Classification(Task):
 
 
 class Retrieval(Task):
-    """ITC, and ITM with hard negatives from all processes; other captions of a picture are no
-    negatives.
+    """ITC, and ITM with hard negatives from all processes.
+
+    Other captions of a picture are no negatives.
     """
 
     def counts(self, batch: dict) -> dict[str, int]:

@@ -185,8 +185,9 @@ def find_task(name: str) -> DownstreamTask:
 
 
 def task_of_heads(heads: tuple[str, ...]) -> str:
-    """The first task that a model with these heads can do; pre-training heads do the first one of
-    captions.
+    """The first task that a model with these heads can do.
+
+    The heads of pre-training do the first one of captions.
     """
     for name, task in TASKS.items():
         if task.heads[0] in heads:
@@ -205,9 +206,7 @@ def open_split(
     image_size: int,
     answers: list[str] | None = None,
 ) -> PairDataset:
-    """One split of a task to measure on: below data_root, or with `demo` 512 held-out built-in
-    scenes.
-    """
+    """One split of a task to measure on: below data_root, or 512 held-out scenes (demo)."""
     task = find_task(name)
     if demo:
         source = demo_source(task.kind, "heldout", 512, image_size=image_size)
@@ -288,9 +287,7 @@ def open_sets(
 
 
 def load_answers(root: str | Path) -> list[str]:
-    """The VQA vocabulary: answers.json (a list), or rebuilt from the answers and labels inside
-    vqav2_*.arrow.
-    """
+    """The VQA vocabulary: answers.json (a list), or what vqav2_*.arrow files hold."""
     file = Path(root) / "answers.json"
     if file.is_file():
         return read_json(file, list)
@@ -318,9 +315,7 @@ def true_answers(source: Source, row: dict) -> dict:
 
 
 def text_only_guess(source: Source, heldout: Source) -> dict[str, float]:
-    """Accuracy of the commonest answer, and of the commonest answer to the very same text in the
-    training data.
-    """
+    """Accuracy of the commonest answer, and of the commonest answer to the same text."""
     overall: Counter = Counter()
     by_text: dict[str, Counter] = defaultdict(Counter)
     for row in source.texts():
@@ -337,9 +332,7 @@ def text_only_guess(source: Source, heldout: Source) -> dict[str, float]:
 
 
 def baselines(source: Source, heldout: Source) -> dict[str, dict]:
-    """What a model has to beat: chance for retrieval, guesses from the text alone for the other
-    tasks.
-    """
+    """What a model has to beat: chance of retrieval, else guesses from the text alone."""
     if source.kind == "captions":
         chance = {}
         for direction in ("ir", "tr"):

@@ -125,9 +125,7 @@ def make_sources(run: TrainConfig, image_size: int) -> tuple[Source, Source]:
 
 
 def find_tokenizer(run: TowerRunConfig, source: Source | None = None) -> Tokenizer:
-    """--tokenizer, or the one beside --text, or that of the scenes, or a small BPE trained on the
-    captions.
-    """
+    """--tokenizer, or the one beside --text, or a small BPE trained on scenes or captions."""
     if run.tokenizer:
         return load_tokenizer(run.tokenizer)
     if run.text:
@@ -211,9 +209,7 @@ def masked_tokens(dataset: Any, samples: int) -> Iterator[tuple[tuple[int, int],
 
 
 def text_only_mlm_guess(training: Any, heldout: Any, samples: int = 2000) -> float:
-    """MLM accuracy without pictures: each masked token is the commonest one between the same
-    neighbours.
-    """
+    """MLM accuracy without pictures: the guess is the commonest token between the neighbours."""
     between: dict[tuple[int, int], Counter] = defaultdict(Counter)
     overall: Counter = Counter()
     for neighbours, label in masked_tokens(training, samples):

@@ -198,8 +198,9 @@ class Chat(Task):
 
 
 def llava_groups(model: LlavaManager, run: LlavaTrainConfig) -> list[dict]:
-    """SigLIP, managers, the rest. Biases and SigLIP's norms, but not Qwen2's, have no weight decay:
-    official.
+    """SigLIP, managers, the rest.
+
+    Official: biases and SigLIP's norms, but not Qwen2's, have no weight decay.
     """
 
     def rule(name: str) -> tuple[float, float]:
@@ -216,8 +217,9 @@ def llava_groups(model: LlavaManager, run: LlavaTrainConfig) -> list[dict]:
 
 # ---------------------------------------------------- the model that a stage starts from
 def initial_llava(run: LlavaTrainConfig, fields: dict) -> LlavaManager:
-    """--init, with `fields` of its config replaced; those that change what the parameters mean must
-    stay.
+    """--init, with `fields` of its config replaced.
+
+    Those that change what the parameters mean must stay.
     """
     model = load_model(run.init)
     if not isinstance(model, LlavaManager):
@@ -235,9 +237,7 @@ def initial_llava(run: LlavaTrainConfig, fields: dict) -> LlavaManager:
 
 
 def make_llava(run: LlavaTrainConfig, fields: dict, tokenizer: Tokenizer) -> LlavaManager:
-    """--init with `fields` of its config; or --vision and --text with new managers; or, the demo,
-    random weights.
-    """
+    """--init; or --vision and --text with new managers; or, the demo, random weights."""
     _, im_start, im_end = (tokenize(name, tokenizer) for name in SPECIALS)
     fields = {**fields, "im_start_id": im_start[0], "eos_ids": im_end}
     seed_all(run.seed, "model")
@@ -288,9 +288,7 @@ def heldout_loss(
 def answer_accuracy(
     model: LlavaManager, quiz: list[tuple], tokenizer: Tokenizer, run: RunConfig, world: World
 ) -> dict:
-    """Share of the (prompt, answer, image) in `quiz` whose greedy answer is the true one to the
-    letter.
-    """
+    """Share of the (prompt, answer, image) in `quiz` that are answered to the letter."""
     right = torch.zeros((), dtype=torch.float64)
     size = 2 * run.micro_batch_size
     model.eval()

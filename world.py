@@ -82,9 +82,7 @@ def ranks() -> tuple[int, int]:
 
 
 def collect(parts: list[tuple]) -> list:
-    """All processes' (position, value) pairs -> the values in the order of their positions, on
-    every process.
-    """
+    """All processes' (position, value) pairs -> the values in order, on every process."""
     _, size = ranks()
     everyone = [parts]
     if size > 1:
@@ -133,8 +131,9 @@ def gather(x: Tensor, shares: list[int]) -> Tensor:
 
 # ---------------------------------------------------------------- seeds, precision, modes
 def seed_of(*numbers: Any) -> int:
-    """A seed that is a function of these numbers alone, so that a resumed run draws what it would
-    have drawn.
+    """A seed that is a function of these numbers alone.
+
+    So a resumed run draws what it would have drawn.
     """
     return random.Random(repr(numbers)).getrandbits(62)
 
@@ -168,8 +167,9 @@ def to_device(batch: dict, device: torch.device) -> dict:
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[torch.device]:
-    """Evaluation mode, no gradients, bf16 autocast on CUDA; gives the device. The model's own mode
-    comes back.
+    """Evaluation mode, no gradients, bf16 autocast on CUDA. Gives the device.
+
+    Afterwards the model is in its own mode again.
     """
     training = model.training
     device = next(model.parameters()).device
@@ -186,8 +186,9 @@ def evaluating(model: nn.Module) -> Iterator[torch.device]:
 
 # ---------------------------------------------------------------- how a script ends
 def sentence_of(error: Exception) -> str:
-    """The message of an error; of one that a DataLoader worker sent, with its traceback, the last
-    line.
+    """The message of an error.
+
+    Of one that a DataLoader worker sent, with its traceback, the last line.
     """
     lines = str(error).strip().splitlines()
     if lines and "DataLoader worker" in lines[0]:
