@@ -81,7 +81,8 @@ def need_two_pictures(record: dict) -> list:
 
 
 def without_doubles(rows: list[dict]) -> list[dict]:
-    """The rows with different texts, in their order; a set has another one in every process."""
+    """The rows with different texts, in their order."""
+    # no Python set: it would have another order in every process
     first_rows: dict[str, dict] = {}
     for row in rows:
         first_rows.setdefault(row["text"], row)
@@ -359,11 +360,10 @@ class Part:
 
     path: str  # for messages
     places: Any  # a sequence: record i is at places[i], a line or a row
-    folder = ""  # that the paths of pictures begin in
+    folder = ""  # the paths of pictures are relative to it
     unit = "row"  # what a place is called in messages
-    rows_each: int | None = (
-        None  # how many rows each record has, where that is known without a scan
-    )
+    # how many rows each record has, where that is known without a scan
+    rows_each: int | None = None
     description = ""  # of a part with rows_each: what its texts are a function of
 
     def name(self, index: int) -> str:

@@ -55,7 +55,9 @@ class EvalConfig:
         "", "demo = the held-out built-in scenes, instead of data_root", choices=("", "demo")
     )
     data_root: str = option("", "folder of manifests or .arrow files")
-    split: str = option("", "splits to measure on, comma-separated; none = the papers'")
+    split: str = option(
+        "", "splits to measure on, comma-separated; none = those of the task in tasks.py"
+    )
     submit: str = option("", "file for the answers to all questions, as EvalAI takes them")
     annotations: str = option(
         "", "v2_mscoco_val2014_annotations.json: gives the official VQA accuracy too"

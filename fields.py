@@ -210,9 +210,8 @@ def parse_text_or_json(text: str) -> Any:
         raise argparse.ArgumentTypeError(f"{text!r} is not JSON: {error}") from None
 
 
-PARSERS: dict[
-    Any, tuple[Any, str]
-] = {  # declared type -> how to read a flag, and its name in the help
+# declared type -> how to read a flag, and what its value is called in the help
+FLAG_READERS: dict[Any, tuple[Any, str]] = {
     int: (int, "INT"),
     float: (float, "FLOAT"),
     str: (str, "TEXT"),
@@ -252,7 +251,7 @@ def add_flags(
         if field.name in skip or not field.metadata.get("flag", True):
             continue
         declared = declared_types[field.name]
-        reader, metavar = PARSERS[declared]
+        reader, metavar = FLAG_READERS[declared]
         default = (defaults or {}).get(field.name, field.default)
         help_text = field.metadata.get("help", "")
         if field.metadata.get("choices"):

@@ -1,11 +1,16 @@
-"""Fine-tuning on VQAv2, NLVR2, SNLI-VE, Flickr30K or COCO (ManagerTower, ACL 2023, section 4), in
-the loop of loop.py.
+r"""Fine-tuning on VQAv2, NLVR2, SNLI-VE, Flickr30K or COCO, in the loop of loop.py.
 
+Paper: ManagerTower (ACL 2023), section 4.
+
+    # the built-in scenes
     python finetune.py --task vqav2 --data demo --init out/demo
-    torchrun --standalone --nproc_per_node 8 finetune.py --task vqav2 --data_root D --init
-    out/pretrain ... --init unimodal --vision CLIP --text ROBERTA     (without vision-language
-    pre-training) ... --init official:mt_pretrain.ckpt --tokenizer ROBERTA     (the authors'
-    checkpoint)
+    # from a checkpoint of ours
+    torchrun --standalone --nproc_per_node 8 finetune.py --task vqav2 --data_root D \
+        --init out/pretrain
+    # without vision-language pre-training
+    torchrun ... --init unimodal --vision CLIP --text ROBERTA
+    # from the authors' checkpoint
+    torchrun ... --init official:mt_pretrain.ckpt --tokenizer ROBERTA
 
 The recipes and everything else that a task needs are in tasks.py.
 """
@@ -104,7 +109,7 @@ def recipe(name: str, init: str, data: str) -> tuple[FinetuneConfig, dict]:
     out_dir = f"out/{name}"
     if data == "demo":
         return FinetuneConfig(
-            out_dir=out_dir, eval_split=task.recipe["eval_split"], **task.demo
+            out_dir=out_dir, eval_split=task.recipe.get("eval_split", "val"), **task.demo
         ), {}
     if init == "unimodal" and task.unimodal_recipe:
         return FinetuneConfig(out_dir=out_dir, **task.unimodal_recipe), task.unimodal_model

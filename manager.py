@@ -5,9 +5,10 @@ section III for two towers, section IV for LLaVA-OV-Manager). In the official st
 modules are the `cross_modal_*_manager_tower` and `model.manager`; weights.py has both names of each
 parameter.
 
-An *expert* is one layer of a unimodal encoder, and its output V_i is the *insight*. Before each
-cross-modal layer stand two managers, one for each modality. A manager weighs the insights of N
-experts, and adds C, the output of the previous cross-modal layer of its own modality:
+An *expert* is one layer of a unimodal encoder, and its output V_i is the *insight*; in the code
+`experts` are these outputs. Before each cross-modal layer stand two managers, one for each
+modality. A manager weighs the insights of N experts, and adds C, the output of the previous
+cross-modal layer of its own modality:
 
     M = sum_i W_i * LN_i(V_i) + W_C * LN_C(C)
 
@@ -320,7 +321,8 @@ class StaticVisualManager(VisualManager):
     """What the image tokens gain before an LLM layer: sum_n W_n * V_n (TCSVT eq. 12).
 
     W (N, D) is learnt and zero at the start, without softmax: an untrained manager leaves the LLM
-    as it is.
+    as it is. `forward` is the definition. LlavaManager computes the same in another order: it sums
+    over the experts of all its static managers at once, tile by tile (`static_increments`).
     """
 
     def __init__(self, width: int, num_experts: int):

@@ -8,7 +8,7 @@ official checkpoints. Read manager.py first, then this file from `ManagerTower.f
     features = model(pixels, input_ids, attention_mask)
     match_logits = model.heads["itm"](features.pooled)  # (B, 2)
 
-Shapes, here and in all other files:
+Shapes of the two-tower model, in all of its files:
 
     B   batch                              pixels           (B, 3, S, S)
     S   pixels on each side                input_ids        (B, Lt)

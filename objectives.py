@@ -5,7 +5,7 @@ ACL 2023, section 4 and appendix A. Each objective is a `Task` of the loop: it r
 each loss over this process' rows, and says how many terms that sum has; the loop makes means over
 the global batch of it.
 
-B rows of this process, W processes, A rows of all processes in this micro-step, C width of the ITC
+B rows of this process, A rows of all processes in this micro-step, C width of the ITC
 vectors.
 """
 
@@ -188,9 +188,8 @@ class Pretraining(Task):
         is_masked = batch["mlm_labels"] != -100
         text_experts = self.model.encode_text(batch["mlm_ids"], mask)
         text = self.model.fuse(text_experts, image_experts, mask).text
-        logits = self.model.heads["mlm"](
-            text[is_masked]
-        )  # the vocabulary is wide: only the masked tokens
+        # the vocabulary is wide: only the masked tokens
+        logits = self.model.heads["mlm"](text[is_masked])
         return F.cross_entropy(logits, batch["mlm_labels"][is_masked], reduction="sum")
 
     def itm_images(self, batch: dict, image_experts: Any) -> Tensor:

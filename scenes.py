@@ -307,7 +307,7 @@ class Demo(Part):
 
     def __init__(self, kind: str, split: str, size: int, seed: int = 0, image_size: int = 64):
         assert split in ("train", "heldout"), split
-        self.path = f"demo {SEED_NAMES[kind]} {split}"
+        self.path = f"demo {SEED_NAMES.get(kind, kind)} {split}"
         self.places = range(size)
         self.rows_each = 3 if kind == "questions" else 1
         self.description = f"{self.path}, {size} records, seed {seed}"

@@ -1,7 +1,8 @@
 """The downstream tasks, one row each: kind of data, heads, splits, recipe, and the papers' numbers.
 
 A new task is a new row here, a parser of its records in data.py (unless its kind of records is
-there already) and a head in model.py. No other file names a task.
+there already) and a head in model.py. Elsewhere a task's name stands only in the tables of raw
+files, of scenes, of heads and of official weights.
 
 Papers: ACL 2023, section 4, tables 1 and 3, appendix A; TCSVT 2025, table III. The recipes hold the
 papers' values, and those of the released scripts where the papers say nothing.
@@ -19,23 +20,23 @@ from scenes import demo_source
 
 @dataclass(frozen=True)
 class DownstreamTask:
-    """recipe, unimodal, demo: values of finetune.FinetuneConfig; the model's are fields of
-    ManagerTowerConfig.
+    """A row of the table.
+
+    recipe, unimodal_recipe and demo are values of finetune.FinetuneConfig; model and unimodal_model
+    are fields of ManagerTowerConfig.
     """
 
-    kind: str  # of its records: a key of data.PARSERS
-    heads: tuple[str, ...]  # that are trained; the first one decides the metric
+    kind: str  # of its records, a key of data.PARSERS; it decides the metric and the loss
+    heads: tuple[str, ...]  # that are trained; the logits of the first one are measured
     splits: tuple[str, ...]  # that eval.py measures
     recipe: dict[str, Any] = field(default_factory=dict)  # empty: it is only evaluated
     model: dict[str, Any] = field(default_factory=dict)
-    unimodal_recipe: dict[str, Any] = field(
-        default_factory=dict
-    )  # --init unimodal, where it differs
+    # with --init unimodal, where that differs
+    unimodal_recipe: dict[str, Any] = field(default_factory=dict)
     unimodal_model: dict[str, Any] = field(default_factory=dict)
     demo: dict[str, Any] = field(default_factory=dict)  # on the built-in scenes, with a tiny model
-    paper: dict[str, dict] = field(
-        default_factory=dict
-    )  # split -> metric -> ManagerTower base with 4M VLP, in percent
+    # split -> metric -> ManagerTower base with 4M VLP, in percent
+    paper: dict[str, dict] = field(default_factory=dict)
 
     @property
     def is_retrieval(self) -> bool:

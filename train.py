@@ -1,10 +1,14 @@
-"""Pre-training of ManagerTower: MLM and ITM (ACL 2023, section 4), on request ITC with hard
-negatives.
+r"""Pre-training of ManagerTower: MLM and ITM, on request ITC with hard negatives.
 
-    python train.py                                                     # the built-in scenes, a CPU
-    is enough torchrun --standalone --nproc_per_node 8 train.py --recipe pretrain --data_root D
-    --vision CLIP --text ROBERTA torchrun ... train.py --recipe llava_stage1 ...
-    # the MLLM's recipes are in train_llava.py
+Paper: ManagerTower (ACL 2023), section 4.
+
+    # the built-in scenes; a CPU is enough
+    python train.py
+    # the papers' run
+    torchrun --standalone --nproc_per_node 8 train.py --recipe pretrain --data_root D \
+        --vision CLIP --text ROBERTA
+    # the MLLM's recipes, which are in train_llava.py
+    python train.py --recipe llava_demo
 
 `python train.py -h` lists all flags. The loop itself is in loop.py, the objectives are in
 objectives.py.
@@ -120,6 +124,7 @@ def make_sources(run: TrainConfig, image_size: int) -> tuple[Source, Source]:
         heldout = demo_source("captions", "heldout", run.eval_size, run.seed, image_size)
     else:
         training = open_sets("captions", run.data_root, run.datasets, "train", run.on_bad_sample)
+        # the val split of the first set: of the papers' four, vg and sbu have none
         heldout = open_sets("captions", run.data_root, run.datasets[:1], "val")
     return training, heldout
 

@@ -1,11 +1,15 @@
-"""The training recipes of LLaVA-OV-Manager (TCSVT 2025, section IV), in the loop of loop.py;
-train.py runs them.
+r"""The training recipes of LLaVA-OV-Manager, in the loop of loop.py; train.py runs them.
 
-    python train.py --recipe llava_demo [--manager_type none]                     # built-in scenes,
-    a CPU is enough torchrun ... train.py --recipe llava_stage1 --vision SIGLIP --text QWEN2
-    --data_path captions.json --image_folder D torchrun ... train.py --recipe llava_stage1_5 --init
-    out/llava_stage1 --data_path mixture.yaml --image_folder D torchrun ... train.py --recipe
-    llava_stage2 --init out/llava_stage1_5 ...     # --grid false: without multi-grid
+Paper: Manager (TCSVT 2025), section IV.
+
+    # the built-in scenes; a CPU is enough
+    python train.py --recipe llava_demo [--manager_type none]
+    # the paper's stages; with --grid false, without multi-grid
+    torchrun ... train.py --recipe llava_stage1 --vision SIGLIP --text QWEN2 \
+        --data_path captions.json --image_folder D
+    torchrun ... train.py --recipe llava_stage1_5 --init out/llava_stage1 \
+        --data_path mixture.yaml --image_folder D
+    torchrun ... train.py --recipe llava_stage2 --init out/llava_stage1_5 ...
 
 Stage 1 aligns the projector and the managers on captions; stages 1.5 and 2 train everything on
 conversations.

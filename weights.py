@@ -295,6 +295,8 @@ def tower_rows(config: ManagerTowerConfig) -> list[Row]:
     for modality in MODALITIES:
         rows += modality_rows(config, modality)
     for head in config.heads:
+        if head not in HEAD_NAMES:
+            raise ValueError(f"the head {head!r} has no official code, so no official weights")
         rows += expand(HEAD_NAMES[head], f"heads.{head}.")
     return rows
 
@@ -342,7 +344,7 @@ def official_keys() -> dict[str, str]:
     """Our key -> the (first) official key of it, of everything that a base model may have."""
     keys = {}
     for fusion in ("bridge", "manager"):
-        config = ManagerTowerConfig(fusion=fusion, heads=tuple(HEADS))
+        config = ManagerTowerConfig(fusion=fusion, heads=tuple(HEAD_NAMES))
         for row in tower_rows(config):
             keys[row.ours] = row.theirs[0]
     return keys
@@ -1300,8 +1302,8 @@ def count_numbers(state: State, our_key: str) -> int:
 def infer_heads(state: State) -> tuple[str, ...]:
     """The heads of which a key is there."""
     heads = []
-    for head in HEADS:
-        keys = [row.theirs[0] for row in expand(HEAD_NAMES[head])]
+    for head, names in HEAD_NAMES.items():
+        keys = [row.theirs[0] for row in expand(names)]
         # every official state has a temperature, whether it has the ITC head or not
         if any(key in state for key in keys if key != ITC_HEAD["temperature"]):
             heads.append(head)
