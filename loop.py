@@ -52,7 +52,7 @@ class RunConfig:
 
     architecture: ClassVar[Any] = None  # the class of the model's config
     # the fields that change the numbers of a run: only with the same ones it can be resumed
-    identity: ClassVar[tuple[str, ...]] = (
+    identity_fields: ClassVar[tuple[str, ...]] = (
         "max_steps",
         "batch_size",
         "learning_rate",
@@ -139,8 +139,8 @@ class RunConfig:
 class TowerRunConfig(RunConfig):
     """What pre-training and fine-tuning of ManagerTower have in common."""
 
-    identity: ClassVar[tuple[str, ...]] = (
-        *RunConfig.identity,
+    identity_fields: ClassVar[tuple[str, ...]] = (
+        *RunConfig.identity_fields,
         "lr_mult_head",
         "lr_mult_cross_modal",
         "transform",
@@ -323,8 +323,9 @@ def read_training_state(file: Path) -> dict:
 class Checkpoint:
     """out_dir: training_state.pt (the truth), the files for users (its weights), best/, log.jsonl.
 
-    identity: what else than `run.identity` changes the numbers: the model's config, the digests of
-    data and tokenizer. save_extras(folder) writes what belongs to the model besides its weights.
+    identity: what else than `run.identity_fields` changes the numbers: the model's config, the
+    digests of data and tokenizer. save_extras(folder) writes what belongs to the model besides its
+    weights.
     """
 
     def __init__(
@@ -347,7 +348,7 @@ class Checkpoint:
         # how far the run is, and how good it was at its best
         self.step = 0  # of the last training state
         self.best: float | None = None  # the highest score so far
-        fields = {name: getattr(run, name) for name in run.identity}
+        fields = {name: getattr(run, name) for name in run.identity_fields}
         # through JSON and back, as it will be read: lists for tuples
         self.identity = json.loads(json.dumps({**fields, **identity}))
 

@@ -51,7 +51,11 @@ class TrainConfig(TowerRunConfig):
     """A pre-training run."""
 
     architecture: ClassVar[type] = ManagerTowerConfig
-    identity: ClassVar[tuple[str, ...]] = (*TowerRunConfig.identity, "objectives", "share_images")
+    identity_fields: ClassVar[tuple[str, ...]] = (
+        *TowerRunConfig.identity_fields,
+        "objectives",
+        "share_images",
+    )
 
     datasets: tuple[str, ...] = option(PRETRAINING_SETS, "sets of --data_root, one after the other")
     objectives: tuple[str, ...] = option(
@@ -242,6 +246,7 @@ def pretrain(run: TrainConfig, fields: dict, world: World) -> None:
         max_text_len=config.max_text_len,
         seed=run.seed,
         batch_size=run.batch_size,
+        objectives=run.objectives,
     )
     dataset = make_dataset(
         source,

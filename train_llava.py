@@ -58,8 +58,8 @@ class LlavaTrainConfig(RunConfig):
     """One stage, or the demo. max_steps 0 is one epoch."""
 
     architecture: ClassVar[type] = LlavaManagerConfig
-    identity: ClassVar[tuple[str, ...]] = (
-        *RunConfig.identity,
+    identity_fields: ClassVar[tuple[str, ...]] = (
+        *RunConfig.identity_fields,
         "alignment",
         "strict_labels",
         "lr_vision",
