@@ -387,7 +387,6 @@ def converse(
 def chat(options: ChatOptions) -> list[str]:
     """The turns of the conversation: user, assistant, user, ..."""
     model, tokenizer, _ = load_mllm(options.checkpoint, options.tokenizer, options.device)
-    model.eval()  # the managers are noisy in training
     tiles = load_tiles(options.image, model.config)
     if options.question is None:
         return converse(model, tokenizer, tiles, options)

@@ -506,9 +506,12 @@ def different_values(theirs: dict, ours: dict) -> list[str]:
 
 
 # ---------------------------------------------------------------- the loop
+cached_plan = functools.cache(BatchPlan)  # every step asks for it, and nobody changes it
+
+
 def make_plan(run: RunConfig, world: World) -> BatchPlan:
     """Which rows of a global batch each process takes, and in how many micro-steps."""
-    return BatchPlan(run.batch_size, run.micro_batch_size, world.size, run.unit())
+    return cached_plan(run.batch_size, run.micro_batch_size, world.size, run.unit())
 
 
 def make_loader(

@@ -423,3 +423,40 @@ def write_arrow(path, columns):
     with pyarrow.OSFile(str(path), "wb") as sink:
         with pyarrow.RecordBatchFileWriter(sink, table.schema) as writer:
             writer.write_table(table, max_chunksize=2)
+
+
+def hf_configs():
+    transformers = pytest.importorskip("transformers")
+    text = transformers.Qwen2Config(
+        vocab_size=100,
+        hidden_size=48,
+        intermediate_size=80,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        rope_theta=1e6,
+        tie_word_embeddings=True,
+    )
+    vision = transformers.SiglipVisionConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        image_size=32,
+        num_attention_heads=2,
+        patch_size=8,
+    )
+    return text, vision
+
+
+# columns of an .arrow file of questions
+QUESTIONS = {
+    "image": [png(0), png(1)],
+    "questions": [["what?", "who?"], ["why?"]],
+    "question_id": [[11, 12], [13]],
+    "image_id": [5, 6],
+}
+ANSWERS = {
+    "answers": [[["net", "yes"], ["no"]], [["yes"]]],
+    "answer_labels": [[[2, 0], [1]], [[0]]],
+    "answer_scores": [[[1.0, 0.3], [0.6]], [[0.9]]],
+}

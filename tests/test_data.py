@@ -9,7 +9,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from helpers import GOLDEN, LOV, picture, png, write_arrow, write_records
+from helpers import ANSWERS, GOLDEN, LOV, QUESTIONS, picture, png, write_arrow, write_records
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -350,19 +350,6 @@ def test_texts_of_an_arrow_file_are_read_in_chunks(tmp_path, monkeypatch):
     write_arrow(tmp_path / "a.arrow", columns)
     source = open_captions(tmp_path / "a.arrow")
     assert [row["text"] for row in source.texts()] == [f"number {i}" for i in range(8)]
-
-
-QUESTIONS = {
-    "image": [png(0), png(1)],
-    "questions": [["what?", "who?"], ["why?"]],
-    "question_id": [[11, 12], [13]],
-    "image_id": [5, 6],
-}
-ANSWERS = {
-    "answers": [[["net", "yes"], ["no"]], [["yes"]]],
-    "answer_labels": [[[2, 0], [1]], [[0]]],
-    "answer_scores": [[[1.0, 0.3], [0.6]], [[0.9]]],
-}
 
 
 def test_arrow_questions_with_and_without_answers(tmp_path, tokenizer):

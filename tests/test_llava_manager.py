@@ -13,6 +13,7 @@ from helpers import (
     LLAVA_TINY,
     LLAVA_VARIANTS,
     close,
+    hf_configs,
     llava_golden_model,
     llava_image,
     llava_inputs,
@@ -245,28 +246,6 @@ SIZES = {
 
 def small(**overrides):
     return LlavaManagerConfig.tiny(**{**SIZES, "im_start_id": 98, "eos_ids": (), **overrides})
-
-
-def hf_configs():
-    text = transformers.Qwen2Config(
-        vocab_size=100,
-        hidden_size=48,
-        intermediate_size=80,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        rope_theta=1e6,
-        tie_word_embeddings=True,
-    )
-    vision = transformers.SiglipVisionConfig(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=4,
-        image_size=32,
-        num_attention_heads=2,
-        patch_size=8,
-    )
-    return text, vision
 
 
 def random_tiles(size, config, seed=0):

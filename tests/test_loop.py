@@ -490,9 +490,10 @@ def test_a_second_run_in_the_same_folder_is_refused(small, tmp_path):
         ("--checkpointing", "true"),
     ],
 )
-def test_what_does_not_change_the_numbers_may_change(small, tmp_path, changed):
+def test_what_does_not_change_the_numbers_may_change(small, tmp_path, changed, capsys):
     run_small(small, "--max_steps", 2, "--out_dir", tmp_path)
     run_small(small, "--max_steps", 2, "--out_dir", tmp_path, *changed)
+    assert "is finished: 2 of 2 steps" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -536,7 +537,7 @@ def test_another_tokenizer_is_refused(small, tmp_path):
         )
 
 
-def test_a_run_of_the_first_edition_goes_on(small, tmp_path):
+def test_a_run_of_the_first_edition_goes_on(small, tmp_path, capsys):
     """Its identity held every flag and no digests: only what both have is compared."""
     flags = [*small, "--max_steps", 4, "--save_every", 2, "--out_dir"]
     run_small(flags, tmp_path / "whole")
@@ -556,6 +557,7 @@ def test_a_run_of_the_first_edition_goes_on(small, tmp_path):
     state["identity"] = json.dumps(identity)
     torch.save(state, file)
     run_small(flags, tmp_path / "old")
+    assert "is finished: 4 of 4 steps" in capsys.readouterr().out
 
 
 def test_log_and_config_say_their_version(small, tmp_path):

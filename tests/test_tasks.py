@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from helpers import picture, png, write_arrow, write_records
+from helpers import ANSWERS, QUESTIONS, picture, png, write_arrow, write_records
 
 import data
 import tasks
@@ -96,17 +96,6 @@ def test_arrow_shards_of_captions_are_found_and_read(text, name, shards, extra, 
 
 
 # ---------------------------------------------------------------- answers
-QUESTIONS = {
-    "image": [png(0), png(1)],
-    "questions": [["what?", "who?"], ["why?"]],
-    "question_id": [[11, 12], [13]],
-    "image_id": [5, 6],
-}
-ANSWERS = {
-    "answers": [[["net", "yes"], ["no"]], [["yes"]]],
-    "answer_labels": [[[2, 0], [1]], [[0]]],
-    "answer_scores": [[[1.0, 0.3], [0.6]], [[0.9]]],
-}
 
 
 def test_fixed_arrow_files_come_first(tmp_path):

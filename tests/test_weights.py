@@ -23,6 +23,7 @@ from helpers import (
     golden_config,
     golden_model,
     golden_state,
+    hf_configs,
     llava_config,
     llava_state,
     needs,
@@ -371,29 +372,6 @@ def test_unimodal_errors(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             load_unimodal(model, vision, text)
-
-
-def hf_configs():
-    transformers = pytest.importorskip("transformers")
-    text = transformers.Qwen2Config(
-        vocab_size=100,
-        hidden_size=48,
-        intermediate_size=80,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        rope_theta=1e6,
-        tie_word_embeddings=True,
-    )
-    vision = transformers.SiglipVisionConfig(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=4,
-        image_size=32,
-        num_attention_heads=2,
-        patch_size=8,
-    )
-    return text, vision
 
 
 def randomize(model):
