@@ -36,6 +36,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from chat import IMAGE_TAG, IMAGE_TOKEN, collate_chat, encode_chat
+from fields import show
 from files import BadSample, read_at, read_bytes, read_json
 from images import load_image
 from multigrid import preprocess_image
@@ -56,7 +57,7 @@ def need(record: Any, key: str, wanted: type) -> Any:
     if isinstance(value, str) and not value.strip():
         is_empty = True
     if not isinstance(value, wanted) or is_empty:
-        raise BadSample(f"{key!r} must be a non-empty {wanted.__name__}, found {value!r:.80}")
+        raise BadSample(f"{key!r} must be a non-empty {wanted.__name__}, found {show(value)}")
     return value
 
 
@@ -69,14 +70,14 @@ def need_picture(record: dict) -> list:
     """The picture of a record, as a list of one."""
     picture = record.get("image")
     if not is_picture(picture):
-        raise BadSample(f"an image expected, found {picture!r:.80}")
+        raise BadSample(f"an image expected, found {show(picture)}")
     return [picture]
 
 
 def need_two_pictures(record: dict) -> list:
     pictures = need(record, "images", list)
     if len(pictures) != 2 or not all(is_picture(picture) for picture in pictures):
-        raise BadSample(f"two images expected, found {pictures!r:.80}")
+        raise BadSample(f"two images expected, found {show(pictures)}")
     return pictures
 
 
@@ -94,10 +95,10 @@ def check_answers(answers: Any) -> None:
     if answers is None:
         return
     if not isinstance(answers, dict):
-        raise BadSample(f"'answers' must be a dict of scores, found {answers!r:.80}")
+        raise BadSample(f"'answers' must be a dict of scores, found {show(answers)}")
     for score in answers.values():
         if not isinstance(score, int | float):
-            raise BadSample(f"'answers' must be a dict of scores, found the score {score!r:.80}")
+            raise BadSample(f"'answers' must be a dict of scores, found the score {show(score)}")
 
 
 def parse_captions(record: dict) -> Parsed:
@@ -141,7 +142,7 @@ def parse_statement(record: dict) -> Parsed:
         "image_id": record.get("image_id"),
     }
     if row["label"] not in (False, True):
-        raise BadSample(f"'label' must be one of (False, True), found {row['label']!r:.80}")
+        raise BadSample(f"'label' must be one of (False, True), found {show(row['label'])}")
     row["label"] = int(row["label"])
     return pictures, [row]
 
@@ -155,7 +156,7 @@ def parse_hypothesis(record: dict) -> Parsed:
         "image_id": record.get("image_id"),
     }
     if row["label"] not in SNLI_LABELS:
-        raise BadSample(f"'label' must be one of {SNLI_LABELS}, found {row['label']!r:.80}")
+        raise BadSample(f"'label' must be one of {SNLI_LABELS}, found {show(row['label'])}")
     row["label"] = SNLI_LABELS.index(row["label"])
     return pictures, [row]
 
@@ -166,7 +167,7 @@ def need_turns(record: dict) -> list[dict]:
     for turn in need(record, "conversations", list):
         is_turn = isinstance(turn, dict) and "from" in turn
         if not is_turn or not isinstance(turn.get("value"), str):
-            raise BadSample(f"every turn needs 'from' and a text 'value', found {turn!r:.80}")
+            raise BadSample(f"every turn needs 'from' and a text 'value', found {show(turn)}")
         turns.append(dict(turn))
     return turns
 
@@ -177,7 +178,7 @@ def need_chat_pictures(record: dict) -> list:
     if not isinstance(pictures, list):
         pictures = [pictures]
     if not all(is_picture(picture) for picture in pictures):
-        raise BadSample(f"'image' must be a path or a list of paths, found {pictures!r:.80}")
+        raise BadSample(f"'image' must be a path or a list of paths, found {show(pictures)}")
     return pictures
 
 
@@ -261,7 +262,7 @@ def arrow_statements(arrow_row: dict) -> list[dict]:
     for text, answer in zip_columns(arrow_row, "questions", "answers"):
         need({"sentence": text}, "sentence", str)
         if answer not in ("True", "False"):
-            raise BadSample(f"'answers' must hold 'True' or 'False', found {answer!r:.80}")
+            raise BadSample(f"'answers' must hold 'True' or 'False', found {show(answer)}")
         row = {"text": text, "label": int(answer == "True"), "id": arrow_row.get("identifier")}
         row["image_id"] = arrow_row.get("image_id")
         rows.append(row)
@@ -272,10 +273,10 @@ def arrow_hypotheses(arrow_row: dict) -> list[dict]:
     rows = []
     for pair, label in zip_columns(arrow_row, "sentences", "labels"):
         if not isinstance(pair, list) or len(pair) != 2:
-            raise BadSample(f"'sentences' must hold premise and hypothesis, found {pair!r:.80}")
+            raise BadSample(f"'sentences' must hold premise and hypothesis, found {show(pair)}")
         hypothesis = need({"hypothesis": pair[1]}, "hypothesis", str)
         if label not in range(len(SNLI_LABELS)):
-            raise BadSample(f"'labels' must hold 0, 1 or 2, found {label!r:.80}")
+            raise BadSample(f"'labels' must hold 0, 1 or 2, found {show(label)}")
         row = {"text": hypothesis, "label": int(label), "image_id": arrow_row.get("image_id")}
         rows.append(row)
     return rows
@@ -378,7 +379,7 @@ class Part:
         """The pictures and the text rows of a record. Raises BadSample, without file and line."""
         record = self.record(index)
         if not isinstance(record, dict):
-            raise BadSample(f"not a JSON object: {record!r:.80}")
+            raise BadSample(f"not a JSON object: {show(record)}")
         return PARSERS[kind](record)
 
     def parse_texts(self, kind: str, index: int) -> list[dict]:
@@ -479,7 +480,7 @@ class ArrowFile(Part):
         arrow_row = arrow_table(self.path).select(columns).slice(index, 1).to_pylist()[0]
         pictures = [arrow_row[name] for name in self.arrow_kind.pictures]
         if not all(is_picture(picture) for picture in pictures):
-            raise BadSample(f"an image expected, found {pictures!r:.80}")
+            raise BadSample(f"an image expected, found {show(pictures)}")
         return pictures, self.arrow_kind.parse(arrow_row)
 
     def parse_texts(self, kind: str, index: int) -> list[dict]:
@@ -684,15 +685,15 @@ MIXTURE_KEYS = ("json_path", "sampling_strategy")
 def check_entry(place: str, entry: Any) -> None:
     """Raises ValueError unless an entry of a mixture has a json_path, and only MIXTURE_KEYS."""
     if not isinstance(entry, dict):
-        raise ValueError(f"{place} is {entry!r:.80}; it must have json_path and sampling_strategy")
+        raise ValueError(f"{place} is {show(entry)}; it must have json_path and sampling_strategy")
     for key in entry:
         if key not in MIXTURE_KEYS:
             raise ValueError(f"{place}: unknown key {key!r}; it may have {', '.join(MIXTURE_KEYS)}")
     if not isinstance(entry.get("json_path"), str):
-        raise ValueError(f"{place}: json_path is {entry.get('json_path')!r:.80}; it must be a path")
+        raise ValueError(f"{place}: json_path is {show(entry.get('json_path'))}; it must be a path")
     strategy = entry.get("sampling_strategy", "all")
     if not isinstance(strategy, str):
-        raise ValueError(f"{place}: sampling_strategy is {strategy!r:.80}; it must be a text")
+        raise ValueError(f"{place}: sampling_strategy is {show(strategy)}; it must be a text")
     try:
         parse_strategy(strategy)
     except ValueError as error:
@@ -726,7 +727,7 @@ def read_mixture(path: str) -> list[dict]:
             return only_entry
     entries = content.get("datasets") if isinstance(content, dict) else content
     if not isinstance(entries, list):
-        raise ValueError(f"{path} has no list `datasets`, found {entries!r:.80}")
+        raise ValueError(f"{path} has no list `datasets`, found {show(entries)}")
     # each entry with its path resolved
     resolved = []
     for number, entry in enumerate(entries, 1):

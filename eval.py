@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from data import PairDataset, batches
-from fields import FlagError, check_fields, option, parse_flags
+from fields import FlagError, check_fields, option, parse_flags, show
 from files import read_json, save_json
 from metrics import mean_by, official_vqa_accuracy, recall
 from model import ManagerTower
@@ -450,7 +450,7 @@ def read_annotations(file: str) -> list[dict]:
         if not is_annotation(annotation):
             raise ValueError(
                 f"{file} {expected}: annotation {number} needs a question_id and answers with an "
-                f"answer each, found {annotation!r:.80}"
+                f"answer each, found {show(annotation)}"
             )
     return annotations
 

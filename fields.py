@@ -16,6 +16,7 @@ import dataclasses
 import functools
 import json
 import math
+import reprlib
 import sys
 import types
 import typing
@@ -30,6 +31,24 @@ class FieldError(ValueError):
 
 class FlagError(ValueError):
     """A command line that cannot be read: a flag is unknown, missing, or of another type."""
+
+
+SHORT = reprlib.Repr()  # it reads no more of a value than it shows
+SHORT.maxlevel = 3
+SHORT.maxlist = SHORT.maxtuple = SHORT.maxdict = 4
+SHORT.maxstring = SHORT.maxother = 80
+
+
+def show(value: Any) -> str:
+    """A value that was found, for a message: at most 80 characters, however large it is."""
+    if isinstance(value, bytes):
+        value = value[:40]
+    text = SHORT.repr(value)
+    if " object at 0x" in text or " instance at 0x" in text:
+        text = f"a {type(value).__name__}"
+    if len(text) > 80:
+        text = f"{text[:77]}..."
+    return text
 
 
 def option(
@@ -140,7 +159,7 @@ def check_value(name: str, value: Any, declared: Any, rule: Mapping[str, Any]) -
     if allowed and rule["choices"]:
         allowed = value in rule["choices"]
     if not allowed:
-        raise FieldError(f"{name} is {value!r:.80}; it must be {describe_rule(declared, rule)}")
+        raise FieldError(f"{name} is {show(value)}; it must be {describe_rule(declared, rule)}")
 
 
 def check_fields(config: Any) -> None:
@@ -163,11 +182,11 @@ def check_fields(config: Any) -> None:
             check_value(field.name, value, declared, field.metadata)
         elif item_type(declared) in TYPE_NAMES:
             if not isinstance(value, tuple | list):
-                raise FieldError(f"{field.name} is {value!r:.80}; it must be a list")
+                raise FieldError(f"{field.name} is {show(value)}; it must be a list")
             for item in value:
                 check_value(field.name, item, item_type(declared), field.metadata)
             if field.metadata["choices"] and len(set(value)) < len(value):
-                raise FieldError(f"{field.name} is {value!r:.80}; it names one of them twice")
+                raise FieldError(f"{field.name} is {show(value)}; it names one of them twice")
 
 
 # ---------------------------------------------------------------- the command line

@@ -32,7 +32,7 @@ from torch.utils.data import Subset
 from ask import Command, encode_turns, run_command
 from data import batches
 from eval import check_data_flags, check_output, open_task
-from fields import check_fields, option
+from fields import check_fields, option, show
 from files import read_log, save_json, save_picture
 from images import load_image
 from llava_manager import LlavaManager, LlavaManagerConfig
@@ -422,7 +422,7 @@ def check_row(place: str, row: dict) -> None:
     for name, allowed in LOG_TYPES.items():
         if name in row and type(row[name]) not in allowed:
             wanted = " or ".join(one.__name__ for one in allowed)
-            raise ValueError(f"{place} has the {name} {row[name]!r:.80}; it must be {wanted}")
+            raise ValueError(f"{place} has the {name} {show(row[name])}; it must be {wanted}")
 
 
 def read_run(folder: str) -> tuple[list[dict], list[dict]]:

@@ -14,11 +14,15 @@ import re
 import shutil
 import socket
 import tarfile
+import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from safetensors import SafetensorError
+
+from fields import show
 
 # of the format of checkpoints and logs; it stands in config.json and in the first row of a log
 VERSION = "2.0"
@@ -136,30 +140,162 @@ def read_bytes(path: str | Path) -> bytes:
     return read_at(archive, offset, size)
 
 
+# ---------------------------------------------------------------- texts
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # of UTF-8; some editors write it
+OTHER_MARKS = (b"\xff\xfe", b"\xfe\xff")  # how UTF-16 and UTF-32 begin
+MOST_BYTES = 64 * 2**20  # of a config, a list of answers, a mixture, a log ...
+MOST_BYTES_OF_DATA = 8 * 2**30  # of a file that holds a whole dataset
+MOST_BYTES_OF_A_LINE = 16 * 2**20  # of JSON Lines
+
+
+def decode_text(content: bytes, name: str, first_line: int = 1) -> str:
+    """UTF-8 from a file called `name`, without its byte order mark.
+
+    first_line: the number of the line that `content` begins with. Raises ValueError with the line.
+    """
+    if content.startswith(OTHER_MARKS):
+        raise ValueError(f"{name} is UTF-16 or UTF-32; it must be UTF-8")
+    content = content.removeprefix(BYTE_ORDER_MARK)
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = first_line + content.count(b"\n", 0, error.start)
+        byte = content[error.start]
+        raise ValueError(
+            f"{name}, line {line}: the byte 0x{byte:02x} is not UTF-8; save the file as UTF-8"
+        ) from None
+
+
+def read_bounded(path: str | Path, most_bytes: int) -> bytes:
+    """The content of a file that is not larger than it may be. Raises ValueError."""
+    if os.path.isfile(path):
+        size = os.path.getsize(path)
+        if size > most_bytes:
+            raise ValueError(
+                f"{path} has {size / 2**20:.0f} MiB; it must be at most {most_bytes / 2**20:.0f}"
+            )
+    return read_bytes(path)
+
+
+def read_text(path: str | Path, most_bytes: int = MOST_BYTES) -> str:
+    """A text file in UTF-8, with or without a byte order mark. Raises ValueError with the line.
+
+    Its lines end in "\n", whatever they ended in.
+    """
+    text = decode_text(read_bounded(path, most_bytes), str(path))
+    return text.replace("\r\n", "\n")
+
+
+def check_characters(value: Any, name: str) -> None:
+    """Raises ValueError for half a character ("\\ud83d" alone), which no tokenizer takes."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        around = error.object[max(error.start - 30, 0) : error.start + 10]
+        raise ValueError(f"{name} has half a character, in {around!r}") from None
+
+
 def parse_json(content: bytes, name: str) -> Any:
     """JSON from a file called `name`; ValueError if it is none."""
+    text = decode_text(content, name)
     try:
-        return json.loads(content)
-    except (ValueError, RecursionError) as error:  # RecursionError: brackets in brackets, endless
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        place = f"column {error.colno}"
+        if "\n" in text.strip():
+            place = f"line {error.lineno}, {place}"
+        raise ValueError(f"{name} is not JSON: {error.msg} ({place})") from None
+    except RecursionError:
+        raise ValueError(f"{name} is not JSON: brackets are nested too deeply") from None
+    except ValueError as error:  # a number of thousands of digits
         raise ValueError(f"{name} is not JSON: {error}") from None
-
-
-def read_json(path: str | Path, *kinds: type) -> Any:
-    """A JSON file that holds one of `kinds` (dict, list ...), or anything. Raises ValueError."""
-    value = parse_json(read_bytes(path), str(path))
-    if kinds and not isinstance(value, kinds):
-        wanted = " or ".join(kind.__name__ for kind in kinds)
-        raise ValueError(f"{path} must hold a {wanted}, found {value!r:.80}")
+    if "\\ud" in text or "\\uD" in text:
+        check_characters(value, name)
     return value
 
 
-def read_json_lines(path: str | Path) -> list:
+# ---------------------------------------------------------------- records
+KIND_NAMES = {
+    str: "a text",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    list: "a list",
+    dict: "an object",
+    NoneType: "null",
+}
+
+
+def is_of_kind(value: Any, declared: Any) -> bool:
+    """Whether a value of a file has its declared type: str, int, str | None ...
+
+    A bool is no number, and a whole number is a number.
+    """
+    kinds = typing.get_args(declared) or (declared,)
+    if isinstance(value, bool):
+        return bool in kinds
+    if isinstance(value, int) and float in kinds:
+        return True
+    return isinstance(value, kinds)
+
+
+def name_of_kind(declared: Any) -> str:
+    """`str | None` -> "a text or null"."""
+    kinds = typing.get_args(declared) or (declared,)
+    return " or ".join(KIND_NAMES[kind] for kind in kinds)
+
+
+def need(record: Any, key: str, declared: Any, place: str = "", filled: bool = False) -> Any:
+    """record[key], of its declared type. A key that may be null may be absent too.
+
+    place: file and line, or entry, for the message. filled: a text or list must not be empty.
+    Raises BadSample, a ValueError, for anything else.
+    """
+    prefix = f"{place}: " if place else ""
+    if not isinstance(record, dict):
+        raise BadSample(f"{prefix}{show(record)} is not an object with the key {key!r}")
+    value = record.get(key)
+    if key not in record and not is_of_kind(None, declared):
+        raise BadSample(f"{prefix}there is no {key!r} in {show(record)}")
+    if not is_of_kind(value, declared):
+        wanted = name_of_kind(declared)
+        raise BadSample(f"{prefix}{key!r} is {show(value)}; it must be {wanted}")
+    is_empty = isinstance(value, str | list) and not value
+    is_blank = isinstance(value, str) and not value.strip()
+    if filled and (is_empty or is_blank):
+        raise BadSample(f"{prefix}{key!r} is {show(value)}; it must not be empty")
+    return value
+
+
+def read_json(path: str | Path, *kinds: type, most_bytes: int = MOST_BYTES) -> Any:
+    """A JSON file that holds one of `kinds` (dict, list ...), or anything. Raises ValueError."""
+    value = parse_json(read_bounded(path, most_bytes), str(path))
+    if kinds and not isinstance(value, kinds):
+        wanted = " or ".join(kind.__name__ for kind in kinds)
+        raise ValueError(f"{path} must hold a {wanted}, found {show(value)}")
+    return value
+
+
+def json_lines(content: bytes, name: str) -> Iterator[tuple[int, Any]]:
+    """(number of the line, its value) of each line of JSON Lines that is not blank.
+
+    Raises ValueError with the line.
+    """
+    for number, line in enumerate(io.BytesIO(content), 1):
+        place = f"{name}, line {number},"
+        if len(line) > MOST_BYTES_OF_A_LINE:
+            raise ValueError(
+                f"{place} has {len(line) / 2**20:.0f} MiB; it must be at most "
+                f"{MOST_BYTES_OF_A_LINE / 2**20:.0f}"
+            )
+        if line.removeprefix(BYTE_ORDER_MARK).strip():
+            yield number, parse_json(line, place)
+
+
+def read_json_lines(path: str | Path, most_bytes: int = MOST_BYTES_OF_DATA) -> list:
     """The rows of a JSON Lines file, without blank lines. Raises ValueError with the line."""
-    rows = []
-    for number, line in enumerate(read_bytes(path).split(b"\n"), 1):
-        if line.strip():
-            rows.append(parse_json(line, f"{path}, line {number},"))
-    return rows
+    content = read_bounded(path, most_bytes)
+    return [value for _, value in json_lines(content, str(path))]
 
 
 def read_log(path: Path) -> list[dict]:
@@ -167,14 +303,13 @@ def read_log(path: Path) -> list[dict]:
 
     Raises ValueError, with file and line, for a row that is not an object with a whole "step".
     """
+    content = read_bounded(path, MOST_BYTES_OF_DATA)
+    whole_lines = content[: content.rfind(b"\n") + 1]
     rows = []
-    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
-        if not line.endswith(b"\n") or not line.strip():
-            continue
-        row = parse_json(line, f"{path}, line {number},")
+    for number, row in json_lines(whole_lines, str(path)):
         if not isinstance(row, dict) or type(row.get("step")) is not int:
             raise ValueError(
-                f"{path}, line {number}: a row must have a whole step, found {row!r:.80}"
+                f"{path}, line {number}: a row must have a whole step, found {show(row)}"
             )
         rows.append(row)
     return rows

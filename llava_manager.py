@@ -45,7 +45,7 @@ from chat import (
     encode_prompt,
     tokenize,
 )
-from fields import check_fields, option
+from fields import check_fields, option, show
 from manager import AdaptiveVisualManager, StaticVisualManager, weighted_sum
 from model import ViT, ViTBlock, init_weights, run
 from multigrid import (
@@ -408,7 +408,7 @@ def official_managers(config: dict) -> dict[str, Any]:
         for key in keys:
             if type(config[key]) is not int or not 0 <= config[key] <= MOST_LAYERS:
                 raise ValueError(
-                    f"the config's {key} is {config[key]!r:.80}; it must be a whole number from 0 "
+                    f"the config's {key} is {show(config[key])}; it must be a whole number from 0 "
                     f"to {MOST_LAYERS}"
                 )
         start, end, interval = (config[key] for key in keys)

@@ -22,6 +22,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from fields import show
+
 BICUBIC = Image.Resampling.BICUBIC
 GREY = 127  # of each channel: the padding of a picture that stays one tile
 BLACK = 0  # the padding of a grid
@@ -61,7 +63,7 @@ def parse_range(text: str, image_size: int) -> list[tuple[int, int]]:
     match = re.fullmatch(r"\((\d+)x(\d+)\),\.\.\.,\((\d+)x(\d+)\)", text.replace(" ", ""))
     if match is None:
         raise ValueError(
-            f'grid_pinpoints is {text!r:.80}; it must be like "(1x1),...,(6x6)", or a list of sizes'
+            f'grid_pinpoints is {show(text)}; it must be like "(1x1),...,(6x6)", or a list of sizes'
         )
     first_width, first_height, last_width, last_height = (int(part) for part in match.groups())
     widths = range(first_width, last_width + 1)
@@ -69,7 +71,7 @@ def parse_range(text: str, image_size: int) -> list[tuple[int, int]]:
     # tested before the sizes are made: there may be more than memory holds
     if len(widths) * len(heights) > MOST:
         raise ValueError(
-            f"grid_pinpoints is {text!r:.80}, which is {len(widths) * len(heights)} sizes; there "
+            f"grid_pinpoints is {show(text)}, which is {len(widths) * len(heights)} sizes; there "
             f"may be {MOST}"
         )
     sizes = []
@@ -102,7 +104,7 @@ def expand_pinpoints(pinpoints: Any, image_size: int) -> tuple[tuple[int, int], 
     for size in pinpoints:
         if not is_size(size, image_size):
             raise ValueError(
-                f"grid_pinpoints has {size!r:.80}; it must be (width, height) in pixels, multiples "
+                f"grid_pinpoints has {show(size)}; it must be (width, height) in pixels, multiples "
                 f"of the tile's {image_size}, with at most {MOST} tiles"
             )
     return tuple((width, height) for width, height in pinpoints)

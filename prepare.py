@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 from tqdm import tqdm
 
-from fields import FlagError, option, parse_flags
+from fields import FlagError, option, parse_flags, show
 from files import read_json, read_json_lines, write_atomically, write_json, write_json_lines
 from images import load_image
 from metrics import answer_score, normalize_answer
@@ -67,7 +67,7 @@ def is_of_kind(value: Any, declared: Any) -> bool:
 def wrong_kind(place: str, value: Any, declared: Any) -> ValueError:
     """The error for a value of another type; place: the file, the entry and the key."""
     wanted = " or ".join(KIND_NAMES[kind] for kind in kinds_of(declared))
-    return ValueError(f"{place} is {value!r:.80}; it must be {wanted}")
+    return ValueError(f"{place} is {show(value)}; it must be {wanted}")
 
 
 def need(place: str, record: Any, key: str, declared: Any) -> Any:
@@ -76,14 +76,14 @@ def need(place: str, record: Any, key: str, declared: Any) -> Any:
     declared: str, int, list ... or several (`str | int`). A key that may be null may be absent too.
     """
     if not isinstance(record, dict):
-        raise ValueError(f"{place} has no field {key!r}: {record!r:.100}")
+        raise ValueError(f"{place} has no field {key!r}: {show(record)}")
     value = record.get(key)
     if is_of_kind(value, declared):
         if isinstance(value, str) and not value.isascii():
             require_characters(f"{place}: {key}", value)
         return value
     if key not in record:
-        raise ValueError(f"{place} has no field {key!r}: {record!r:.100}")
+        raise ValueError(f"{place} has no field {key!r}: {show(record)}")
     raise wrong_kind(f"{place}: {key}", value, declared)
 
 
@@ -92,7 +92,7 @@ def require_characters(place: str, text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise ValueError(f"{place} is {text!r:.80}; it has half a character") from None
+        raise ValueError(f"{place} is {show(text)}; it has half a character") from None
 
 
 def entries_with(

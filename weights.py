@@ -47,6 +47,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fields import show
 from files import VERSION, read_json, write_atomically, write_json, write_text
 from images import image_transform
 from llava_manager import LlavaManager, LlavaManagerConfig
@@ -1359,7 +1360,7 @@ def number_in(settings: dict, name: str, default: float) -> Any:
     if value is None:
         return default
     if type(value) not in (int, float):
-        raise ValueError(f"the setting {name} is {value!r:.80}; it must be a number")
+        raise ValueError(f"the setting {name} is {show(value)}; it must be a number")
     return value
 
 

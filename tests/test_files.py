@@ -214,8 +214,6 @@ def test_parts_of_a_file_are_read_in_any_order(tmp_path):
         b"",
         b"{",
         b'{"a": 1,}',
-        b"\xff\xfe",
-        b"\xe4\xf6",  # Latin-1
         b"[" * 100_000,
         b'{"a":' * 100_000,
         b"1" * 5000,  # a number of too many digits
@@ -227,6 +225,64 @@ def test_what_is_not_json_is_named(content, tmp_path):
     with pytest.raises(ValueError, match=r"a\.json is not JSON: ") as error:
         files.read_json(file)
     assert len(str(error.value)) < len(str(tmp_path)) + 300
+
+
+@pytest.mark.parametrize(
+    "content,words",
+    [
+        (b'{"a":\n"\xe4"}', "a.json, line 2: the byte 0xe4 is not UTF-8"),  # Latin-1
+        ('{"a": 1}'.encode("utf-16"), "a.json is UTF-16 or UTF-32; it must be UTF-8"),
+        (b'{"a": "What is \\ud83d?"}', 'half a character, in \'{"a": "What is \\ud83d?'),
+    ],
+)
+def test_a_text_in_another_encoding_is_named(content, words, tmp_path):
+    file = tmp_path / "a.json"
+    file.write_bytes(content)
+    with pytest.raises(ValueError) as error:
+        files.read_json(file)
+    assert words in str(error.value)
+
+
+def test_a_byte_order_mark_and_windows_line_ends_are_read(tmp_path):
+    file = tmp_path / "a.txt"
+    file.write_bytes(b"\xef\xbb\xbfone\r\ntwo\r\n")
+    assert files.read_text(file) == "one\ntwo\n"
+    file.write_bytes(b'\xef\xbb\xbf{"a": "\\ud83d\\ude00"}\r\n{"a": 2}\r\n')
+    assert files.read_json_lines(file) == [{"a": "\U0001f600"}, {"a": 2}]
+
+
+def test_a_file_or_a_line_that_is_too_long_is_named(monkeypatch, tmp_path):
+    file = tmp_path / "a.json"
+    file.write_text('{"a": 1}\n[1, 2, 3, 4, 5, 6]')
+    monkeypatch.setattr(files, "MOST_BYTES_OF_A_LINE", 12)
+    with pytest.raises(ValueError, match=r"a\.json, line 2, has 0 MiB; it must be at most 0"):
+        files.read_json_lines(file)
+    with pytest.raises(ValueError, match=r"a\.json has 0 MiB; it must be at most 0"):
+        files.read_json(file, most_bytes=10)
+
+
+@pytest.mark.parametrize(
+    "record,key,declared,words",
+    [
+        ([1], "a", str, "f, line 3: [1] is not an object with the key 'a'"),
+        ({"b": 1}, "a", str, "f, line 3: there is no 'a' in {'b': 1}"),
+        ({"a": True}, "a", int, "f, line 3: 'a' is True; it must be a whole number"),
+        ({"a": 1.5}, "a", int | None, "'a' is 1.5; it must be a whole number or null"),
+        ({"a": " "}, "a", str, "f, line 3: 'a' is ' '; it must not be empty"),
+        ({"a": []}, "a", list, "f, line 3: 'a' is []; it must not be empty"),
+        ({"a": ["x" * 1000] * 1000}, "a", str, "...; it must be a text"),
+    ],
+)
+def test_what_a_record_lacks_is_named_with_its_place(record, key, declared, words):
+    with pytest.raises(BadSample) as error:
+        files.need(record, key, declared, "f, line 3", filled=True)
+    assert words in str(error.value)
+    assert len(str(error.value)) < 200
+
+
+def test_a_key_that_may_be_null_may_be_absent():
+    assert files.need({}, "a", int | None) is None
+    assert files.need({"a": 3}, "a", float) == 3
 
 
 @pytest.mark.parametrize(
