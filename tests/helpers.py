@@ -10,6 +10,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
@@ -460,3 +461,33 @@ ANSWERS = {
     "answer_labels": [[[2, 0], [1]], [[0]]],
     "answer_scores": [[[1.0, 0.3], [0.6]], [[0.9]]],
 }
+
+
+# ---------------------------------------------------------------- PyTorch's files
+class Foreign(dict):
+    """A class that the reader lacks: instances have a state, items, and a call of Lightning's."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.where = "here"
+
+
+class ForeignList(list):
+    pass
+
+
+def lightning_checkpoint(path, state, settings, extra=None):
+    content = {
+        "epoch": 3,
+        "state_dict": OrderedDict(state),
+        "optimizer_states": [{"state": {0: {"exp_avg": torch.zeros(3)}}}],
+        "callbacks": {Foreign: Foreign(best=torch.ones(2))},
+        "list": ForeignList([1, 2]),
+        "set": {1, 2},
+        "range": range(3),
+        "numpy": np.float64(1.5),
+        "path": Path("/x"),
+        "hyper_parameters": Foreign(config=Foreign(settings)),
+        "extra": extra,
+    }
+    torch.save(content, path)
