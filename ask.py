@@ -16,6 +16,7 @@ Shapes: B texts, N experts, L tokens, D width.
 import inspect
 import io
 import math
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,19 +24,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw
 from torch import Tensor
 
-from chat import encode_prompt
+from chat import IMAGE_TAG, encode_prompt
 from eval import check_output, load_vocabulary, retrieval_scores, unit_vectors
-from fields import FlagError, check_fields, option, parse_flags
+from fields import FlagError, check_fields, option, parse_flags, show
 from files import BadSample, save_picture
-from images import load_image
+from images import Transform, load_image, name_of
 from multigrid import ImageTiles, preprocess_image
 from objectives import class_logits
 from tasks import TASKS
 from weights import load_mllm, load_two_tower
-from world import evaluating, one_sentence, to_device
+from world import evaluating, one_sentence, sentence_of_allocation, to_device
 
 
 # ---------------------------------------------------------------- a script with commands
@@ -94,13 +95,30 @@ def run_command(commands: dict[str, Command], argv: list[str], description: str)
 
 
 # ---------------------------------------------------------------- one picture and its texts
+MOST_CHARACTERS = 2**20  # of a text, more than any model reads
+
+
+def check_text(text: str, name: str = "the text") -> None:
+    """Raises ValueError for a text that is empty, too long for any model, or no UTF-8."""
+    if not text.strip():
+        raise ValueError(f"{name} is empty; write a question or a sentence")
+    if len(text) > MOST_CHARACTERS:
+        raise ValueError(
+            f"{name} has {len(text)} characters; it may have {MOST_CHARACTERS}, and the model "
+            "reads fewer"
+        )
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{name} has bytes that are not UTF-8: {show(text)}") from None
+
+
 def encode_texts(tokenizer: Any, texts: list[str], max_text_len: int) -> tuple[Tensor, Tensor]:
     """Ids and mask (B, max_text_len), as in training; says what was cut. Raises ValueError for an
     empty text.
     """
     for text in texts:
-        if not text.strip():
-            raise ValueError("the text is empty; write a question or a sentence")
+        check_text(text)
         length = len(tokenizer.encode(text))
         if length > max_text_len:
             print(
@@ -114,10 +132,14 @@ def open_picture(
     checkpoint: str, head: str, image: str, texts: list[str], device: str
 ) -> tuple[Any, dict[str, Tensor]]:
     """(model, a batch of one picture and B texts on the model's device)."""
+    # what takes no time is tested before the model is loaded
+    for text in texts:
+        check_text(text)
+    picture = load_image(image, upright=True)
     model, tokenizer, transform = load_two_tower(checkpoint, head, device)
     assert transform is not None, "a two-tower model has a transform"
     input_ids, attention_mask = encode_texts(tokenizer, texts, model.config.max_text_len)
-    pixels = transform(load_image(image), None)[None]  # (1, 3, S, S)
+    pixels = transform(picture, None)[None]  # (1, 3, S, S)
     batch = {"pixels": pixels, "input_ids": input_ids, "attention_mask": attention_mask}
     return model, to_device(batch, next(model.parameters()).device)
 
@@ -204,7 +226,8 @@ def match(options: MatchOptions) -> list[tuple[str, float, float]]:
     result = list(zip(options.text, probabilities, similarities, strict=True))
     for text, probability, similarity in result:
         itc = f"   ITC {similarity:+.3f}" if has_itc else ""
-        print(f"ITM {probability:8.2%}{itc}   {text}")
+        shown = text if len(text) <= 200 else f"{text[:200]}..."
+        print(f"ITM {probability:8.2%}{itc}   {shown}")
     if not has_itc:
         print("note: this model has no ITC head, so there is no similarity of the encoders alone")
     return result
@@ -232,62 +255,160 @@ class SearchOptions:
         check_fields(self)
 
 
-def find_pictures(folder: str) -> list[Path]:
-    """All files of a folder that open as pictures, in alphabetical order; says which are left out.
+MOST_BYTES_KEPT = 2**29  # of pictures, as the model takes them
+MOST_ON_A_SHEET = 1000  # pictures
+SIDE = 224  # pixels of a picture on a sheet
+LINE_HEIGHT = 16  # of the text below it
 
-    Raises ValueError if there are none.
+
+def check_folder(folder: str) -> None:
+    """Raises ValueError unless there is such a folder."""
+    if os.path.isdir(folder):
+        return
+    found = "is a file" if os.path.exists(folder) else "does not exist"
+    raise ValueError(f"--folder {name_of(folder)} {found}; it must be a folder of pictures")
+
+
+def list_files(folder: str) -> list[Path]:
+    """All files of a folder and of those inside it, in alphabetical order; says what is left out.
+
+    Links are followed, and each folder is read once, so that a link may lead back.
     """
-    extensions = Image.registered_extensions()
     files = []
-    for file in sorted(Path(folder).rglob("*")):
-        if file.suffix.lower() not in extensions:
+    seen = set()
+    waiting = [Path(folder)]
+    while waiting:
+        current = waiting.pop()
+        real_path = os.path.realpath(current)
+        if real_path in seen:
             continue
+        seen.add(real_path)
         try:
-            load_image(file)
+            names = os.listdir(current)
+        except OSError as error:
+            print(f"left out: {name_of(current)}: cannot be read ({error.strerror or error})")
+            continue
+        for name in sorted(names, reverse=True):
+            path = current / name
+            if os.path.isdir(path):
+                waiting.append(path)
+            else:
+                files.append(path)
+    return sorted(files)
+
+
+class FoundPictures:
+    """The pictures of a folder, and what the model sees of them.
+
+    files: those that can be read, in alphabetical order; the others are said. Raises ValueError if
+    there are none, or if `sheet`, the file to write to, is one of them.
+    """
+
+    def __init__(self, folder: str, transform: Transform, sheet: str):
+        self.transform = transform
+        self.files: list[Path] = []
+        self.kept: dict[int, Tensor] = {}  # the first ones, so that most are decoded once
+        self.bytes_kept = 0
+        extensions = Image.registered_extensions()
+        for file in list_files(folder):
+            if file.suffix.lower() in extensions and not is_old_sheet(file, sheet):
+                self.add(file)
+        if not self.files:
+            raise ValueError(f"there is no readable picture in {name_of(folder)}")
+
+    def add(self, file: Path) -> None:
+        """Take a picture, or say why it is left out."""
+        if not os.path.isfile(file):  # a pipe would never end
+            print(f"left out: {name_of(file)}: it is no file")
+            return
+        try:
+            pixels = self.transform(load_image(file, upright=True), None)
         except BadSample as error:
             print(f"left out: {error}")
-        else:
-            files.append(file)
-    if not files:
-        raise ValueError(f"there is no readable picture in {folder}")
-    return files
+            return
+        if self.bytes_kept + pixels.nbytes <= MOST_BYTES_KEPT:
+            self.kept[len(self.files)] = pixels
+            self.bytes_kept += pixels.nbytes
+        self.files.append(file)
+
+    def load(self, index: int) -> Tensor:
+        """Picture number `index`, (3, S, S)."""
+        if index in self.kept:
+            return self.kept[index]
+        return self.transform(load_image(self.files[index], upright=True), None)
 
 
-def contact_sheet(
-    items: list[tuple[Image.Image, str]], columns: int = 4, side: int = 224
-) -> Image.Image:
-    """(picture, label) pairs, `columns` of them in a row; each has side x side pixels and a line of
+def is_old_sheet(file: Path, sheet: str) -> bool:
+    """Whether a file is the contact sheet of an earlier search, which is written anew.
+
+    Raises ValueError if another picture lies there.
+    """
+    if not os.path.isfile(sheet) or not os.path.isfile(file) or not os.path.samefile(file, sheet):
+        return False
+    try:
+        width, height = load_image(file).size
+    except BadSample:
+        return False
+    if width % SIDE or height % (SIDE + LINE_HEIGHT):
+        raise ValueError(f"--out {name_of(sheet)} is a picture in the folder; it would be lost")
+    return True
+
+
+def fit_into(picture: Image.Image, side: int) -> Image.Image:
+    """The picture with `side` pixels along its longer side, and at least one along the other."""
+    scale = side / max(picture.size)
+    width = max(round(picture.width * scale), 1)
+    height = max(round(picture.height * scale), 1)
+    return picture.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def contact_sheet(items: list[tuple[Image.Image, str]], columns: int = 4) -> Image.Image:
+    """(picture, label) pairs, `columns` of them in a row; each has SIDE x SIDE pixels and a line of
     text.
     """
-    line_height = 16
+    row_height = SIDE + LINE_HEIGHT
     num_rows = math.ceil(len(items) / columns)
-    size = (min(columns, len(items)) * side, num_rows * (side + line_height))
+    size = (min(columns, len(items)) * SIDE, num_rows * row_height)
     sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)
     for i, (picture, label) in enumerate(items):
-        x = i % columns * side
-        y = i // columns * (side + line_height)
-        sheet.paste(ImageOps.contain(picture, (side - 8, side - 8)), (x + 4, y + 4))
-        drawable = label[:36].encode("utf-8", errors="replace").decode()  # names need not be UTF-8
-        draw.text((x + 4, y + side - 2), drawable, fill="black")
+        x = i % columns * SIDE
+        y = i // columns * row_height
+        fitted = fit_into(picture, SIDE - 8)
+        left = x + (SIDE - fitted.width) // 2
+        top = y + (SIDE - fitted.height) // 2
+        sheet.paste(fitted, (left, top))
+        one_line = " ".join(label.split())[:36]
+        drawable = one_line.encode("utf-8", errors="replace").decode()  # names need not be UTF-8
+        draw.text((x + 4, y + SIDE - 2), drawable, fill="black")
     return sheet
+
+
+def draw_sheet(found: list[tuple[float, Path]]) -> Image.Image:
+    """The contact sheet of (score, file) pairs, of the first ones where there are too many."""
+    if len(found) > MOST_ON_A_SHEET:
+        print(f"note: the first {MOST_ON_A_SHEET} pictures are drawn")
+    items = []
+    for score, file in found[:MOST_ON_A_SHEET]:
+        small = fit_into(load_image(file, upright=True), SIDE)  # so that a thousand fit into memory
+        items.append((small, f"{score:.2f}: {file.name}"))
+    return contact_sheet(items)
 
 
 def search(options: SearchOptions) -> list[tuple[float, Path]]:
     """(ITM score, file) of the best pictures, the best one first."""
     check_output("--out", options.out)
+    check_folder(options.folder)
+    check_text(options.text)
     model, tokenizer, transform = load_two_tower(options.checkpoint, "itm", options.device)
     assert transform is not None, "a two-tower model has a transform"
     input_ids, mask = encode_texts(tokenizer, [options.text], model.config.max_text_len)
-    files = find_pictures(options.folder)
-
-    def load(index: int) -> Tensor:
-        return transform(load_image(files[index]), None)  # (3, S, S)
+    pictures = FoundPictures(options.folder, transform, options.out)
 
     scores = retrieval_scores(
         model,
-        load,
-        len(files),
+        pictures.load,
+        len(pictures.files),
         input_ids,
         mask,
         options.k_test,
@@ -295,16 +416,15 @@ def search(options: SearchOptions) -> list[tuple[float, Path]]:
         options.batch_size,
         options.memory_gb,
     )[:, 0]  # (I,)
-    best = scores.topk(min(options.top, options.k_test, len(files)))
+    best = scores.topk(min(options.top, options.k_test, len(pictures.files)))
 
+    # the result is printed before anything else can fail
     result = []
-    items = []
     for score, index in zip(best.values.tolist(), best.indices.tolist(), strict=True):
-        file = files[index]
+        file = pictures.files[index]
         result.append((score, file))
-        items.append((load_image(file), f"{score:.2f}: {file.name}"))
-        print(f"{score:8.3f}  {file}")
-    save_picture(options.out, contact_sheet(items))
+        print(f"{score:8.3f}  {file}", flush=True)
+    save_picture(options.out, draw_sheet(result))
     return result
 
 
@@ -327,15 +447,18 @@ class ChatOptions:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.question is not None and not self.question.strip():
-            raise ValueError("the question is empty")
+        if self.question is not None:
+            check_text(self.question, "the question")
 
 
 def load_tiles(files: Sequence[str], config: Any) -> list[ImageTiles]:
     """What the model sees of each picture."""
-    pictures = [load_image(file) for file in files]
-    has_several = len(pictures) > 1
-    return [preprocess_image(picture, config, has_several) for picture in pictures]
+    has_several = len(files) > 1
+    tiles = []
+    for file in files:
+        picture = load_image(file, upright=True)
+        tiles.append(preprocess_image(picture, config, has_several))
+    return tiles
 
 
 def encode_turns(
@@ -346,10 +469,33 @@ def encode_turns(
     return encode_prompt(turns, tokenizer, len(tiles)), tiles
 
 
+def reserved_words(tokenizer: Any) -> list[str]:
+    """What stands for a picture or for the end of a turn, and is no text."""
+    backend = getattr(tokenizer, "backend", tokenizer)
+    words = [IMAGE_TAG]
+    for token in backend.get_added_tokens_decoder().values():
+        if token.special:
+            words.append(token.content)
+    return words
+
+
+def check_question(question: str, tokenizer: Any) -> None:
+    """Raises ValueError for a question that the model would not read as a text."""
+    check_text(question, "the question")
+    for word in reserved_words(tokenizer):
+        if word in question:
+            raise ValueError(
+                f"the question has {word} in it, which is no text for the model; leave it out"
+            )
+
+
 def reply(
     model: Any, tokenizer: Any, turns: list[str], tiles: list[ImageTiles], options: ChatOptions
 ) -> str:
-    """The model's answer to a conversation that ends with a turn of the user."""
+    """The model's answer to a conversation that ends with a turn of the user. Raises ValueError for
+    a turn that the model cannot take.
+    """
+    check_question(turns[-1], tokenizer)
     input_ids = torch.tensor([encode_prompt(turns, tokenizer, len(tiles))])  # (1, L)
     new_ids = model.generate(
         input_ids, None, tiles, options.max_new_tokens, options.temperature, options.top_p
@@ -360,27 +506,51 @@ def reply(
 
 def read_line() -> str:
     """The user's next line; blank if there is none any more, or where it has only spaces."""
+    if sys.stdin is None:  # it was closed before the script began
+        return ""
+    prompt = "> " if sys.stdin.isatty() else ""
     try:
-        return input("> ")
+        return input(prompt)
     except EOFError:
         return ""
+
+
+def try_to_reply(
+    model: Any, tokenizer: Any, turns: list[str], tiles: list[ImageTiles], options: ChatOptions
+) -> str | None:
+    """The model's answer; None, and a line that says why, for a turn that it cannot take."""
+    try:
+        return reply(model, tokenizer, turns, tiles, options)
+    except (ValueError, MemoryError, RuntimeError) as error:
+        sentence = sentence_of_allocation(error)
+        if sentence is None and isinstance(error, ValueError):
+            sentence = " ".join(str(error).split())
+        if sentence is None:
+            raise
+    print(f"error: {sentence}", file=sys.stderr, flush=True)
+    return None
 
 
 def converse(
     model: Any, tokenizer: Any, tiles: list[ImageTiles], options: ChatOptions
 ) -> list[str]:
-    """A conversation, until a blank line. What the model cannot take is said, and is no end."""
+    """A conversation, until a blank line or Ctrl-C. What the model cannot take is said, and is no
+    end.
+    """
     turns: list[str] = []
-    line = read_line()
-    while line.strip():
-        try:
-            answer = reply(model, tokenizer, [*turns, line], tiles, options)
-        except ValueError as error:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        else:
-            turns += [line, answer]
-            print(answer)
+    try:
         line = read_line()
+        while line.strip():
+            answer = try_to_reply(model, tokenizer, [*turns, line], tiles, options)
+            if answer is not None:
+                print(answer, flush=True)
+                # a model may spell such a word, and would then be asked for another picture
+                for word in reserved_words(tokenizer):
+                    answer = answer.replace(word, "")
+                turns += [line, answer]
+            line = read_line()
+    except KeyboardInterrupt:
+        print()
     return turns
 
 

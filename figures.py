@@ -16,8 +16,11 @@ Shapes: B batch, N experts, L tokens, D width, T tiles, S side of a tile.
 import contextlib
 import functools
 import io
+import math
+import os
+import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,7 +37,7 @@ from data import batches
 from eval import check_data_flags, check_output, open_task
 from fields import check_fields, option, show
 from files import read_log, save_json, save_picture
-from images import load_image
+from images import load_image, name_of
 from llava_manager import LlavaManager, LlavaManagerConfig
 from manager import AdaptiveVisualManager
 from model import ManagerTower
@@ -65,8 +68,15 @@ def load_matplotlib() -> Any:
 
 
 def legend_label(name: str) -> str:
-    """A name as matplotlib shows it: no formula between two $, and not hidden for its first _."""
-    label = name.replace("$", r"\$")
+    """A name as matplotlib shows it: no formula between two $, and not hidden for its first _.
+
+    Of a long one its end; it is one line, and UTF-8.
+    """
+    label = " ".join(name.split())
+    if len(label) > 60:
+        label = f"...{label[-57:]}"
+    label = label.encode("utf-8", errors="replace").decode()
+    label = label.replace("$", r"\$")
     return f" {label}" if label.startswith("_") else label
 
 
@@ -114,10 +124,12 @@ def draw_panels(panels: list[Panel]) -> Image.Image:
     figure_class = load_matplotlib()
     figure = figure_class(figsize=(11, 2.1 * len(panels)), dpi=150, layout="constrained")
     grid_of_axes = figure.subplots(len(panels) // 2, 2)
-    for axes, panel in zip(grid_of_axes.flat, panels, strict=True):
-        draw_panel(axes, panel)
     file = io.BytesIO()
-    figure.savefig(file, format="png")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of letters that the font lacks, and of narrow axes
+        for axes, panel in zip(grid_of_axes.flat, panels, strict=True):
+            draw_panel(axes, panel)
+        figure.savefig(file, format="png")
     return Image.open(file)
 
 
@@ -309,6 +321,8 @@ class ManagersOptions:
 
 def measure_tower(options: ManagersOptions) -> dict[str, dict]:
     """The statistics of a ManagerTower on the data of a task."""
+    if options.image:
+        raise ValueError("--image is for a LLaVA-OV-Manager; a ManagerTower needs --data demo")
     check_data_flags(options.data, options.data_root)
     loaded = load_two_tower(options.checkpoint, "", options.device)
     name = options.task or task_of_heads(loaded.model.config.heads)
@@ -366,9 +380,37 @@ def mllm_panels(statistics: dict[str, list]) -> list[Panel]:
     return panels
 
 
+def check_is_no_input(out: str | Path, files: Sequence[str]) -> None:
+    """Raises ValueError if a figure would take the place of one of the pictures it is made of."""
+    for file in files:
+        both_exist = os.path.exists(out) and os.path.exists(file)
+        if both_exist and os.path.samefile(out, file):
+            raise ValueError(f"--out {name_of(out)} is the picture itself; it would be lost")
+
+
+def check_pair(picture: Path) -> None:
+    """Raises ValueError if the figure, or the JSON beside it, would take the place of another file.
+
+    A JSON file without its figure is not ours: `--out CHECKPOINT/config.png`.
+    """
+    numbers = picture.with_suffix(".json")
+    if numbers == picture:
+        raise ValueError(
+            f"--out {name_of(picture)} is the file of a figure, so not .json, but .png"
+        )
+    if numbers.exists() and not picture.exists():
+        raise ValueError(
+            f"--out {name_of(picture)}: the numbers beside it would overwrite {name_of(numbers)}; "
+            "choose another name"
+        )
+
+
 def managers(options: ManagersOptions) -> dict[str, Any]:
     """Draw the figure; the numbers in it are returned, and written beside it as JSON."""
     check_output("--out", options.out)
+    out = Path(options.out or f"{options.checkpoint}/managers.png")
+    check_pair(out)
+    check_is_no_input(out, options.image)
     load_matplotlib()
     statistics: dict[str, Any]
     if is_mllm(options.checkpoint):
@@ -377,7 +419,6 @@ def managers(options: ManagersOptions) -> dict[str, Any]:
     else:
         statistics = measure_tower(options)
         panels = tower_panels(statistics)
-    out = Path(options.out or f"{options.checkpoint}/managers.png")
     save_picture(out, draw_panels(panels))
     save_json(out.with_suffix(".json"), statistics)
     return statistics
@@ -400,7 +441,7 @@ def short_names(folders: list[str]) -> list[str]:
 
     Raises ValueError for a folder that is given twice.
     """
-    paths = [Path(folder).resolve() for folder in folders]
+    paths = [Path(os.path.realpath(folder)) for folder in folders]
     names = []
     for folder, path in zip(folders, paths, strict=True):
         if paths.count(path) > 1:
@@ -412,34 +453,62 @@ def short_names(folders: list[str]) -> list[str]:
     return names
 
 
-LOG_TYPES: dict[str, tuple[type, ...]] = {"loss": (int, float), "eval": (dict,)}
+MOST_DRAWN = 1e300  # of a number; matplotlib adds margins to it
+
+
+def is_drawable(value: Any) -> bool:
+    """Whether this is a finite number."""
+    return type(value) in (int, float) and abs(value) < MOST_DRAWN
 
 
 def check_row(place: str, row: dict) -> None:
     """Raises ValueError for a row of a log that cannot be drawn. place: its file and number. That
-    it has a step has been tested when it was read.
+    it has a whole step has been tested when it was read.
+
+    Held-out metrics may be of any type, as only numbers are drawn of them. A loss or a metric that
+    is NaN or infinite is a gap in its curve.
     """
-    for name, allowed in LOG_TYPES.items():
-        if name in row and type(row[name]) not in allowed:
-            wanted = " or ".join(one.__name__ for one in allowed)
-            raise ValueError(f"{place} has the {name} {show(row[name])}; it must be {wanted}")
+    if not is_drawable(row["step"]):
+        raise ValueError(f"{place} has the step {show(row['step'])}; it must be a smaller number")
+    if "loss" in row and type(row["loss"]) not in (int, float):
+        raise ValueError(f"{place} has the loss {show(row['loss'])}; it must be a number")
+    if not isinstance(row.get("eval", {}), dict):
+        raise ValueError(f"{place} has the eval {show(row['eval'])}; it must be an object")
 
 
-def read_run(folder: str) -> tuple[list[dict], list[dict]]:
-    """(rows with a loss, rows with held-out metrics) of a run's log. Raises ValueError for a folder
-    without a log, for a log that is none, and for one that has neither.
+Curves = dict[str, tuple[list, list]]  # name -> (steps, values)
+
+
+def add_point(curves: Curves, name: str, step: int, value: float) -> None:
+    """A further point of a curve; one that is not finite is a gap."""
+    steps, values = curves.setdefault(name, ([], []))
+    steps.append(step)
+    values.append(float(value) if is_drawable(value) else math.nan)
+
+
+def read_run(folder: str, name: str, losses: Curves, metrics: Curves) -> None:
+    """Add the curves of a run, called `name`. Raises ValueError for a folder without a log, for a
+    log that is none, and for one without any finite number to draw.
     """
     log = Path(folder) / "log.jsonl"
     if not log.is_file():
         raise ValueError(f"--run {folder} has no log.jsonl; it must be the --out_dir of a run")
-    rows = read_log(log)
-    for number, row in enumerate(rows, 1):
+    can_be_drawn = False
+    for number, row in enumerate(read_log(log), 1):
         check_row(f"{log}, row {number},", row)
-    loss_rows = [row for row in rows if "loss" in row]
-    eval_rows = [row for row in rows if "eval" in row]
-    if not loss_rows and not eval_rows:
-        raise ValueError(f"{log} has neither a loss nor an evaluation yet: nothing to draw")
-    return loss_rows, eval_rows
+        if "loss" in row:
+            add_point(losses, name, row["step"], row["loss"])
+            can_be_drawn |= is_drawable(row["loss"])
+        for metric, value in row.get("eval", {}).items():
+            # the score is one of the other metrics again
+            if isinstance(value, float) and metric != "score":
+                add_point(metrics, f"{name}: {metric}", row["step"], value)
+                can_be_drawn |= is_drawable(value)
+    if not can_be_drawn:
+        raise ValueError(
+            f"{log} has neither a loss nor an evaluation yet that is a finite number: nothing to "
+            "draw"
+        )
 
 
 def curves(options: CurvesOptions) -> dict[str, dict]:
@@ -448,19 +517,10 @@ def curves(options: CurvesOptions) -> dict[str, dict]:
     """
     check_output("--out", options.out)
     load_matplotlib()
-    losses: dict[str, tuple[list, list]] = {}
-    metrics: dict[str, tuple[list, list]] = {}
+    losses: Curves = {}
+    metrics: Curves = {}
     for name, folder in zip(short_names(options.run), options.run, strict=True):
-        loss_rows, eval_rows = read_run(folder)
-        steps = [row["step"] for row in loss_rows]
-        losses[name] = (steps, [row["loss"] for row in loss_rows])
-        for row in eval_rows:
-            for metric, value in row["eval"].items():
-                # the score is one of the other metrics again
-                if isinstance(value, float) and metric != "score":
-                    x, y = metrics.setdefault(f"{name}: {metric}", ([], []))
-                    x.append(row["step"])
-                    y.append(value)
+        read_run(folder, name, losses, metrics)
     panels = [
         Panel("training", "step", "loss", losses, "no loss is logged yet"),
         Panel("held out", "step", "metric", metrics, "no evaluation is logged yet"),
@@ -541,10 +601,12 @@ def grid_numbers(
 def grid(options: GridOptions) -> dict[str, tuple[int, ...]]:
     """Draw the figure; returns the numbers beside it, sizes as (width, height)."""
     check_output("--out", options.out)
+    picture = load_image(options.image, upright=True)
+    check_is_no_input(options.out, [options.image])
     config = LlavaManagerConfig()
     if options.checkpoint:
         config = load_llava(options.checkpoint).config
-    tiles = preprocess_image(load_image(options.image), config)
+    tiles = preprocess_image(picture, config)
     pictures = tile_pictures(tiles)
     numbers = grid_numbers(len(pictures), tiles.size, config)
     lines = []

@@ -8,20 +8,25 @@ A transform is a function (picture, rng) -> float32 (3, S, S), S pixels a side, 
 CLIP's mean and standard deviation. Its random numbers come from `rng` alone.
 """
 
+import contextlib
 import functools
 import io
+import logging
 import math
-import struct
-import zlib
+import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageEnhance, ImageOps
+from PIL import Image, ImageEnhance, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from files import BadSample, read_bytes
+from fields import show
+from files import BadSample, read_bounded
+from tokenizer import silent_libraries
 
 CLIP_MEAN = torch.tensor((0.48145466, 0.4578275, 0.40821073)).view(3, 1, 1)
 CLIP_STD = torch.tensor((0.26862954, 0.26130258, 0.27577711)).view(3, 1, 1)
@@ -29,29 +34,92 @@ GRAY = (128, 128, 128)
 BICUBIC = Image.Resampling.BICUBIC
 BILINEAR = Image.Resampling.BILINEAR
 
+# its remarks on broken files would stand among our lines
+logging.getLogger("PIL").addHandler(logging.NullHandler())
+
 # ---------------------------------------------------------------- reading
-# what Pillow's decoders raise on broken files
-DECODER_ERRORS = (
-    OSError,
-    SyntaxError,
-    EOFError,
-    ValueError,
-    RuntimeError,
-    NotImplementedError,
-    IndexError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
+# Pillow knows more formats. EPS runs a program, and the others hold no pictures of datasets. TGA is
+# the last one, as it is not known by its first bytes.
+FORMATS = (
+    "JPEG",
+    "PNG",
+    "GIF",
+    "WEBP",
+    "BMP",
+    "DIB",
+    "TIFF",
+    "AVIF",
+    "JPEG2000",
+    "PPM",
+    "ICO",
+    "QOI",
+    "PCX",
+    "TGA",
 )
+MOST_PIXELS = 64_000_000  # of a picture; the file's header is asked before anything is decoded
+MOST_SIDE = 65_535  # pixels along a side, as in JPEG
+MOST_BYTES = 512 * 2**20  # of a picture's file: 64 million pixels of 8 bytes
+
+
+def check_size(size: tuple[int, int]) -> None:
+    """Raises ValueError for a (width, height) that is not read."""
+    width, height = size
+    found = f"it has {width} x {height} pixels"
+    if min(size) < 1:
+        raise ValueError(f"{found}, so there is nothing to see")
+    if max(size) > MOST_SIDE or width * height > MOST_PIXELS:
+        raise ValueError(
+            f"{found}; at most {MOST_PIXELS // 10**6} million are read, and {MOST_SIDE} along a "
+            "side"
+        )
+
+
+def scale_gray(image: Image.Image) -> Image.Image:
+    """Gray of 16 bits -> of 8 bits. Raises ValueError for values of another range.
+
+    Pillow has them in mode "I;16", and in the 32 bits of mode "I" where the file is PPM or has
+    signed numbers.
+    """
+    gray = np.asarray(image)
+    if image.mode == "I":
+        low = int(gray.min())
+        high = int(gray.max())
+        if low < 0 or high > 65535:
+            raise ValueError(
+                f"its pixels are whole numbers from {low} to {high}, where 0 to 65535 is read; "
+                "convert it to 8 or 16 bits"
+            )
+        # PPM says what white is, and Pillow scales by it
+        if 0 < high < 256 and image.format != "PPM":
+            raise ValueError(
+                f"its pixels are of 32 bits, but only from {low} to {high}, which would be black; "
+                "convert it to 8 or 16 bits"
+            )
+    # v / 257, rounded
+    scaled = gray.astype(np.uint32)
+    scaled += 128
+    scaled //= 257
+    return Image.fromarray(scaled.astype(np.uint8))
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Decode and convert: 16-bit gray is scaled, what is transparent lies over white."""
+    """Decode and convert: 16-bit gray is scaled, what is transparent lies over white.
+
+    Raises ValueError for a size or for pixels that are not read, or whatever the decoder raises.
+    """
+    check_size(image.size)
     image.load()
+    check_size(image.size)  # the header of an icon may lie
+    if image.mode == "F":
+        raise ValueError(
+            "its pixels are floating-point numbers, whose range is unknown; convert it to 8 or 16 "
+            "bits"
+        )
     # Pillow would cut 16 bits off at 255
     if image.mode.startswith("I"):
-        gray = np.asarray(image).clip(0, 65535) / 257
-        image = Image.fromarray(gray.round().astype(np.uint8))
+        image = scale_gray(image)
+    if image.mode == "La":
+        image = image.convert("LA")  # the only mode that Pillow converts it to
     bands = image.getbands()
     if "transparency" in image.info or "A" in bands or "a" in bands:
         image = image.convert("RGBA")
@@ -60,20 +128,102 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def load_image(where: str | Path | bytes | Image.Image) -> Image.Image:
+ORIENTATION = 0x0112  # the number of EXIF's tag
+# its value -> what turns the picture upright
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def turn_of(image: Image.Image) -> Image.Transpose | None:
+    """How a picture is to be turned by its EXIF; None for one that is upright, or whose EXIF is
+    broken.
+    """
+    try:
+        orientation: Any = image.getexif().get(ORIENTATION)
+        return TURNS.get(orientation)
+    except Exception:  # its pixels are read all the same
+        return None
+
+
+def decode(source: bytes | Image.Image, upright: bool) -> Image.Image:
+    """RGB from the bytes of a file, or from a picture. Raises whatever Pillow raises."""
+    image = source
+    if isinstance(image, bytes):
+        if not image:
+            raise ValueError("the file is empty")
+        image = Image.open(io.BytesIO(image), formats=FORMATS)
+    # libtiff writes its remarks on stderr by itself
+    remarks = silent_libraries() if image.format == "TIFF" else contextlib.nullcontext()
+    with remarks:
+        picture = to_rgb(image)
+    turn = turn_of(image) if upright else None
+    return picture if turn is None else picture.transpose(turn)
+
+
+def reason_of(error: Exception) -> str:
+    """Why a picture cannot be decoded, in a line: the words of Pillow, without its objects."""
+    if isinstance(error, UnidentifiedImageError):
+        return f"it is none of {', '.join(FORMATS)}"
+    if isinstance(error, Image.DecompressionBombError):
+        return f"at most {MOST_PIXELS // 10**6} million pixels are read, and it has far more"
+    if isinstance(error, MemoryError):
+        return "there is not enough memory to decode it"
+    words = " ".join(str(error).split())
+    words = re.sub(r"<[^<>]* at 0x[0-9a-f]+>", "it", words)
+    if len(words) > 200:
+        words = f"{words[:200]}..."
+    return words or type(error).__name__
+
+
+def name_of(where: str | Path | bytes | Image.Image) -> str:
+    """What a message calls a picture: its path, in quotes where it would not be one plain line."""
+    if isinstance(where, bytes):
+        return "bytes"
+    if isinstance(where, Image.Image):
+        return "picture"
+    name = str(where)
+    is_plain = name.isprintable() and 0 < len(name) <= 500
+    return name if is_plain else show(name)
+
+
+def read_file(where: str | Path) -> bytes:
+    """The bytes of a picture's file. Raises BadSample."""
+    name = name_of(where)
+    try:
+        return read_bounded(where, MOST_BYTES)
+    except OSError as error:
+        raise BadSample(f"{name}: cannot be read ({error.strerror or error})") from None
+    except MemoryError:
+        raise BadSample(f"{name}: there is not enough memory to read it") from None
+    except ValueError as error:
+        reason = str(error)
+        if reason.startswith(str(where)):  # the path may be as long as it likes
+            reason = f"{name}: {reason[len(str(where)) :].lstrip(': ')}"
+        raise BadSample(reason) from None
+
+
+def load_image(where: str | Path | bytes | Image.Image, upright: bool = False) -> Image.Image:
     """RGB from a path, `archive.tar::member`, the bytes of a file, or a picture.
 
-    Of an animation the first frame is taken; EXIF is ignored, as in the official code. Raises
-    BadSample, which names what cannot be read.
+    Of an animation the first frame is taken. EXIF is ignored, as in the official code, unless
+    `upright`: then the picture is turned as a viewer shows it. Raises BadSample, which names what
+    cannot be read.
     """
-    name = "bytes" if isinstance(where, bytes) else where
+    source = read_file(where) if isinstance(where, str | Path) else where
     try:
-        if isinstance(where, Image.Image):
-            return to_rgb(where)
-        content = where if isinstance(where, bytes) else read_bytes(where)
-        return to_rgb(Image.open(io.BytesIO(content)))
-    except DECODER_ERRORS as error:
-        raise BadSample(f"{name}: not a readable image ({error})") from None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of large pictures and broken EXIF
+            return decode(source, upright)
+    except Exception as error:  # decoders raise what they like: no list of types would be complete
+        reason = reason_of(error)
+    raise BadSample(f"{name_of(where)}: not a readable image ({reason})")
 
 
 # ---------------------------------------------------------------- cutting
@@ -82,11 +232,26 @@ def clip_crop(image: Image.Image, size: int) -> Image.Image:
     short_side = min(image.size)
     scaled_width = int(size * image.width / short_side)
     scaled_height = int(size * image.height / short_side)
-    image = image.resize((scaled_width, scaled_height), BICUBIC)
     # the rounding of torchvision's CenterCrop
     left = round((scaled_width - size) / 2)
     top = round((scaled_height - size) / 2)
-    return image.crop((left, top, left + size, top + size))
+    right = left + size
+    bottom = top + size
+    if scaled_width * scaled_height <= 2 * MOST_PIXELS:
+        image = image.resize((scaled_width, scaled_height), BICUBIC)
+        return image.crop((left, top, right, bottom))
+
+    # Of a line of 2 x 8000 pixels only the middle is scaled, as the whole would take gigabytes. It
+    # is not done so for others: Pillow's rounding is not the same to the bit.
+    x_scale = image.width / scaled_width
+    y_scale = image.height / scaled_height
+    box = (
+        left * x_scale,
+        top * y_scale,
+        min(right * x_scale, image.width),
+        min(bottom * y_scale, image.height),
+    )
+    return image.resize((size, size), BICUBIC, box=box)
 
 
 def squash(image: Image.Image, size: int) -> Image.Image:

@@ -28,6 +28,9 @@ BICUBIC = Image.Resampling.BICUBIC
 GREY = 127  # of each channel: the padding of a picture that stays one tile
 BLACK = 0  # the padding of a grid
 MOST = 4096  # pinpoints in a config, and tiles in a grid
+MOST_PIXELS = 64_000_000  # of a grid
+LONGEST_PADDED = 16_384  # the longer side of a picture that is padded as it is
+STRIP_PIXELS = 4_000_000  # of a part of its canvas
 
 
 class GridConfig(Protocol):
@@ -60,7 +63,9 @@ class GridGeometry(NamedTuple):
 # ---------------------------------------------------------------- which resolutions there are
 def parse_range(text: str, image_size: int) -> list[tuple[int, int]]:
     """ "(1x1),...,(6x6)" in tiles -> the sizes (s, s), (s, 2s), ... (6s, 6s) in pixels."""
-    match = re.fullmatch(r"\((\d+)x(\d+)\),\.\.\.,\((\d+)x(\d+)\)", text.replace(" ", ""))
+    match = re.fullmatch(
+        r"\((\d{1,9})x(\d{1,9})\),\.\.\.,\((\d{1,9})x(\d{1,9})\)", text.replace(" ", "")
+    )
     if match is None:
         raise ValueError(
             f'grid_pinpoints is {show(text)}; it must be like "(1x1),...,(6x6)", or a list of sizes'
@@ -88,7 +93,8 @@ def is_size(value: Any, image_size: int) -> bool:
     for length in value:
         if type(length) is not int or length < image_size or length % image_size:
             return False
-    return value[0] * value[1] <= MOST * image_size**2
+    pixels = value[0] * value[1]
+    return pixels <= min(MOST * image_size**2, MOST_PIXELS)
 
 
 def expand_pinpoints(pinpoints: Any, image_size: int) -> tuple[tuple[int, int], ...]:
@@ -99,13 +105,14 @@ def expand_pinpoints(pinpoints: Any, image_size: int) -> tuple[tuple[int, int], 
         pinpoints = parse_range(pinpoints, image_size)
     if not isinstance(pinpoints, list | tuple) or not 0 < len(pinpoints) <= MOST:
         raise ValueError(
-            f"grid_pinpoints is {str(pinpoints)[:80]}; it must be a list of 1 to {MOST} sizes"
+            f"grid_pinpoints is {show(pinpoints)}; it must be a list of 1 to {MOST} sizes"
         )
     for size in pinpoints:
         if not is_size(size, image_size):
             raise ValueError(
                 f"grid_pinpoints has {show(size)}; it must be (width, height) in pixels, multiples "
-                f"of the tile's {image_size}, with at most {MOST} tiles"
+                f"of the tile's {image_size}, with at most {MOST} tiles and "
+                f"{MOST_PIXELS // 10**6} million pixels"
             )
     return tuple((width, height) for width, height in pinpoints)
 
@@ -140,6 +147,39 @@ def paste_centred(image: Image.Image, size: tuple[int, int], grey: int) -> Image
     return canvas
 
 
+def pad_and_squash(image: Image.Image, side: int) -> Image.Image:
+    """The picture in the middle of a grey square, in side x side pixels.
+
+    These are the pixels of the official code, which makes the square, with the square of the
+    picture's longer side as its number of pixels. Here it is made strip by strip: Pillow scales the
+    rows first, each by itself. A picture that is longer than LONGEST_PADDED is made smaller before.
+    """
+    longest = max(image.size)
+    if longest > LONGEST_PADDED:
+        scale = 8 * side / longest  # fine enough for a tile
+        width = max(round(image.width * scale), 1)
+        height = max(round(image.height * scale), 1)
+        image = image.resize((width, height), BICUBIC)
+        longest = max(width, height)
+
+    # the rows of the picture, each with its padding on the left and on the right, scaled
+    rows_each = max(STRIP_PIXELS // longest, 1)
+    strips = []
+    for first in range(0, image.height, rows_each):
+        last = min(first + rows_each, image.height)
+        rows = image.crop((0, first, image.width, last))
+        strip = paste_centred(rows, (longest, rows.height), GREY)
+        strips.append(strip.resize((side, rows.height), BICUBIC))
+
+    # then the columns, with the padding above and below
+    narrow = Image.new("RGB", (side, longest), (GREY, GREY, GREY))
+    top = (longest - image.height) // 2
+    for strip in strips:
+        narrow.paste(strip, (0, top))
+        top += strip.height
+    return narrow.resize((side, side), BICUBIC)
+
+
 def resize_and_pad(image: Image.Image, target: tuple[int, int]) -> Image.Image:
     """Scale the picture to fit into the target, its other side rounded up, and centre it on
     black.
@@ -169,16 +209,16 @@ def preprocess_image(
     several (multi_image): one tile, padded to a square before.
     """
     image = image.convert("RGB")
-    tiles = [image]
+    side = config.image_size
     if multi_image or config.aspect == "pad":
-        longest = max(image.size)
-        tiles = [paste_centred(image, (longest, longest), GREY)]
-    elif config.aspect != "square":
-        best = select_best_resolution(image.size, config.grid_pinpoints)
-        tiles += cut_into_tiles(resize_and_pad(image, best), config.image_size)
+        tiles = [pad_and_squash(image, side)]
+    else:
+        tiles = [image.resize((side, side), BICUBIC)]
+        if config.aspect != "square":
+            best = select_best_resolution(image.size, config.grid_pinpoints)
+            tiles += cut_into_tiles(resize_and_pad(image, best), side)
 
-    tile_size = (config.image_size, config.image_size)
-    arrays = [np.asarray(tile.resize(tile_size, BICUBIC)) for tile in tiles]
+    arrays = [np.asarray(tile) for tile in tiles]
     pixels = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)  # (T, 3, S, S)
     # the bytes are put in order first: four times less to move than floats
     pixels = pixels.contiguous().float()
@@ -224,8 +264,8 @@ def grid_geometry(size: tuple[int, int], config: GridConfig) -> GridGeometry:
     if budget is not None:
         times = math.sqrt(height * width / (budget * config.side**2))
         if times > 1.1:  # a little more than the budget is left as it is: official
-            height = int(height // times)
-            width = int(width // times)
+            height = max(int(height // times), 1)
+            width = max(int(width // times), 1)
     return GridGeometry((columns, rows), keep, (height, width))
 
 

@@ -3,6 +3,9 @@ the command line.
 """
 
 import json
+import math
+import os
+import sys
 
 import numpy as np
 import pytest
@@ -260,6 +263,94 @@ def test_a_run_with_one_logged_row_is_said_not_drawn(tmp_path, monkeypatch):
     ]
 
 
+def test_a_number_that_is_not_finite_is_a_gap(tmp_path):
+    rows = [*ROWS, {"step": 3, "loss": math.nan}, {"step": 4, "loss": 10**400}]
+    rows.append({"step": 4, "eval": {"accuracy": math.inf, "note": "x", "loss": 1e308}})
+    found = figures.curves(
+        CurvesOptions([write_log(tmp_path / "a", rows)], str(tmp_path / "curves.png"))
+    )
+    steps, losses = found["losses"]["a"]
+    assert steps == [1, 2, 3, 4] and losses[:2] == [3.0, 1.5]
+    assert math.isnan(losses[2]) and math.isnan(losses[3])
+    assert math.isnan(found["metrics"]["a: accuracy"][1][1])
+
+
+def test_a_log_that_is_being_written_is_drawn(tmp_path):
+    folder = write_log(tmp_path / "a", ROWS)
+    with open(tmp_path / "a" / "log.jsonl", "a") as log:
+        log.write('{"step": 3, "lo')
+    found = figures.curves(CurvesOptions([folder], str(tmp_path / "curves.png")))
+    assert found["losses"] == {"a": ([1, 2], [3.0, 1.5])}
+
+
+NAMES = ["_a$b$", "$\\frac{", "\u706b", "a\nb", "x" * 200, "\\$x$", "%s {0}"]
+
+
+def test_runs_of_any_name_are_drawn_without_a_word(tmp_path, capfd, recwarn):
+    runs = []
+    for name in NAMES:
+        runs += [write_log(tmp_path / "one" / name, ROWS), write_log(tmp_path / "two" / name, ROWS)]
+    found = figures.curves(CurvesOptions(runs, str(tmp_path / "curves.png")))
+    assert len(found["losses"]) == 2 * len(NAMES) == len(found["metrics"])
+    assert Image.open(tmp_path / "curves.png").size == (1650, 630)
+    assert [warning.message for warning in recwarn if warning.category is UserWarning] == []
+    assert capfd.readouterr() == (f"written: {tmp_path}/curves.png\n", "")
+
+
+def test_half_a_character_has_a_label():
+    assert figures.legend_label(os.fsdecode(b"a\xff")) == "a?"
+
+
+def test_a_link_that_leads_to_itself_has_no_log(tmp_path):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(ValueError, match="loop has no log.jsonl"):
+        run("curves", "--run", tmp_path / "loop", "--out", tmp_path / "x.png")
+
+
+def test_without_matplotlib_it_is_said(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ValueError, match="^figures need matplotlib: pip install matplotlib$"):
+        run("curves", "--run", write_log(tmp_path / "run", ROWS), "--out", tmp_path / "x.png")
+
+
+def test_no_file_of_the_user_is_overwritten(folder, tmp_path):
+    config = (folder / "vqa" / "config.json").read_bytes()
+    flags = ("managers", "--checkpoint", folder / "vqa", "--data", "demo", "--limit", 4)
+    with pytest.raises(ValueError, match="would overwrite .*config.json; choose another name"):
+        run(*flags, "--out", folder / "vqa" / "config.png")
+    with pytest.raises(ValueError, match="config.json is the file of a figure, so not .json"):
+        run(*flags, "--out", folder / "vqa" / "config.json")
+    assert (folder / "vqa" / "config.json").read_bytes() == config
+    for _ in range(2):
+        run(*flags, "--out", tmp_path / "figure.png")
+    Image.new("RGB", (40, 30)).save(tmp_path / "a.png")
+    (tmp_path / "same.png").symlink_to(tmp_path / "a.png")
+    for out in ("a.png", "same.png"):
+        with pytest.raises(ValueError, match=f"{out} is the picture itself; it would be lost"):
+            run("grid", "--image", tmp_path / "a.png", "--out", tmp_path / out)
+    with pytest.raises(ValueError, match="a.png is the picture itself; it would be lost"):
+        image = tmp_path / "a.png"
+        run("managers", "--checkpoint", "nowhere", "--image", image, "--out", image)
+    assert Image.open(tmp_path / "a.png").size == (40, 30)
+    with pytest.raises(ValueError, match="--image is for a LLaVA-OV-Manager"):
+        run(*flags, "--image", tmp_path / "a.png", "--out", tmp_path / "figure.png")
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 8000), (8000, 2), (1, 60000)])
+def test_the_grid_of_a_line(size, tmp_path):
+    Image.new("RGB", size).save(tmp_path / "line.png")
+    found = figures.grid(GridOptions(str(tmp_path / "line.png"), out=str(tmp_path / "grid.png")))
+    assert found["picture"] == size and Image.open(tmp_path / "grid.png").width > 384
+
+
+def test_the_grid_of_a_photo_is_upright(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (1000, 620)).save(tmp_path / "turned.jpg", exif=exif)
+    found = figures.grid(GridOptions(str(tmp_path / "turned.jpg"), out=str(tmp_path / "grid.png")))
+    assert found["picture"] == (620, 1000)
+
+
 def test_a_name_is_shown_as_it_is():
     """Neither as a formula, nor hidden."""
     panel = Panel("t", "step", "loss", {"_a$b$": ([1, 2], [3.0, 2.0]), "none": ([], [])})
@@ -275,14 +366,30 @@ def test_a_name_is_shown_as_it_is():
         ([{"step": 0, "header": {}}], "has neither a loss nor an evaluation yet"),
         ([[1]], "line 1: a row must have a whole step"),
         ([{"loss": 1.0}], "line 1: a row must have a whole step"),
-        ([ROWS[0], {"step": 1, "loss": "x"}], "row 2, has the loss 'x'; it must be int or float"),
+        ([ROWS[0], {"step": 1, "loss": "x"}], "row 2, has the loss 'x'; it must be a number"),
         ([{"step": "x", "loss": 1.0}], "line 1: a row must have a whole step"),
-        ([{"step": 1, "eval": None}], "row 1, has the eval None; it must be dict"),
+        ([{"step": 1, "eval": None}], "row 1, has the eval None; it must be an object"),
+        ([ROWS[0], {"step": 1, "loss": None}], "row 2, has the loss None; it must be a number"),
+        ([{"step": 1, "loss": [1]}], "the loss .1.; it must be a number"),
+        ([{"step": 1, "loss": True}], "the loss True; it must be a number"),
+        ([{"step": 1, "loss": math.nan}], "a finite number: nothing to draw"),
+        ([{"step": 1, "loss": math.inf}], "a finite number: nothing to draw"),
+        ([{"step": 1, "loss": 10**400}], "a finite number: nothing to draw"),
+        ([{"step": 10**400, "loss": 1.0}], "step"),
+        ([{"step": 1.5, "loss": 1.0}], "line 1: a row must have a whole step"),
+        ([{"step": True, "loss": 1.0}], "line 1: a row must have a whole step"),
+        ([{"step": 1, "eval": {"accuracy": "x", "per_type": {}}}], "nothing to draw"),
+        ([{"step": 1, "eval": {"accuracy": math.nan}}], "nothing to draw"),
+        ([{"step": 1, "eval": {}}], "nothing to draw"),
+        ([{"step": 1, "eval": [0.5]}], "has the eval .0.5.; it must be an object"),
+        (["x", None], "line 1"),
+        ([{"step": 1, "loss": "x" * 10**6}], "must be a number"),
     ],
 )
 def test_a_log_that_cannot_be_drawn_is_an_error(tmp_path, rows, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as error:
         run("curves", "--run", write_log(tmp_path / "run", rows), "--out", tmp_path / "x.png")
+    assert len(str(error.value)) < 400 and "\n" not in str(error.value)
     assert not (tmp_path / "x.png").exists()
 
 
@@ -293,6 +400,13 @@ def test_a_log_that_cannot_be_drawn_is_an_error(tmp_path, rows, message):
         (("frobnicate",), "no command 'frobnicate'; it must be one of managers, grid, curves"),
         (("grid", "--image", "pictures/0.png", "--out", "nowhere/x.png"), "cannot be written"),
         (("curves", "--run", "vqa"), "vqa has no log.jsonl"),
+        (("curves", "--run", "pictures/0.png"), "0.png has no log.jsonl"),
+        (("managers", "--checkpoint", "pictures"), "pictures"),
+        (("managers", "--checkpoint", "pictures/0.png", "--data", "demo"), "0.png"),
+        (("grid", "--image", "pictures/0.png", "--checkpoint", "vqa", "--out", "g.png"), "vqa"),
+        (("grid", "--image", "pictures", "--out", "g.png"), "pictures: "),
+        (("grid", "--image", "vqa/config.json", "--out", "g.png"), "not a readable image"),
+        (("grid", "--image", "pictures/0.png", "--out", "pictures"), "it is a folder"),
         (("curves", "--run", "nowhere", "--out", "nothing/x.png"), "there is no folder nothing"),
         (
             ("managers", "--checkpoint", "nowhere", "--data", "demo", "--out", "nothing/x.png"),

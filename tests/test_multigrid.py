@@ -3,10 +3,13 @@ refused.
 """
 
 import dataclasses
+import subprocess
+import sys
 
+import numpy as np
 import pytest
 import torch
-from helpers import llava_config, llava_image, read_llava
+from helpers import ROOT, llava_config, llava_image, picture, read_llava
 from PIL import Image
 
 import llava_manager
@@ -121,6 +124,111 @@ def test_pinpoints_that_are_refused(pinpoints, message):
     with pytest.raises(ValueError, match=f"^grid_pinpoints .*{message}") as error:
         multigrid.expand_pinpoints(pinpoints, 32)
     assert len(str(error.value)) < 250
+
+
+@pytest.mark.parametrize(
+    "pinpoints",
+    [
+        "",
+        "(0x0),...,(1x1)",
+        "(1x1),...,(1x)",
+        "(-1x1),...,(2x2)",
+        "(1.5x1),...,(2x2)",
+        f"(1x1),...,({'9' * 5000}x1)",
+        "(1x1)" * 100_000,
+        "(1x1),...,(2x2)\0",
+        [],
+        {},
+        (),
+        b"(1x1),...,(2x2)",
+        [[[32, 32]]],
+        [[32.0, 32.0]],
+        [[float("nan"), 32]],
+        [[float("inf"), 32]],
+        [[-32, 32]],
+        [[True, 32]],
+        [[10**400, 32]],
+        ["32x32"],
+        [{"width": 32}],
+        [[32, 32], None],
+        True,
+        1.5,
+    ],
+)
+def test_pinpoints_of_every_kind_end_in_one_sentence(pinpoints):
+    with pytest.raises(ValueError, match="^grid_pinpoints ") as error:
+        multigrid.expand_pinpoints(pinpoints, 32)
+    assert len(str(error.value)) < 300 and "\n" not in str(error.value)
+
+
+def test_a_grid_has_a_bounded_number_of_pixels():
+    assert multigrid.expand_pinpoints([[7680, 7680]], 384) == ((7680, 7680),)
+    with pytest.raises(ValueError, match="64 million pixels"):
+        multigrid.expand_pinpoints([[8448, 8448]], 384)
+
+
+# ---------------------------------------------------------------- shapes of pictures
+@pytest.mark.parametrize("size", [(50, 31), (31, 50), (300, 7), (7, 300), (1, 1), (640, 639)])
+@pytest.mark.parametrize("side", [32, 384])
+def test_a_padded_picture_is_that_of_the_whole_canvas(size, side, monkeypatch):
+    """Bit for bit, however many strips it is made of."""
+    image = picture(3, size)
+    longest = max(size)
+    canvas = multigrid.paste_centred(image, (longest, longest), multigrid.GREY)
+    expected = np.array(canvas.resize((side, side), multigrid.BICUBIC))
+    for pixels in (1, 1000, 4_000_000):
+        monkeypatch.setattr(multigrid, "STRIP_PIXELS", pixels)
+        assert np.array_equal(np.array(multigrid.pad_and_squash(image, side)), expected)
+
+
+def test_a_picture_beyond_the_longest_is_nearly_the_same(monkeypatch):
+    smooth = picture(3, (3, 3)).resize((1000, 150), multigrid.BICUBIC)
+    exact = np.array(multigrid.pad_and_squash(smooth, 32)).astype(int)
+    monkeypatch.setattr(multigrid, "LONGEST_PADDED", 100)
+    nearly = np.array(multigrid.pad_and_squash(smooth, 32)).astype(int)
+    assert np.abs(exact - nearly).mean() < 1
+
+
+@pytest.mark.parametrize("aspect", ["pad", "square", "anyres", "anyres_max_1"])
+@pytest.mark.parametrize("size", [(1, 1), (1, 60000), (60000, 1), (2, 8000), (8000, 2)])
+def test_a_line_has_tiles_and_tokens(aspect, size):
+    config = LlavaManagerConfig.tiny(aspect=aspect)
+    tiles = multigrid.preprocess_image(Image.new("RGB", size, (200, 9, 9)), config)
+    assert tiles.size == size and tiles.pixels.isfinite().all()
+    features = torch.zeros(len(tiles.pixels), config.side**2, 2)
+    tokens = multigrid.merge_grids(features, size, config)
+    assert len(tokens) == multigrid.count_image_tokens(len(tiles.pixels), size, config)
+
+
+def test_a_shrunk_line_keeps_a_row():
+    """A budget of one tile, and a grid of one row of patches after its padding is gone."""
+    config = LlavaManagerConfig.tiny(aspect="anyres_max_1", grid_pinpoints=[[64 * 32, 32]])
+    final = multigrid.grid_geometry((60000, 1), config).final
+    assert min(final) == 1
+    features = torch.zeros(65, config.side**2, 2)
+    tokens = multigrid.merge_grids(features, (60000, 1), config)
+    assert len(tokens) == multigrid.count_image_tokens(65, (60000, 1), config)
+
+
+MEASURE = """
+import resource
+from PIL import Image
+import multigrid
+from llava_manager import LlavaManagerConfig
+base = LlavaManagerConfig.base()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for size in ((2, 8000), (8000, 2), (1, 60000), (60000, 1), (1080, 12000)):
+    picture = Image.new("RGB", size)
+    multigrid.preprocess_image(picture, base)
+    multigrid.preprocess_image(picture, base, multi_image=True)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+
+
+def test_the_memory_of_tiles_is_not_decided_by_the_shape():
+    command = [sys.executable, "-c", MEASURE]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
+    assert int(done.stdout) < 500  # MiB; the square of the third one would have 14,000
 
 
 def test_pinpoints_are_a_range_of_tiles_or_a_list_of_sizes():
