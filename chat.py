@@ -16,6 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fields import show
+from files import BadSample, need
+
 IMAGE_TOKEN = -200  # the id of an image's placeholder, and of each of its tokens
 IGNORE = -100  # the label of a token without loss
 IMAGE_TAG = "<image>"
@@ -52,27 +55,47 @@ def tokenize(text: str, tokenizer: Any, has_image: bool = True) -> list[int]:
 
 # ---------------------------------------------------------------- conversations to train on
 def read_turns(conversation: list[dict]) -> list[tuple[str, str]]:
-    """The turns of LLaVA's JSON as (role, text); the role is "user" or "assistant". Raises
-    ValueError for anything else.
+    """The turns of LLaVA's JSON as (role, text); the role is "user" or "assistant", and of the
+    first one it may be "system". Raises ValueError for anything else.
     """
     turns = []
     for number, turn in enumerate(conversation):
-        speaker = turn.get("from") if isinstance(turn, dict) else None
-        text = turn.get("value") if isinstance(turn, dict) else None
-        if speaker not in tuple(ROLES) or not isinstance(text, str):
-            raise ValueError(
-                f'turn {number}: {str(turn)[:80]} is not {{"from": "human" | "gpt", "value": text}}'
+        place = f"turn {number}"
+        speaker = need(turn, "from", str, place)
+        text = need(turn, "value", str, place)
+        if speaker == "system" and number == 0:
+            turns.append(("system", text))
+        elif speaker in ROLES:
+            turns.append((ROLES[speaker], text))
+        else:
+            raise BadSample(
+                f"{place}: 'from' is {show(speaker)}; it must be human or gpt, or of the first "
+                "turn system"
             )
-        turns.append((ROLES[speaker], text))
     return turns
 
 
+def num_untrained(turns: list[tuple[str, str]]) -> int:
+    """How many turns stand before those that are trained on: the system's, and an answer before the
+    first question, which is dropped, as in the official code.
+    """
+    number = 0
+    for role in ("system", "assistant"):
+        if number < len(turns) and turns[number][0] == role:
+            number += 1
+    return number
+
+
 def encode_plain(turns: list[tuple[str, str]], tokenizer: Any) -> tuple[list[int], list[int]]:
-    """A placeholder, the caption, a newline. The text of the human turn is not used: official."""
+    """A placeholder, the caption, a newline. The text of the human turn is not used: official. Nor
+    is a turn of the system.
+    """
+    if turns and turns[0][0] == "system":
+        turns = turns[1:]
     roles = [role for role, _ in turns]
     if roles != ["user", "assistant"] or IMAGE_TAG not in turns[0][1]:
         raise ValueError(
-            f"style plain needs a human turn with {IMAGE_TAG}, then gpt, not {str(turns)[:80]}"
+            f"style plain needs a human turn with {IMAGE_TAG}, then gpt, not {show(turns)}"
         )
     caption = tokenize(turns[1][1] + "\n", tokenizer, has_image=False)
     return [IMAGE_TOKEN, *caption], [IGNORE, *caption]
@@ -107,8 +130,10 @@ def encode_chat(
     """A conversation to train on, in LLaVA's JSON -> its input_ids and labels, of one length.
 
     qwen_1_5: the turn of the system, then each turn as <|im_start|>role, newline, text, <|im_end|>,
-    newline. A leading gpt turn is dropped; the only <image> of a turn moves to its front; with
-    has_image=False the tag is ordinary text. Labels are the assistant's turns and, as in the
+    newline. The system's text is SYSTEM, or that of a leading "system" turn: so does Qwen2's own
+    template, while the official code ends in a KeyError. A leading gpt turn is dropped; the only
+    <image> of a turn moves to its front; in the system's turn, and with has_image=False in all
+    turns, the tag is ordinary text. Labels are the assistant's turns and, as in the
     official code, every newline, <|im_start|> and <|im_end|>, unless strict_labels.
 
     plain (stage 1): a placeholder, the caption, a newline; only the placeholder has no label.
@@ -118,13 +143,14 @@ def encode_chat(
     turns = read_turns(conversation)
     if style == "plain":
         return encode_plain(turns, tokenizer)
-    # an answer before the first question is dropped: official
-    if turns and turns[0][0] == "assistant":
-        turns = turns[1:]
+    system = SYSTEM
+    if turns and turns[0][0] == "system":
+        system = turns[0][1]
+    turns = turns[num_untrained(turns) :]
     if style != "qwen_1_5" or not turns:
         raise ValueError(
-            f"style {style!r} with {len(turns)} turns; it must be qwen_1_5 or plain, with a human "
-            "turn"
+            f"style {show(style)} with {len(turns)} turns; it must be qwen_1_5 or plain, with a "
+            "human turn"
         )
 
     # these have a label in any turn
@@ -134,10 +160,11 @@ def encode_chat(
     # turn by turn: no token reaches over the border of two
     ids: list[int] = []
     labels: list[int] = []
-    for role, text in [("system", SYSTEM), *turns]:
-        if has_image:
+    for role, text in [("system", system), *turns]:
+        reads_tags = has_image and role != "system"
+        if reads_tags:
             text = image_first(text)
-        turn_ids = tokenize(f"{TURN_START}{role}\n{text}{TURN_END}\n", tokenizer, has_image)
+        turn_ids = tokenize(f"{TURN_START}{role}\n{text}{TURN_END}\n", tokenizer, reads_tags)
         ids += turn_ids
         labels += label_turn(turn_ids, role, always)
     return ids, labels

@@ -15,15 +15,16 @@ IV. Official counterparts: the datamodules of ManagerTower, and `LazySupervisedD
 Shapes: B rows, T tokens, S pixels a side, A answers of the VQA vocabulary.
 """
 
+import contextlib
 import functools
 import hashlib
-import io
 import itertools
 import json
 import logging
 import math
 import os
 import re
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,10 +35,24 @@ import yaml
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
+from tqdm import tqdm
 
-from chat import IMAGE_TAG, IMAGE_TOKEN, collate_chat, encode_chat
+from chat import IMAGE_TAG, IMAGE_TOKEN, collate_chat, encode_chat, num_untrained, read_turns
 from fields import show
-from files import BadSample, read_at, read_bytes, read_json
+from files import (
+    BYTE_ORDER_MARK,
+    MOST_BYTES_OF_A_LINE,
+    OTHER_MARKS,
+    BadSample,
+    check_characters,
+    decode_text,
+    need,
+    parse_json,
+    read_at,
+    read_json,
+    read_text,
+    tar_index,
+)
 from images import load_image
 from multigrid import preprocess_image
 from tokenizer import Tokenizer
@@ -46,39 +61,42 @@ from world import ranks
 SNLI_LABELS = ("contradiction", "neutral", "entailment")
 
 # ---------------------------------------------------------------- records of a manifest -> rows
+Numbers = Sequence[int] | np.ndarray  # whole numbers, packed where there may be millions
 Parsed = tuple[list, list[dict]]  # the pictures of a record (paths, bytes or images), its text rows
-Parser = Callable[[dict], Parsed]
-
-
-def need(record: Any, key: str, wanted: type) -> Any:
-    """record[key], a list or a text that is not empty. Raises BadSample otherwise."""
-    value = record.get(key) if isinstance(record, dict) else None
-    is_empty = isinstance(value, list | str) and not value
-    if isinstance(value, str) and not value.strip():
-        is_empty = True
-    if not isinstance(value, wanted) or is_empty:
-        raise BadSample(f"{key!r} must be a non-empty {wanted.__name__}, found {show(value)}")
-    return value
+Parser = Callable[[Any], Parsed]
 
 
 def is_picture(value: Any) -> bool:
     """Whether a record may hold this as a picture: a path, the bytes of a file, or an image."""
-    return isinstance(value, str | bytes | Image.Image)
+    if isinstance(value, str):
+        return bool(value.strip()) and "\0" not in value
+    return isinstance(value, bytes | Image.Image)
 
 
-def need_picture(record: dict) -> list:
+def need_picture(record: Any) -> list:
     """The picture of a record, as a list of one."""
+    need_object(record)
     picture = record.get("image")
     if not is_picture(picture):
-        raise BadSample(f"an image expected, found {show(picture)}")
+        raise BadSample(f"an image expected, found {show(picture)}; 'image' must be a path")
     return [picture]
 
 
-def need_two_pictures(record: dict) -> list:
+def need_two_pictures(record: Any) -> list:
     pictures = need(record, "images", list)
     if len(pictures) != 2 or not all(is_picture(picture) for picture in pictures):
-        raise BadSample(f"two images expected, found {show(pictures)}")
+        raise BadSample(f"two images expected, found {show(pictures)}; 'images' must be two paths")
     return pictures
+
+
+def need_object(record: Any) -> None:
+    if not isinstance(record, dict):
+        raise BadSample(f"a record must be an object, found {show(record)}")
+
+
+def need_name(record: dict, key: str) -> Any:
+    """What a record, a question or a picture is called: a text or a whole number, or nothing."""
+    return need(record, key, int | str | None)
 
 
 def without_doubles(rows: list[dict]) -> list[dict]:
@@ -92,116 +110,150 @@ def without_doubles(rows: list[dict]) -> list[dict]:
 
 def check_answers(answers: Any) -> None:
     """Raises BadSample unless it is {answer: score}, or None as in test sets."""
-    if answers is None:
-        return
-    if not isinstance(answers, dict):
-        raise BadSample(f"'answers' must be a dict of scores, found {show(answers)}")
-    for score in answers.values():
-        if not isinstance(score, int | float):
-            raise BadSample(f"'answers' must be a dict of scores, found the score {show(score)}")
+    need({"answers": answers}, "answers", dict | None)
+    for answer, score in (answers or {}).items():
+        is_number = isinstance(score, int | float) and not isinstance(score, bool)
+        # written so that NaN does not pass
+        if not is_number or not 0 <= score <= 1:
+            raise BadSample(
+                f"'answers': the score of {show(answer)} is {show(score)}; it must be a number "
+                "from 0 to 1"
+            )
 
 
-def parse_captions(record: dict) -> Parsed:
+def parse_captions(record: Any) -> Parsed:
     """{"image", "captions": [text, ...]} -> a row for each different caption."""
     pictures = need_picture(record)
+    image_id = need_name(record, "image_id")
     rows = []
-    for text in need(record, "captions", list):
-        need({"caption": text}, "caption", str)
-        rows.append({"text": text, "image_id": record.get("image_id")})
+    for text in need(record, "captions", list, filled=True):
+        need({"caption": text}, "caption", str, filled=True)
+        rows.append({"text": text, "image_id": image_id})
     return pictures, without_doubles(rows)
 
 
-def parse_questions(record: dict) -> Parsed:
+def parse_questions(record: Any) -> Parsed:
     """{"image", "questions": [{"id", "question", "answers", "question_type"}, ...]} -> rows.
 
     "answers" is {answer: score}; test sets have none.
     """
     pictures = need_picture(record)
+    image_id = need_name(record, "image_id")
     rows = []
-    for question in need(record, "questions", list):
-        text = need(question, "question", str)
+    for question in need(record, "questions", list, filled=True):
         row = {
-            "text": text,
-            "question_id": question.get("id"),
+            "text": need(question, "question", str, filled=True),
+            "question_id": need_name(question, "id"),
             "answers": question.get("answers"),
-            "question_type": question.get("question_type"),
-            "image_id": record.get("image_id"),
+            "question_type": need(question, "question_type", str | None),
+            "image_id": image_id,
         }
         check_answers(row["answers"])
         rows.append(row)
     return pictures, rows
 
 
-def parse_statement(record: dict) -> Parsed:
+def parse_statement(record: Any) -> Parsed:
     """{"images": [left, right], "sentence", "label": bool, "id"} -> one row with label 0 or 1."""
     pictures = need_two_pictures(record)
     row = {
-        "text": need(record, "sentence", str),
-        "label": record.get("label"),
-        "id": record.get("id"),
-        "image_id": record.get("image_id"),
+        "text": need(record, "sentence", str, filled=True),
+        "label": int(need(record, "label", bool)),
+        "id": need_name(record, "id"),
+        "image_id": need_name(record, "image_id"),
     }
-    if row["label"] not in (False, True):
-        raise BadSample(f"'label' must be one of (False, True), found {show(row['label'])}")
-    row["label"] = int(row["label"])
     return pictures, [row]
 
 
-def parse_hypothesis(record: dict) -> Parsed:
+def parse_hypothesis(record: Any) -> Parsed:
     """{"image", "hypothesis", "label": text} -> one row; its label is the number in SNLI_LABELS."""
     pictures = need_picture(record)
     row = {
-        "text": need(record, "hypothesis", str),
-        "label": record.get("label"),
-        "image_id": record.get("image_id"),
+        "text": need(record, "hypothesis", str, filled=True),
+        "label": need(record, "label", str),
+        "image_id": need_name(record, "image_id"),
     }
     if row["label"] not in SNLI_LABELS:
-        raise BadSample(f"'label' must be one of {SNLI_LABELS}, found {show(row['label'])}")
+        raise BadSample(
+            f"'label' is {show(row['label'])}; it must be one of {', '.join(SNLI_LABELS)}"
+        )
     row["label"] = SNLI_LABELS.index(row["label"])
     return pictures, [row]
 
 
-def need_turns(record: dict) -> list[dict]:
-    """A copy of the turns of a conversation."""
-    turns = []
-    for turn in need(record, "conversations", list):
-        is_turn = isinstance(turn, dict) and "from" in turn
-        if not is_turn or not isinstance(turn.get("value"), str):
-            raise BadSample(f"every turn needs 'from' and a text 'value', found {show(turn)}")
-        turns.append(dict(turn))
-    return turns
-
-
+# ---------------------------------------------------------------- records of conversations -> rows
 def need_chat_pictures(record: dict) -> list:
     """The pictures of a conversation: none, one or a list of them."""
-    pictures = record.get("image") or []
+    pictures = record.get("image")
+    # what is null or empty is absent, as in tables that were made of several sets
+    if pictures is None or pictures == "":
+        return []
     if not isinstance(pictures, list):
         pictures = [pictures]
     if not all(is_picture(picture) for picture in pictures):
-        raise BadSample(f"'image' must be a path or a list of paths, found {show(pictures)}")
+        raise BadSample(f"'image' is {show(record['image'])}; it must be a path or a list of paths")
     return pictures
 
 
-def parse_chat(record: dict) -> Parsed:
+def check_tags(turns: list[tuple[str, str]], start: int, num_pictures: int) -> None:
+    """Raises BadSample unless the turns from `start` on, which are trained on, have a tag for each
+    picture, or no turn has any.
+    """
+    tags = sum(text.count(IMAGE_TAG) for _, text in turns[start:])
+    tags_before = sum(text.count(IMAGE_TAG) for _, text in turns[:start])
+    if tags == num_pictures or tags + tags_before == 0:
+        return
+    where = ""
+    if tags_before:
+        where = f", and {tags_before} in a turn before the first question, which is not trained on"
+    raise BadSample(
+        f"{num_pictures} images but {tags} {IMAGE_TAG} tags{where}; each image needs one tag"
+    )
+
+
+def parse_chat(record: Any) -> Parsed:
     """{"conversations": [{"from", "value"}, ...], "image": none, one or a list} -> one row.
 
-    With the published inconsistency: images whose tags are missing get them before the first turn.
-    The row's length is its number of words, negative without a picture (see `length_grouped`).
+    With the published inconsistency: images whose tags are missing get them before the first turn
+    that is trained on. The row's length is its number of words, negative without a picture (see
+    `length_grouped`).
     """
-    turns = need_turns(record)
+    conversation = need(record, "conversations", list, filled=True)
+    turns = read_turns(conversation)
+    start = num_untrained(turns)
+    if start == len(turns):
+        raise BadSample(f"there is no human turn in the conversation {show(conversation)}")
+    if record.get("video") not in (None, "", []):
+        raise BadSample(f"'video' is {show(record['video'])}; videos are not read")
     pictures = need_chat_pictures(record)
-    # each picture needs a tag, the place where its tokens will stand
-    tags = sum(turn["value"].count(IMAGE_TAG) for turn in turns)
-    if "video" in record or (pictures and tags not in (0, len(pictures))):
-        raise BadSample(f"{len(pictures)} images but {tags} <image> tags; videos are not read")
-    if pictures and tags == 0:
-        missing_tags = " ".join([IMAGE_TAG] * len(pictures))
-        turns[0]["value"] = f"{missing_tags}\n{turns[0]['value']}"
 
-    length = sum(len(turn["value"].split()) for turn in turns)
+    # each picture needs a tag, the place where its tokens will stand; without a picture a tag is
+    # ordinary text
+    conversation = [dict(turn) for turn in conversation]
+    if pictures:
+        check_tags(turns, start, len(pictures))
+        if not any(IMAGE_TAG in text for _, text in turns):
+            missing_tags = " ".join([IMAGE_TAG] * len(pictures))
+            first = conversation[start]
+            first["value"] = f"{missing_tags}\n{first['value']}"
+
+    length = sum(len(turn["value"].split()) for turn in conversation)
     if not pictures:
         length = -length
-    return pictures, [{"conversation": turns, "id": record.get("id"), "length": length}]
+    return pictures, [{"conversation": conversation, "id": record.get("id"), "length": length}]
+
+
+def parse_chat_caption(record: Any) -> Parsed:
+    """As `parse_chat`, of what stage 1 trains on: a picture, a human turn and its caption."""
+    pictures, rows = parse_chat(record)
+    turns = read_turns(rows[0]["conversation"])
+    roles = [role for role, _ in turns if role != "system"]
+    if len(pictures) != 1 or roles != ["user", "assistant"]:
+        raise BadSample(
+            "stage 1 trains on one picture, a human turn and a gpt turn with its caption; found "
+            f"{len(pictures)} pictures and the turns {show(roles)}"
+        )
+    return pictures, rows
 
 
 # kind -> how a record of a manifest, of LLaVA's files or of the demo is read
@@ -211,14 +263,14 @@ PARSERS: dict[str, Parser] = {
     "statements": parse_statement,
     "hypotheses": parse_hypothesis,
     "chat": parse_chat,
-    "chat_captions": parse_chat,
+    "chat_captions": parse_chat_caption,
 }
 
 
 # ---------------------------------------------------------------- the ViLT family's .arrow files
 def zip_columns(arrow_row: dict, *names: str) -> list[tuple]:
     """The entries of these columns side by side. Raises BadSample unless they are equally many."""
-    columns = [need(arrow_row, name, list) for name in names]
+    columns = [need(arrow_row, name, list, filled=True) for name in names]
     lengths = [len(column) for column in columns]
     if len(set(lengths)) > 1:
         raise BadSample(f"the columns {', '.join(names)} must be equally long, found {lengths}")
@@ -226,19 +278,22 @@ def zip_columns(arrow_row: dict, *names: str) -> list[tuple]:
 
 
 def arrow_captions(arrow_row: dict) -> list[dict]:
+    image_id = need_name(arrow_row, "image_id")
     rows = []
-    for text in need(arrow_row, "caption", list):
-        need({"caption": text}, "caption", str)
-        rows.append({"text": text, "image_id": arrow_row.get("image_id")})
+    for text in need(arrow_row, "caption", list, filled=True):
+        need({"caption": text}, "caption", str, filled=True)
+        rows.append({"text": text, "image_id": image_id})
     return without_doubles(rows)
 
 
 def arrow_questions(arrow_row: dict) -> list[dict]:
+    image_id = need_name(arrow_row, "image_id")
     rows = []
     for text, question_id in zip_columns(arrow_row, "questions", "question_id"):
-        need({"question": text}, "question", str)
+        need({"question": text}, "question", str, filled=True)
+        need_name({"question_id": question_id}, "question_id")
         row = {"text": text, "question_id": question_id, "answers": None, "question_type": None}
-        row["image_id"] = arrow_row.get("image_id")
+        row["image_id"] = image_id
         rows.append(row)
     # the answers of test files are null or empty
     if arrow_row["answers"]:
@@ -252,33 +307,36 @@ def arrow_questions(arrow_row: dict) -> list[dict]:
 def scored_answers(answers: list, scores: list | None) -> dict[str, float]:
     """{answer: score} of one question."""
     pairs = zip_columns({"answers": answers, "answer_scores": scores}, "answers", "answer_scores")
+    for answer, _ in pairs:
+        need({"answer": answer}, "answer", str)
     scored = dict(pairs)
     check_answers(scored)
     return scored
 
 
 def arrow_statements(arrow_row: dict) -> list[dict]:
+    identifier = need_name(arrow_row, "identifier")
+    image_id = need_name(arrow_row, "image_id")
     rows = []
     for text, answer in zip_columns(arrow_row, "questions", "answers"):
-        need({"sentence": text}, "sentence", str)
+        need({"sentence": text}, "sentence", str, filled=True)
         if answer not in ("True", "False"):
             raise BadSample(f"'answers' must hold 'True' or 'False', found {show(answer)}")
-        row = {"text": text, "label": int(answer == "True"), "id": arrow_row.get("identifier")}
-        row["image_id"] = arrow_row.get("image_id")
-        rows.append(row)
+        label = int(answer == "True")
+        rows.append({"text": text, "label": label, "id": identifier, "image_id": image_id})
     return rows
 
 
 def arrow_hypotheses(arrow_row: dict) -> list[dict]:
+    image_id = need_name(arrow_row, "image_id")
     rows = []
     for pair, label in zip_columns(arrow_row, "sentences", "labels"):
         if not isinstance(pair, list) or len(pair) != 2:
             raise BadSample(f"'sentences' must hold premise and hypothesis, found {show(pair)}")
-        hypothesis = need({"hypothesis": pair[1]}, "hypothesis", str)
+        hypothesis = need({"hypothesis": pair[1]}, "hypothesis", str, filled=True)
         if label not in range(len(SNLI_LABELS)):
             raise BadSample(f"'labels' must hold 0, 1 or 2, found {show(label)}")
-        row = {"text": hypothesis, "label": int(label), "image_id": arrow_row.get("image_id")}
-        rows.append(row)
+        rows.append({"text": hypothesis, "label": int(label), "image_id": image_id})
     return rows
 
 
@@ -347,15 +405,282 @@ def arrow_table(path: str) -> Any:
     try:
         return pyarrow.ipc.open_file(pyarrow.memory_map(path)).read_all()
     except (ValueError, OSError) as error:  # pyarrow.ArrowInvalid is a ValueError
-        raise ValueError(f"{path} is not an Arrow file: {error}") from None
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path} is not an Arrow file: {reason[:200]}") from None
 
 
-def arrow_rows(path: str | Path, columns: list[str]) -> list[dict]:
-    """All rows of some columns of an .arrow file."""
-    return arrow_table(str(path)).select(columns).to_pylist()
+def check_columns(path: str, table: Any, wanted_types: dict[str, str]) -> None:
+    """Raises ValueError for a column that is missing, is there twice, has another type, or is
+    damaged. wanted_types: name -> type, in the words of `is_of_arrow_type`.
+    """
+    names = table.column_names
+    missing = sorted(set(wanted_types) - set(names))
+    if missing:
+        raise ValueError(f"{path} lacks the columns {', '.join(missing)}; it has {show(names)}")
+    for name, wanted in wanted_types.items():
+        if names.count(name) > 1:
+            raise ValueError(f"{path} has {names.count(name)} columns {name!r}; it must have one")
+        declared = table.schema.field(name).type
+        if not is_of_arrow_type(declared, wanted):
+            raise ValueError(f"{path}: the column {name!r} is {declared}; it must be {wanted}")
+        try:
+            # texts that are UTF-8, lists that end where they must; pictures are not looked at
+            table.column(name).validate(full=True)
+        except ValueError as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"{path}: the column {name!r} is damaged: {reason[:200]}") from None
+
+
+def arrow_rows(path: str | Path, wanted_types: dict[str, str]) -> list[dict]:
+    """All rows of some columns of an .arrow file. Raises ValueError as `check_columns` does."""
+    table = arrow_table(os.path.abspath(path))
+    check_columns(str(path), table, wanted_types)
+    return table.select(list(wanted_types)).to_pylist()
+
+
+# ---------------------------------------------------------------- where records stand in a file
+PIECE = 2**20  # bytes of a file that are read at once
+TOO_EARLY = 16  # an error so near to the end of what was read may be that end's
+
+
+class Spans(NamedTuple):
+    """Where the records of a file are: each an int64 array with one entry a record."""
+
+    numbers: np.ndarray  # of the line, from 1 on, or of the item, from 0 on
+    starts: np.ndarray  # offset of the first byte
+    ends: np.ndarray  # offset behind the last byte
+
+
+def as_spans(numbers: array, starts: array, ends: array) -> Spans:
+    return Spans(*[np.array(column, dtype=np.int64) for column in (numbers, starts, ends)])
+
+
+def is_json(path: str) -> bool:
+    """Whether a file should hold one JSON value, and not JSON Lines."""
+    return path.lower().endswith(".json")
+
+
+def too_long(name: str, size: int) -> str:
+    """What to say of a record that is longer than any record is."""
+    most = MOST_BYTES_OF_A_LINE / 2**20
+    return f"{name} has {size / 2**20:.0f} MiB; a record must have at most {most:.0f}"
+
+
+def locate(path: str) -> tuple[str, int, int]:
+    """The file that holds a path or `archive.tar::member`, and its offset and size in there.
+
+    The file's path is absolute, as files stay open under their names, and the current folder may
+    change. Raises ValueError for what is no file.
+    """
+    file, _, member = path.partition("::")
+    if os.path.isdir(file):
+        raise ValueError(f"{path} is a folder; it must be a file")
+    if not os.path.exists(file):
+        raise ValueError(f"{path}: no such file or archive member")
+    if not os.path.isfile(file):
+        raise ValueError(f"{path} is a device or a pipe; it must be a file")
+    file = os.path.abspath(file)
+    if not member:
+        return file, 0, os.path.getsize(file)
+    if member not in tar_index(file):
+        raise ValueError(f"{path}: no such file or archive member")
+    offset, size = tar_index(file)[member]
+    return file, offset, size
+
+
+def progress(path: str, total: int, unit: str) -> tqdm:
+    """A bar on stderr, of rank 0, for what takes more than two seconds."""
+    # the processes may not have met yet
+    rank = int(os.environ.get("RANK", 0))
+    return tqdm(
+        total=total,
+        desc=f"reading {os.path.basename(path)}",
+        unit=unit,
+        unit_scale=True,
+        delay=2,
+        mininterval=1,
+        leave=False,
+        disable=rank > 0,
+    )
+
+
+def find_lines(path: str) -> Spans:
+    """The lines of JSON Lines that are not blank. No line is ever in memory as a whole."""
+    file, position, size = locate(path)
+    end_of_file = position + size
+    numbers = array("q")
+    starts = array("q")
+    ends = array("q")
+    number = 0
+    with open(file, "rb") as stream:
+        stream.seek(position)
+        while position < end_of_file:
+            number += 1
+            start = position
+            is_blank = True
+            # a long line comes in pieces
+            piece = b""
+            while position < end_of_file and not piece.endswith(b"\n"):
+                piece = stream.readline(min(PIECE, end_of_file - position))
+                if not piece:
+                    raise ValueError(f"{path} became shorter while it was read")
+                position += len(piece)
+                if piece.removeprefix(BYTE_ORDER_MARK).strip():
+                    is_blank = False
+            if not is_blank:
+                numbers.append(number)
+                starts.append(start)
+                ends.append(position)
+    return as_spans(numbers, starts, ends)
+
+
+class JsonReader:
+    """A JSON file, of which a window is in memory, with a place in it that moves forward.
+
+    In the window a character stands for each byte, so that places in it are offsets in the file;
+    the marks of JSON are the same in UTF-8.
+    """
+
+    blank = re.compile(r"[ \t\r\n]*")
+
+    def __init__(self, path: str):
+        self.path = path
+        self.file, self.begin, self.size = locate(path)
+        self.stream = open(self.file, "rb")  # noqa: SIM115
+        self.stream.seek(self.begin)
+        self.start = self.begin  # offset of the window
+        self.window = ""
+        self.place = 0  # in the window
+        self.grow()
+        head = self.window[:4].encode("latin-1")
+        if head.startswith(OTHER_MARKS):
+            decode_text(head, path)
+        if head.startswith(BYTE_ORDER_MARK):
+            self.place = len(BYTE_ORDER_MARK)
+
+    def grow(self) -> bool:
+        """Read on, and drop what lies behind. Returns False at the end of the file.
+
+        The window grows by what it has, so that a long value is not read too many times.
+        """
+        wanted = max(PIECE, len(self.window) - self.place)
+        left = self.begin + self.size - self.stream.tell()
+        content = self.stream.read(min(wanted, left))
+        if not content:
+            return False
+        self.window = self.window[self.place :] + content.decode("latin-1")
+        self.start += self.place
+        self.place = 0
+        return True
+
+    def offset(self) -> int:
+        return self.start + self.place
+
+    def peek(self) -> str:
+        """The next character that is not blank, with the place before it; "" at the end."""
+        while True:
+            blank = self.blank.match(self.window, self.place)
+            assert blank is not None  # it may be empty
+            self.place = blank.end()
+            if self.place < len(self.window):
+                return self.window[self.place]
+            if not self.grow():
+                return ""
+
+    def skip_value(self) -> None:
+        """Move behind the value that comes next. Raises ValueError, with the line."""
+        while True:
+            fault = ""
+            end = len(self.window)
+            try:
+                _, end = json.JSONDecoder().raw_decode(self.window, self.place)
+                reached = end
+            except json.JSONDecodeError as error:
+                fault = error.msg
+                reached = error.pos
+            except RecursionError:
+                raise self.error("brackets are nested too deeply", self.place) from None
+            except ValueError as error:  # a number of thousands of digits
+                raise self.error(str(error), self.place) from None
+            # what stops near the end of the window, or in a text, may go on behind it
+            may_go_on = reached > len(self.window) - TOO_EARLY or fault.startswith("Unterminated")
+            if may_go_on:
+                size = len(self.window) - self.place
+                if size > MOST_BYTES_OF_A_LINE:
+                    raise self.error(too_long("an item", size), self.place)
+                if self.grow():
+                    continue
+            if fault:
+                raise self.error(fault, reached)
+            self.place = end
+            return
+
+    def error(self, fault: str, place: int) -> ValueError:
+        """What to raise for a fault at a place in the window."""
+        line = 1
+        line_start = self.begin
+        offset = self.start + place
+        with open(self.file, "rb") as stream:
+            stream.seek(self.begin)
+            position = self.begin
+            while position < offset:
+                content = stream.read(min(PIECE, offset - position))
+                if not content:
+                    break
+                line += content.count(b"\n")
+                if b"\n" in content:
+                    line_start = position + content.rfind(b"\n") + 1
+                position += len(content)
+        byte = offset - line_start + 1
+        return ValueError(f"{self.path} is not JSON: {fault} (line {line}, byte {byte})")
+
+
+def find_items(path: str) -> Spans:
+    """The items of a .json file that holds one list, whatever it looks like.
+
+    No more of it than one item and PIECE is ever in memory. Raises ValueError, with the line, for a
+    file that holds no list.
+    """
+    numbers = array("q")
+    starts = array("q")
+    ends = array("q")
+    reader = JsonReader(path)
+    with reader.stream, progress(path, reader.size, "B") as bar:
+        if reader.peek() != "[":
+            found = show(reader.window[reader.place : reader.place + 40])
+            raise ValueError(f"{path} must hold a list, found {found}")
+        reader.place += 1
+        mark = reader.peek()
+        while mark != "]":
+            # an item
+            numbers.append(len(numbers))
+            starts.append(reader.offset())
+            reader.skip_value()
+            ends.append(reader.offset())
+            # what comes behind it
+            mark = reader.peek()
+            if mark == ",":
+                reader.place += 1
+                reader.peek()
+            elif mark != "]":
+                raise reader.error("a comma or ] expected", reader.place)
+            bar.update(reader.offset() - reader.begin - bar.n)
+        reader.place += 1
+        if reader.peek():
+            raise reader.error("more after the list", reader.place)
+    return as_spans(numbers, starts, ends)
 
 
 # ---------------------------------------------------------------- parts of a source
+@contextlib.contextmanager
+def named(part: "Part", index: int) -> Iterator[None]:
+    """Put file and line of a record before the message of a BadSample."""
+    try:
+        yield
+    except BadSample as error:
+        raise BadSample(f"{part.name(index)}: {error}") from None
+
+
 class Part:
     """Records of a file, or drawn ones. Subclasses have `record`, or `parse` and `parse_texts`."""
 
@@ -376,11 +701,10 @@ class Part:
         raise NotImplementedError("a part says how its records are read")
 
     def parse(self, kind: str, index: int) -> Parsed:
-        """The pictures and the text rows of a record. Raises BadSample, without file and line."""
+        """The pictures and the text rows of a record. Raises BadSample with file and line."""
         record = self.record(index)
-        if not isinstance(record, dict):
-            raise BadSample(f"not a JSON object: {show(record)}")
-        return PARSERS[kind](record)
+        with named(self, index):
+            return PARSERS[kind](record)
 
     def parse_texts(self, kind: str, index: int) -> list[dict]:
         """The text rows of a record."""
@@ -389,10 +713,11 @@ class Part:
 
 
 class Manifest(Part):
-    """JSON Lines, or LLaVA's .json with one list.
+    """JSON Lines, or LLaVA's .json with one list; either may be a member of an archive.
 
-    Of JSON Lines only the places of the lines stay in memory, of a .json all of it. folder: where
-    the pictures are, if not beside the file. strategy: see `sample_rows`.
+    Only the places of the records stay in memory. They are read when they are asked for, and so
+    many processes may share a manifest. folder: where the pictures are, if not beside the file.
+    strategy: see `sample_rows`.
     """
 
     def __init__(
@@ -404,40 +729,32 @@ class Manifest(Part):
     ):
         self.path = str(path)
         self.folder = str(folder or Path(path).parent)
-        self.items: list | None = None
-        if self.path.endswith(".json"):
+        self.file, _, _ = locate(self.path)
+        if is_json(self.path):
             self.unit = "item"
-            self.items = read_json(path, list)
-            places = np.arange(len(self.items))
+            spans = find_items(self.path)
         else:
             self.unit = "line"
-            places = self.find_lines(read_bytes(self.path))
-        self.places = places[sample_rows(strategy, len(places), seed)]
-
-    def find_lines(self, content: bytes) -> np.ndarray:
-        """The numbers, from 1 on, of the lines that are not blank.
-
-        Sets `starts`, the offset of every line, and of the end.
-        """
-        starts = [0]
-        numbers = []
-        for number, line in enumerate(io.BytesIO(content), 1):
-            starts.append(starts[-1] + len(line))
-            if line.strip():
-                numbers.append(number)
-        self.starts = np.array(starts, dtype=np.int64)
-        return np.array(numbers, dtype=np.int64)
+            spans = find_lines(self.path)
+        chosen = sample_rows(strategy, len(spans.numbers), seed)
+        self.places = spans.numbers[chosen]
+        self.starts = spans.starts[chosen]
+        self.ends = spans.ends[chosen]
 
     def record(self, index: int) -> Any:
-        place = int(self.places[index])
-        if self.items is not None:
-            return self.items[place]
-        start = int(self.starts[place - 1])  # lines are counted from 1
-        size = int(self.starts[place]) - start
+        name = self.name(index)
+        start = int(self.starts[index])
+        size = int(self.ends[index]) - start
+        if size > MOST_BYTES_OF_A_LINE:
+            raise BadSample(too_long(name, size))
+        content = read_at(self.file, start, size)
         try:
-            return json.loads(read_at(self.path, start, size))
-        except (ValueError, RecursionError) as error:  # broken JSON or UTF-8, or endless brackets
-            raise BadSample(f"not JSON: {error}") from None
+            if self.unit == "line" and not content.startswith(OTHER_MARKS):
+                # it counts lines, and this is not the first one
+                decode_text(content, self.path, int(self.places[index]))
+            return parse_json(content, f"{name},")
+        except ValueError as error:
+            raise BadSample(str(error)) from None
 
 
 class ArrowFile(Part):
@@ -449,58 +766,56 @@ class ArrowFile(Part):
         if kind not in ARROW_KINDS:
             raise ValueError(f"{path}: {kind} are not read from .arrow files")
         self.path = str(path)
+        self.file, _, _ = locate(self.path)
         self.arrow_kind = ARROW_KINDS[kind]
-        table = arrow_table(self.path)
-        self.check_columns(kind, table)
-        self.text_columns = list(self.arrow_kind.texts)
+        table = arrow_table(self.file)
+        wanted_types = dict.fromkeys(self.arrow_kind.pictures, "bytes")
+        wanted_types.update(self.arrow_kind.texts)
         if "image_id" in table.column_names:
-            self.text_columns.append("image_id")
+            wanted_types["image_id"] = "anything"
+        check_columns(self.path, table, wanted_types)
+        self.columns = list(wanted_types)
+        # pictures are large: a scan leaves their columns out
+        self.text_columns = self.columns[len(self.arrow_kind.pictures) :]
         self.places = range(table.num_rows)
         self.chunk_number = -1  # none yet
         self.chunk: list[dict] = []  # the texts of its rows
 
-    def check_columns(self, kind: str, table: Any) -> None:
-        """Raises ValueError for a column that is missing or has another type."""
-        wanted_types = dict.fromkeys(self.arrow_kind.pictures, "bytes")
-        wanted_types.update(self.arrow_kind.texts)
-        missing = sorted(set(wanted_types) - set(table.column_names))
-        if missing:
-            raise ValueError(
-                f"{self.path} lacks the columns {missing} of {kind}; it has {table.column_names}"
-            )
-        for name, wanted in wanted_types.items():
-            declared = table.schema.field(name).type
-            if not is_of_arrow_type(declared, wanted):
-                raise ValueError(
-                    f"{self.path}: the column {name!r} of {kind} is {declared}; it must be {wanted}"
-                )
-
     def parse(self, kind: str, index: int) -> Parsed:
-        columns = [*self.arrow_kind.pictures, *self.text_columns]
-        arrow_row = arrow_table(self.path).select(columns).slice(index, 1).to_pylist()[0]
-        pictures = [arrow_row[name] for name in self.arrow_kind.pictures]
-        if not all(is_picture(picture) for picture in pictures):
-            raise BadSample(f"an image expected, found {show(pictures)}")
-        return pictures, self.arrow_kind.parse(arrow_row)
+        arrow_row = arrow_table(self.file).select(self.columns).slice(index, 1).to_pylist()[0]
+        with named(self, index):
+            pictures = [arrow_row[name] for name in self.arrow_kind.pictures]
+            if not all(is_picture(picture) for picture in pictures):
+                raise BadSample(f"an image expected, found {show(pictures)}")
+            return pictures, self.arrow_kind.parse(arrow_row)
 
     def parse_texts(self, kind: str, index: int) -> list[dict]:
-        # pictures are large: a scan leaves their columns out, and goes from chunk to chunk
+        # a scan goes from chunk to chunk
         chunk_number = index // self.chunk_size
         if chunk_number != self.chunk_number:
-            texts = arrow_table(self.path).select(self.text_columns)
+            texts = arrow_table(self.file).select(self.text_columns)
             chunk = texts.slice(chunk_number * self.chunk_size, self.chunk_size)
             self.chunk = chunk.to_pylist()
             self.chunk_number = chunk_number
-        return self.arrow_kind.parse(self.chunk[index % self.chunk_size])
+        with named(self, index):
+            return self.arrow_kind.parse(self.chunk[index % self.chunk_size])
 
 
 # ---------------------------------------------------------------- sources
+HELD_OUT = "held out"  # a policy for bad samples, beside those of the flag --on_bad_sample
+
+
 def tolerate(error: BadSample, policy: str, seen: int, bad: set[str]) -> None:
     """Raises a bad sample; the policy "skip" only logs it, unless more than 1 in 1,000 are bad.
 
     seen: how many samples this process has met. bad: the messages of the bad ones; every DataLoader
-    worker has its own count.
+    worker has its own count. The policy HELD_OUT raises it, and says that a score over other rows
+    would be another score.
     """
+    if policy == HELD_OUT:
+        raise BadSample(
+            f"{error}; held-out rows are never skipped: repair this one, or take it out"
+        )
     if policy != "skip":
         raise error
     message = str(error)
@@ -538,36 +853,46 @@ class Source:
     SNLI_LABELS); chat "conversation", "id", "length", and no text.
 
     Opening reads every text and no picture. What is broken raises BadSample with file and line, or
-    is left out with on_bad_sample="skip".
+    is left out with on_bad_sample="skip". HELD_OUT is the policy of rows that are measured on.
+
+    has_answers: whether the questions have answers, all of them or none; None where that is not
+    scanned. lengths: the "length" of each row of conversations, int32.
 
     digest: a hash of all texts and labels in their order. It is the same for the same data at
     another place, and another one when a text changes. Drawn parts, which are not scanned, add
     their name, size and seed to it.
     """
 
-    def __init__(self, kind: str, parts: Sequence[Part], on_bad_sample: str = "error"):
+    def __init__(self, kind: str, parts: Sequence[Part], on_bad_sample: str = HELD_OUT):
         self.kind = kind
         self.parts = parts
         self.on_bad_sample = on_bad_sample
         self.seen = 0  # records that were scanned
         self.bad: set[str] = set()  # messages of the bad ones
-        counts: list[int] = []  # rows of each record
+        self.has_answers: bool | None = None
+        # rows of each record, words of each conversation: packed, as there may be millions
+        counts = array("i")
+        lengths = array("i")
         digest = hashlib.sha256()
         for part in parts:
             if part.rows_each is not None:
                 # drawing every record only to count its rows would take minutes
                 digest.update(part.description.encode())
-                counts += [part.rows_each] * len(part.places)
+                counts.extend([part.rows_each] * len(part.places))
                 continue
-            for rows in self.scan(part):
-                digest.update(digest_rows(rows))
-                counts.append(len(rows))
+            with progress(part.path, len(part.places), " records") as bar:
+                for rows in self.scan(part):
+                    digest.update(digest_rows(rows))
+                    counts.append(len(rows))
+                    lengths.extend([row["length"] for row in rows if "length" in row])
+                    bar.update()
         self.digest = digest.hexdigest()
+        self.lengths = np.array(lengths, dtype=np.int32)
         # the number of the record after the last one of each part: (parts,)
         self.part_ends = np.cumsum([len(part.places) for part in parts])
         self.num_images = len(counts)
         # the number of the record that each row belongs to: (rows,)
-        self.image_of = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
+        self.image_of = np.repeat(np.arange(len(counts), dtype=np.int32), np.array(counts))
         if len(self) == 0:
             raise ValueError(f"no rows in {', '.join(part.path for part in parts)}")
 
@@ -577,12 +902,28 @@ class Source:
             self.seen += 1
             try:
                 rows = part.parse_texts(self.kind, index)
+                if self.kind == "questions":
+                    with named(part, index):
+                        self.check_answers_alike(rows)
             except BadSample as error:
                 # the record keeps its number, so that the names of the others stay right
-                named = BadSample(f"{part.name(index)}: {error}")
-                tolerate(named, self.on_bad_sample, self.seen, self.bad)
+                tolerate(error, self.on_bad_sample, self.seen, self.bad)
                 rows = []
             yield rows
+
+    def check_answers_alike(self, rows: list[dict]) -> None:
+        """Raises BadSample unless these questions have answers as all those before have."""
+        for row in rows:
+            has_answers = row["answers"] is not None
+            if self.has_answers is None:
+                self.has_answers = has_answers
+            if has_answers != self.has_answers:
+                words = "has answers" if has_answers else "has no answers"
+                before = "have some" if self.has_answers else "have none"
+                raise BadSample(
+                    f"the question {show(row['text'])} {words}, but those before it {before}; all "
+                    "questions of a split must have answers, or none"
+                )
 
     def __len__(self) -> int:
         return len(self.image_of)
@@ -602,15 +943,13 @@ class Source:
     def load(self, index: int) -> tuple[list[Image.Image], list[dict]]:
         """The opened pictures and the rows of record `index`. BadSample names file and line."""
         part, number = self.find(index)
-        try:
-            pictures, rows = part.parse(self.kind, number)
-            images = []
+        pictures, rows = part.parse(self.kind, number)
+        images = []
+        with named(part, number):
             for picture in pictures:
                 if isinstance(picture, str):
                     picture = os.path.join(part.folder, picture)
                 images.append(load_image(picture))
-        except BadSample as error:
-            raise BadSample(f"{part.name(number)}: {error}") from None
         return images, rows
 
     def images(self, index: int) -> list[Image.Image]:
@@ -626,6 +965,7 @@ class Source:
         return {**rows[row - first_row], "images": images, "image_index": index}
 
     def iterate_texts(self) -> Iterator[dict]:
+        """All rows, one after the other, without their pictures."""
         index = 0
         for part in self.parts:
             for rows in self.scan(part):
@@ -638,7 +978,7 @@ class Source:
         return list(itertools.islice(self.iterate_texts(), limit))
 
 
-def open_source(kind: str, files: Sequence[Path], on_bad_sample: str = "error") -> Source:
+def open_source(kind: str, files: Sequence[Path], on_bad_sample: str = HELD_OUT) -> Source:
     """.jsonl manifests and .arrow files as one source."""
     parts: list[Part] = []
     for file in files:
@@ -651,10 +991,11 @@ def parse_strategy(strategy: str) -> tuple[str, str]:
     """ "first:10%" -> ("first", "10%"). Raises ValueError for what is no sampling strategy."""
     if strategy == "all":
         return "first", "100%"
-    match = re.fullmatch(r"(first|end|random):(\d+|(?:\d+\.?\d*|\.\d+)%)", strategy)
+    pattern = r"(first|end|random):(\d{1,15}|(?:\d{1,15}\.?\d{0,15}|\.\d{1,15})%)"
+    match = re.fullmatch(pattern, strategy)
     if match is None:
         raise ValueError(
-            f"sampling_strategy {strategy!r} is none of all, first:N, end:N, random:N (or N%)"
+            f"sampling_strategy {show(strategy)} is none of all, first:N, end:N, random:N (or N%)"
         )
     return match[1], match[2]
 
@@ -688,9 +1029,13 @@ def check_entry(place: str, entry: Any) -> None:
         raise ValueError(f"{place} is {show(entry)}; it must have json_path and sampling_strategy")
     for key in entry:
         if key not in MIXTURE_KEYS:
-            raise ValueError(f"{place}: unknown key {key!r}; it may have {', '.join(MIXTURE_KEYS)}")
-    if not isinstance(entry.get("json_path"), str):
-        raise ValueError(f"{place}: json_path is {show(entry.get('json_path'))}; it must be a path")
+            raise ValueError(
+                f"{place}: unknown key {show(key)}; it may have {', '.join(MIXTURE_KEYS)}"
+            )
+    json_path = entry.get("json_path")
+    if not isinstance(json_path, str) or not json_path.strip() or "\0" in json_path:
+        raise ValueError(f"{place}: json_path is {show(json_path)}; it must be a path")
+    check_characters(json_path, place)
     strategy = entry.get("sampling_strategy", "all")
     if not isinstance(strategy, str):
         raise ValueError(f"{place}: sampling_strategy is {show(strategy)}; it must be a text")
@@ -700,41 +1045,76 @@ def check_entry(place: str, entry: Any) -> None:
         raise ValueError(f"{place}: {error}") from None
 
 
+MOST_BYTES_OF_YAML = 2**20  # which a reader of YAML takes some seconds for
+
+
 def read_yaml(path: str) -> Any:
+    locate(path)  # no such file, a folder, a pipe
+    text = read_text(path, MOST_BYTES_OF_YAML)
     try:
-        return yaml.safe_load(read_bytes(path))
+        content = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        if isinstance(error, BadSample):  # there is no such file
-            raise
         reason = " ".join(str(error).split())
         raise ValueError(f"{path} is not YAML: {reason}") from None
+    return content
+
+
+def read_entries(path: str) -> Any:
+    """What should be the list `datasets` of a mixture; None for a file that is none."""
+    if path.endswith((".yaml", ".yml")):
+        content = read_yaml(path)
+        # a list alone is taken too
+        return content.get("datasets") if isinstance(content, dict) else content
+    if not is_json(path):
+        return None
+    # conversations are a list, which may be too large to be read at once
+    reader = JsonReader(path)
+    with reader.stream:
+        if reader.peek() != "{":
+            return None
+    try:
+        content = read_json(path, dict)
+    except ValueError as error:
+        if "Extra data" in str(error):
+            raise ValueError(f"{error}; JSON Lines must be called .jsonl") from None
+        raise
+    if "datasets" not in content:
+        raise ValueError(
+            f"{path} must hold a list of conversations, or an object with a list `datasets`, "
+            f"found {show(content)}"
+        )
+    return content["datasets"]
+
+
+def resolve_path(json_path: str, mixture: str, place: str) -> str:
+    """The file of an entry: beside its mixture, or else as it stands. Raises ValueError."""
+    beside = str(Path(mixture).parent / json_path)
+    for path in (beside, json_path):
+        if os.path.exists(path.partition("::")[0]):
+            return path
+    raise ValueError(
+        f"{place}: json_path {show(json_path)}: no such file, neither beside the mixture nor in "
+        "the current folder"
+    )
 
 
 def read_mixture(path: str) -> list[dict]:
     """The entries of a mixture in YAML or JSON: `datasets`, a list of json_path, sampling_strategy.
 
-    Any other .json or .jsonl is its own only entry. A json_path is taken from the mixture's folder
-    if there is such a file, else as it stands.
+    Any other file is its own only entry. A json_path is taken from the mixture's folder if there is
+    such a file, else as it stands.
     """
-    only_entry = [{"json_path": path}]
-    if path.endswith((".yaml", ".yml")):
-        content = read_yaml(path)
-    elif path.endswith(".jsonl"):
-        return only_entry
-    else:
-        content = read_json(path, list, dict)
-        if "datasets" not in content:
-            return only_entry
-    entries = content.get("datasets") if isinstance(content, dict) else content
-    if not isinstance(entries, list):
+    entries = read_entries(path)
+    if entries is None and not path.endswith((".yaml", ".yml")):
+        return [{"json_path": path}]
+    if not isinstance(entries, list) or not entries:
         raise ValueError(f"{path} has no list `datasets`, found {show(entries)}")
     # each entry with its path resolved
     resolved = []
     for number, entry in enumerate(entries, 1):
-        check_entry(f"{path}, entry {number}", entry)
-        beside = Path(path).parent / entry["json_path"]
-        json_path = str(beside) if beside.is_file() else entry["json_path"]
-        resolved.append({**entry, "json_path": json_path})
+        place = f"{path}, entry {number}"
+        check_entry(place, entry)
+        resolved.append({**entry, "json_path": resolve_path(entry["json_path"], path, place)})
     return resolved
 
 
@@ -750,18 +1130,20 @@ def open_chat(
     where: str | Path,
     image_folder: str | Path | None = None,
     seed: int = 0,
-    on_bad_sample: str = "error",
+    on_bad_sample: str = HELD_OUT,
+    kind: str = "chat",
 ) -> Source:
     """LLaVA's .json or .jsonl, `/p/{a,b}.json`, or a mixture of them (.yaml, .json).
 
-    image_folder: where the pictures are; None: beside each file.
+    image_folder: where the pictures are; None: beside each file. kind: chat, or chat_captions for
+    stage 1.
     """
     parts = []
     for path in expand_braces(str(where)):
         for entry in read_mixture(path):
             strategy = entry.get("sampling_strategy", "all")
             parts.append(Manifest(entry["json_path"], image_folder, strategy, seed))
-    return Source("chat", parts, on_bad_sample)
+    return Source(kind, parts, on_bad_sample)
 
 
 # ---------------------------------------------------------------- datasets
@@ -804,7 +1186,7 @@ class PairDataset(Dataset):
         transform: Callable[..., Tensor] | None = None,
         max_text_len: int = 50,
         seed: int = 0,
-        on_bad_sample: str = "error",
+        on_bad_sample: str = HELD_OUT,
         answers: Sequence[str] | None = (),
     ):
         self.source = source
@@ -916,12 +1298,12 @@ class ChatDataset(PairDataset):
     them (see `length_grouped`).
     """
 
-    lengths: list[int] | None = None
+    lengths: Numbers | None = None
 
     def __init__(
         self,
         source: Source,
-        rows: Sequence[int],
+        rows: Numbers,
         config: Any,
         strict_labels: bool = False,
         captions: Source | None = None,
@@ -1009,7 +1391,7 @@ def batches(
 
 
 # ---------------------------------------------------------------- the order of training rows
-def deal_by_length(rows: list[int], lengths: Sequence[int], num_batches: int) -> list[int]:
+def deal_by_length(rows: list[int], lengths: Numbers, num_batches: int) -> list[int]:
     """A megabatch, longest row first, dealt to batches of equal size, each row to the smallest sum.
 
     Returns the batches one after the other. Rows that cannot be dealt evenly are dealt in turn.
@@ -1034,7 +1416,7 @@ def deal_by_length(rows: list[int], lengths: Sequence[int], num_batches: int) ->
 
 def megabatches(
     rows: list[int],
-    lengths: Sequence[int],
+    lengths: Numbers,
     batch_size: int,
     num_batches: int,
     generator: torch.Generator,
@@ -1052,7 +1434,7 @@ def megabatches(
 
 
 def length_grouped(
-    lengths: Sequence[int], batch_size: int, world_size: int, generator: torch.Generator
+    lengths: Numbers, batch_size: int, world_size: int, generator: torch.Generator
 ) -> list[int]:
     """One epoch's order of LLaVA's sampler: batches of one modality and of similar lengths.
 
@@ -1145,7 +1527,7 @@ class GlobalBatchSampler(Sampler):
         seed: int = 0,
         start_step: int = 0,
         stop_step: int = 1,
-        lengths: list[int] | None = None,
+        lengths: Numbers | None = None,
         group_size: int = 1,
     ):
         self.num_rows = num_rows

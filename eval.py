@@ -24,13 +24,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from data import PairDataset, batches
+from data import HELD_OUT, PairDataset, Source, batches, tolerate
 from fields import FlagError, check_fields, option, parse_flags, show
-from files import read_json, save_json
+from files import MOST_BYTES_OF_DATA, BadSample, need, read_json, save_json
 from metrics import mean_by, official_vqa_accuracy, recall
 from model import ManagerTower
 from objectives import class_logits
-from tasks import TASKS, find_task, load_answers, open_split
+from tasks import TASKS, check_names, find_task, load_answers, open_sets, open_split
 from weights import Loaded, load_two_tower
 from world import collect, evaluating, one_sentence, ranks, to_device
 
@@ -71,6 +71,7 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        check_names(self.splits(), "--split")
         if self.submit or self.annotations:
             self.check_questions()
         check_data_flags(self.data, self.data_root)
@@ -212,7 +213,11 @@ def evaluate(
 
 def load_pixels(dataset: PairDataset, index: int) -> Tensor:
     """The first picture of a record, (3, S, S)."""
-    picture = dataset.source.images(index)[0]
+    try:
+        picture = dataset.source.images(index)[0]
+    except BadSample as error:
+        tolerate(error, HELD_OUT, 0, set())
+        raise
     return dataset.transform(picture, None)
 
 
@@ -437,32 +442,43 @@ def retrieval_scores(
 
 
 # ---------------------------------------------------------------- the command
-def read_annotations(file: str) -> list[dict]:
-    """VQA's annotations. Raises ValueError for a file that does not hold them."""
-    expected = "is not VQA's v2_mscoco_*_annotations.json"
-    try:
-        annotations = read_json(file, dict)["annotations"]
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{file} {expected} ({error!r})") from error
-    if not isinstance(annotations, list):
-        raise ValueError(f"{file} {expected}: its annotations are no list")
-    for number, annotation in enumerate(annotations):
-        if not is_annotation(annotation):
-            raise ValueError(
-                f"{file} {expected}: annotation {number} needs a question_id and answers with an "
-                f"answer each, found {show(annotation)}"
-            )
+def read_annotations(file: str) -> dict[int, dict]:
+    """VQA's annotations by the ids of their questions. Raises ValueError for a file that does not
+    hold them.
+    """
+    content = read_json(file, dict, most_bytes=MOST_BYTES_OF_DATA)
+    annotations: dict[int, dict] = {}
+    for number, annotation in enumerate(need(content, "annotations", list, file, filled=True)):
+        place = f"{file}, annotation {number}"
+        question_id = need(annotation, "question_id", int, place)
+        if question_id in annotations:
+            raise ValueError(f"{place}: question {question_id} is annotated twice")
+        for name in ("question_type", "answer_type"):
+            need(annotation, name, str | None, place)
+        for person in need(annotation, "answers", list, place, filled=True):
+            need(person, "answer", str, place)
+        annotations[question_id] = annotation
     return annotations
 
 
-def is_annotation(value: Any) -> bool:
-    """Whether a value has what official_vqa_accuracy reads."""
-    if not isinstance(value, dict) or type(value.get("question_id")) is not int:
-        return False
-    people = value.get("answers")
-    if not isinstance(people, list) or not people:
-        return False
-    return all(isinstance(one, dict) and isinstance(one.get("answer"), str) for one in people)
+def check_question_ids(source: Source, annotations: dict[int, dict] | None) -> None:
+    """Raises ValueError unless each question has an id of its own, a whole number, as EvalAI asks
+    for; with annotations: one that is annotated.
+    """
+    seen: set[int] = set()
+    for row in source.iterate_texts():
+        question_id = row["question_id"]
+        place = f"{source.name(row['image_index'])}: the question {show(row['text'])}"
+        if type(question_id) is not int:
+            raise ValueError(
+                f"{place} has the id {show(question_id)}; for --submit and --annotations it must "
+                "be a whole number"
+            )
+        if question_id in seen:
+            raise ValueError(f"{place} has the id {question_id}, which another question has too")
+        if annotations is not None and question_id not in annotations:
+            raise ValueError(f"{place} has the id {question_id}, which --annotations lacks")
+        seen.add(question_id)
 
 
 def load_vocabulary(checkpoint: str, model: ManagerTower) -> list[str]:
@@ -494,10 +510,16 @@ def print_table(title: str, metrics: dict[str, Any], paper: dict[str, Any]) -> N
 
 
 def open_task(
-    loaded: Loaded, checkpoint: str, name: str, split: str, data: str, data_root: str
+    loaded: Loaded,
+    checkpoint: str,
+    name: str,
+    split: str,
+    data: str,
+    data_root: str,
+    source: Source | None = None,
 ) -> PairDataset:
     """One split of a task, as the model of a checkpoint reads it: with its tokenizer, transform and
-    vocabulary of answers.
+    vocabulary of answers. source: its rows, if they are open already.
     """
     task = find_task(name)
     model = loaded.model
@@ -514,16 +536,37 @@ def open_task(
         model.config.max_text_len,
         model.config.image_size,
         answers,
+        source,
     )
 
 
-def measure_split(config: EvalConfig, loaded: Loaded, split: str) -> tuple[dict, list[dict]]:
+def open_sources(
+    config: EvalConfig, annotations: dict[int, dict] | None
+) -> dict[str, Source | None]:
+    """The rows of each split, before the model is loaded; None for built-in scenes, which are
+    drawn in the size that the model asks for.
+    """
+    sources: dict[str, Source | None] = {}
+    for split in config.splits():
+        sources[split] = None
+        if not config.data:
+            kind = find_task(config.task).kind
+            source = open_sets(kind, config.data_root, (config.task,), split)
+            if config.submit or annotations is not None:
+                check_question_ids(source, annotations)
+            sources[split] = source
+    return sources
+
+
+def measure_split(
+    config: EvalConfig, loaded: Loaded, split: str, source: Source | None
+) -> tuple[dict, list[dict]]:
     """(metrics, [{"question_id", "answer"}]) of one split; the latter is empty for a task without
     questions.
     """
     model = loaded.model
     dataset = open_task(
-        loaded, config.checkpoint, config.task, split, config.data, config.data_root
+        loaded, config.checkpoint, config.task, split, config.data, config.data_root, source
     )
     if find_task(config.task).kind != "questions":
         metrics = evaluate(
@@ -550,14 +593,15 @@ def run_task(config: EvalConfig) -> None:
     check_output("--submit", config.submit)
     annotations = read_annotations(config.annotations) if config.annotations else None
     task = find_task(config.task)
+    sources = open_sources(config, annotations)
     loaded = load_two_tower(config.checkpoint, task.heads[0], config.device)
     is_first = ranks()[0] == 0
 
     splits: dict[str, dict] = {}
-    for split in config.splits():
-        metrics, results = measure_split(config, loaded, split)
+    for split, source in sources.items():
+        metrics, results = measure_split(config, loaded, split, source)
         if annotations is not None:
-            metrics["official"] = official_vqa_accuracy(results, annotations)
+            metrics["official"] = official_vqa_accuracy(results, list(annotations.values()))
         splits[split] = metrics
         if is_first:
             if config.submit:

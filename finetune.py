@@ -156,15 +156,31 @@ def initial_model(
     return model
 
 
-def open_sources(run: FinetuneConfig, name: str, image_size: int) -> tuple[Source, Source]:
-    """(training, held-out) rows of a task."""
+def open_files(run: FinetuneConfig, name: str) -> tuple[Source, Source]:
+    """(training, held-out) rows of a task, from --data_root. Raises ValueError for questions that
+    have no answers.
+    """
     kind = TASKS[name].kind
-    if run.data == "demo":
-        training = demo_source(kind, "train", 20_000, run.seed, image_size)
-        heldout = demo_source(kind, "heldout", run.eval_size, run.seed, image_size)
-    else:
-        training = open_sets(kind, run.data_root, (name,), run.train_split, run.on_bad_sample)
-        heldout = open_sets(kind, run.data_root, (name,), run.eval_split)
+    training = open_sets(kind, run.data_root, (name,), run.train_split, run.on_bad_sample)
+    heldout = open_sets(kind, run.data_root, (name,), run.eval_split)
+    if training.has_answers is False:
+        raise ValueError(
+            f"--train_split {run.train_split} of {name} has no labels, so nothing can be learnt "
+            "from it"
+        )
+    if heldout.has_answers is False:
+        raise ValueError(
+            f"--eval_split {run.eval_split} of {name} has no labels, so nothing can be measured on "
+            "it"
+        )
+    return training, heldout
+
+
+def draw_scenes(run: FinetuneConfig, name: str, image_size: int) -> tuple[Source, Source]:
+    """(training, held-out) rows of a task, of built-in scenes."""
+    kind = TASKS[name].kind
+    training = demo_source(kind, "train", 20_000, run.seed, image_size)
+    heldout = demo_source(kind, "heldout", run.eval_size, run.seed, image_size)
     return training, heldout
 
 
@@ -191,12 +207,7 @@ def measure(
     metrics = evaluate(
         model, dataset, name, max(64, run.micro_batch_size), run.num_workers, run.k_test
     )
-    score = metrics.get("rmean", metrics.get("accuracy"))
-    if score is None:
-        raise ValueError(
-            f"--eval_split {run.eval_split} of {name} has no labels, so nothing can be measured on "
-            "it"
-        )
+    score = metrics["rmean"] if "rmean" in metrics else metrics["accuracy"]
     numbers = {key: value for key, value in metrics.items() if isinstance(value, float)}
     return {**numbers, "score": score}
 
@@ -213,21 +224,30 @@ def announce(run: FinetuneConfig, name: str, source: Source, heldout: Source, wo
     )
 
 
+def count_steps(run: FinetuneConfig, num_rows: int) -> int:
+    """As many updates as --epochs take. Raises ValueError for more than can be counted."""
+    steps = run.epochs * num_rows / run.batch_size
+    if not steps < 2**53:
+        raise ValueError(f"--epochs {run.epochs:g} of {num_rows} rows are more than can be trained")
+    return math.ceil(steps)
+
+
 def finetune(name: str, run: FinetuneConfig, fields: dict, world: World) -> None:
     make_plan(run, world)  # refuses a batch that cannot be dealt before anything is loaded
     task = TASKS[name]
     tokenizer = find_tokenizer_of(run, lambda: find_init_tokenizer(run))
     answers = find_answers(run, task)
+    # all texts are read before the model is
+    files = None if run.data else open_files(run, name)
     model_fields: dict[str, Any] = {**fields, "heads": task.heads}
     if answers:
         model_fields["num_answers"] = len(answers)
     model = initial_model(run, model_fields, tokenizer, world).to(world.device)
     config = model.config
 
-    source, heldout = open_sources(run, name, config.image_size)
+    source, heldout = files or draw_scenes(run, name, config.image_size)
     if not run.max_steps:
-        max_steps = math.ceil(run.epochs * len(source) / run.batch_size)
-        run = dataclasses.replace(run, max_steps=max_steps)
+        run = dataclasses.replace(run, max_steps=count_steps(run, len(source)))
     transform = functools.partial(image_transform, run.transform, config.image_size)
     dataset = PairDataset(
         source,

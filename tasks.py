@@ -9,12 +9,14 @@ papers' values, and those of the released scripts where the papers say nothing.
 """
 
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data import PairDataset, Source, arrow_rows, open_source
-from files import read_json
+from data import HELD_OUT, PairDataset, Source, arrow_rows, open_source, zip_columns
+from fields import show
+from files import BadSample, need, read_json
 from scenes import demo_source
 
 
@@ -206,12 +208,15 @@ def open_split(
     max_text_len: int,
     image_size: int,
     answers: list[str] | None = None,
+    source: Source | None = None,
 ) -> PairDataset:
-    """One split of a task to measure on: below data_root, or 512 held-out scenes (demo)."""
+    """One split of a task to measure on: below data_root, or 512 held-out scenes (demo). source:
+    its rows, if they are open already.
+    """
     task = find_task(name)
     if demo:
         source = demo_source(task.kind, "heldout", 512, image_size=image_size)
-    else:
+    elif source is None:
         source = open_sets(task.kind, data_root, (name,), split)
     return PairDataset(source, tokenizer, transform, max_text_len, answers=answers or ())
 
@@ -255,19 +260,34 @@ def split_files(root: str | Path, name: str, split: str) -> list[Path]:
     ValueError.
     """
     manifest = Path(root) / f"{name}_{split}.jsonl"
-    if manifest.is_file():
+    if manifest.exists():
         return [manifest]
     files = arrow_files(Path(root), name, split)
     missing = [file.name for file in files if not file.is_file()]
     if missing:
+        there = sorted(file.name for file in Path(root).glob("*.jsonl"))
         raise ValueError(
-            f"{root} has no {manifest.name}, and of its .arrow files it lacks {', '.join(missing)}"
+            f"{root} has no {manifest.name}, and of its .arrow files it lacks "
+            f"{', '.join(missing)}; its manifests: {', '.join(there[:12]) or 'none'}"
         )
     return files
 
 
+def check_names(names: Sequence[str], what: str) -> None:
+    """Raises ValueError for a name of a set or split that is empty, or is given twice."""
+    for name in names:
+        if not name.strip():
+            raise ValueError(f"the name of a {what} is empty, in {show(','.join(names))}")
+        if names.count(name) > 1:
+            raise ValueError(f"the {what} {show(name)} is named twice")
+
+
 def open_sets(
-    kind: str, root: str | Path, names: tuple[str, ...], split: str, on_bad_sample: str = "error"
+    kind: str,
+    root: str | Path,
+    names: tuple[str, ...],
+    split: str,
+    on_bad_sample: str = HELD_OUT,
 ) -> Source:
     """The sets `names` of a folder, one after the other; split "train+val" takes both. Or `root` is
     one file.
@@ -276,30 +296,70 @@ def open_sets(
     <name>_<split>.jsonl.
     """
     if Path(root).is_file():
-        files = [Path(root)]
-    else:
-        files = []
-        for name in names:
-            for part in split.split("+"):
-                files += split_files(root, name, part)
+        return open_source(kind, [Path(root)], on_bad_sample)
+    if not Path(root).is_dir():
+        raise ValueError(f"{root}: no such file or folder")
+    splits = split.split("+")
+    check_names(names, "set")
+    check_names(splits, "split")
+    files = []
+    for name in names:
+        for part in splits:
+            files += split_files(root, name, part)
     if not files:
-        raise ValueError(f"{root}: no such file, or a folder of which no sets were named")
+        raise ValueError(f"{root} is a folder, of which no sets were named")
     return open_source(kind, files, on_bad_sample)
+
+
+def read_answers(file: Path) -> list[str]:
+    """An answers.json: a list of different texts. Raises ValueError for anything else.
+
+    One of them may be empty: so the answer "a" is normalised.
+    """
+    answers = read_json(file, list)
+    if not answers:
+        raise ValueError(f"{file} is empty; it must be the list of a vocabulary's answers")
+    seen: set[str] = set()
+    for number, answer in enumerate(answers):
+        place = f"{file}, entry {number}"
+        if not isinstance(answer, str):
+            raise ValueError(f"{place} is {show(answer)}; it must be a text")
+        if answer in seen:
+            raise ValueError(f"{place}: the answer {show(answer)} is there twice")
+        seen.add(answer)
+    return answers
+
+
+def labels_of_row(arrow_row: dict) -> dict[int, str]:
+    """{number of an answer: the answer} of one row of a vqav2_*.arrow file."""
+    vocabulary: dict[int, str] = {}
+    if not arrow_row["answers"]:
+        return vocabulary
+    for answers, labels in zip_columns(arrow_row, "answers", "answer_labels"):
+        if answers:
+            columns = {"answers": answers, "answer_labels": labels}
+            for answer, label in zip_columns(columns, "answers", "answer_labels"):
+                number = need({"answer_labels": label}, "answer_labels", int)
+                vocabulary[number] = need({"answers": answer}, "answers", str)
+    return vocabulary
+
+
+ANSWER_COLUMNS = {"answers": "list of list of text", "answer_labels": "list of list of number"}
 
 
 def load_answers(root: str | Path) -> list[str]:
     """The VQA vocabulary: answers.json (a list), or what vqav2_*.arrow files hold."""
     file = Path(root) / "answers.json"
-    if file.is_file():
-        return read_json(file, list)
+    if file.exists():
+        return read_answers(file)
     vocabulary: dict[int, str] = {}
     for path in sorted(Path(root).glob("vqav2_*.arrow")):
-        for row in arrow_rows(path, ["answers", "answer_labels"]):
-            for answers, labels in zip(
-                row["answers"] or [], row["answer_labels"] or [], strict=True
-            ):
-                vocabulary.update(zip(labels or [], answers or [], strict=True))
-    if not vocabulary or max(vocabulary) >= len(vocabulary):
+        for number, row in enumerate(arrow_rows(path, ANSWER_COLUMNS)):
+            try:
+                vocabulary.update(labels_of_row(row))
+            except BadSample as error:
+                raise ValueError(f"{path}, row {number}: {error}") from None
+    if not vocabulary or sorted(vocabulary) != list(range(len(vocabulary))):
         raise ValueError(
             f"no VQA vocabulary in {root}: neither answers.json nor vqav2_*.arrow files with all "
             "answers"
@@ -319,17 +379,17 @@ def text_only_guess(source: Source, heldout: Source) -> dict[str, float]:
     """Accuracy of the commonest answer, and of the commonest answer to the same text."""
     overall: Counter = Counter()
     by_text: dict[str, Counter] = defaultdict(Counter)
-    for row in source.texts():
+    for row in source.iterate_texts():
         by_text[row["text"]].update(true_answers(source, row))
         overall.update(true_answers(source, row))
     totals: Counter = Counter()
-    heldout_rows = heldout.texts()
-    for row in heldout_rows:
+    for row in heldout.iterate_texts():
         same_text = by_text.get(row["text"]) or overall
         for name, counts in (("majority", overall), ("text_only", same_text)):
-            guess = counts.most_common(1)[0][0]
-            totals[name] += true_answers(heldout, row).get(guess, 0.0)
-    return {name: totals[name] / len(heldout_rows) for name in ("majority", "text_only")}
+            # there is no guess if no question has an answer with a score
+            for guess, _ in counts.most_common(1):
+                totals[name] += true_answers(heldout, row).get(guess, 0.0)
+    return {name: totals[name] / len(heldout) for name in ("majority", "text_only")}
 
 
 def baselines(source: Source, heldout: Source) -> dict[str, dict]:

@@ -20,6 +20,7 @@ import functools
 import math
 import os
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,12 +30,13 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
+from tqdm import tqdm
 
-from chat import SYSTEM, collate_chat, encode_prompt, tokenize
+from chat import IGNORE, SYSTEM, collate_chat, encode_prompt, tokenize
 from data import ChatDataset, Source, collate_conversations, open_chat
 from fields import option, parse_recipe
 from files import read_json
-from llava_manager import LlavaManager, LlavaManagerConfig
+from llava_manager import LlavaManager, LlavaManagerConfig, expand_placeholders
 from loop import (
     Checkpoint,
     RunConfig,
@@ -50,7 +52,7 @@ from scenes import demo_source
 from tasks import text_only_guess
 from tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from weights import load_model, load_unimodal
-from world import World, autocast, seed_all, to_device
+from world import World, autocast, ranks, seed_all, to_device
 
 
 @dataclass
@@ -187,14 +189,67 @@ MANAGERS = ("managers.", "layer_embedding")
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
 
+ENOUGH = 256  # conversations, after which it is said how many of them max_length leaves useless
+
+
 class Chat(Task):
-    """Next-token prediction over the label tokens."""
+    """Next-token prediction over the label tokens.
+
+    It counts the conversations that `max_length` leaves without a label or without a whole image,
+    and says once how many there are: of the first ENOUGH that this process meets, or at the end.
+    """
+
+    def __init__(self, model: LlavaManager):
+        super().__init__(model)
+        self.seen = 0
+        self.without_label = 0
+        self.without_image = 0
+        self.is_said = False
 
     def model_inputs(self, batch: dict) -> dict:
         return {name: value for name, value in batch.items() if name != "image_index"}
 
     def counts(self, batch: dict) -> dict[str, int]:
-        return {"lm": self.model.count_labels(**self.model_inputs(batch))}
+        expanded = expand_placeholders(**self.model_inputs(batch), config=self.model.config)
+        assert expanded.labels is not None
+        # the first token of a row is predicted by none
+        has_label = expanded.labels[:, 1:] != IGNORE  # (B, S - 1)
+        if not self.is_said:
+            self.count_cut(has_label, expanded)
+            if self.seen >= ENOUGH:
+                self.say_cut()
+        return {"lm": int(has_label.sum())}
+
+    def count_cut(self, has_label: Tensor, expanded: Any) -> None:
+        """Add the rows of a batch to what is said by `say_cut`. has_label: (B, S - 1)."""
+        max_length = self.model.config.max_length
+        is_cut = expanded.lengths > max_length  # (B,)
+        first_image = 0
+        for row, num_images in enumerate(expanded.images_per_row):
+            self.seen += 1
+            whole = int(expanded.counts[first_image : first_image + num_images].sum())
+            left = int((expanded.image[row] >= 0).sum())
+            first_image += num_images
+            if is_cut[row]:
+                self.without_label += not has_label[row].any()
+                self.without_image += left < whole
+
+    def say_cut(self) -> None:
+        """Say how many conversations max_length has made useless, once, if there are any."""
+        if self.is_said:
+            return
+        self.is_said = True
+        max_length = self.model.config.max_length
+        for number, loss in (
+            (self.without_label, "no label"),
+            (self.without_image, "not all of their images"),
+        ):
+            if number and ranks()[0] == 0:
+                tqdm.write(
+                    f"{number} of the first {self.seen} conversations have {loss} left after "
+                    f"--max_length {max_length}",
+                    file=sys.stderr,
+                )
 
     def forward(self, batch: dict) -> dict[str, Tensor]:
         output = self.model(**self.model_inputs(batch), logits=False)
@@ -284,7 +339,12 @@ def heldout_loss(
             loss_sum = task(to_device(batch, world.device))["lm"].item()
         totals += torch.tensor([loss_sum, task.counts(batch)["lm"]])
     loss_sum, count = world.sum(totals.to(world.device)).tolist()
-    loss = loss_sum / max(count, 1)
+    if not count:
+        raise ValueError(
+            f"none of the {len(dataset)} held-out conversations has a label left after "
+            f"--max_length {task.model.config.max_length}: it must be higher"
+        )
+    loss = loss_sum / count
     return {"loss": loss, "score": -loss}
 
 
@@ -368,7 +428,10 @@ def prepare_stage(run: LlavaTrainConfig, fields: dict, world: World) -> Prepared
     """The conversations of --data_path, less eval_size rows for the held-out loss."""
     data_path = os.path.join(run.data_root, run.data_path)
     image_folder = os.path.join(run.data_root, run.image_folder) or None
-    source = open_chat(data_path, image_folder, run.seed, run.on_bad_sample)
+    if run.image_folder and not Path(str(image_folder)).is_dir():
+        raise ValueError(f"--image_folder: there is no folder {image_folder}")
+    kind = "chat_captions" if run.alignment else "chat"
+    source = open_chat(data_path, image_folder, run.seed, run.on_bad_sample, kind)
     if not run.eval_size < len(source):
         raise ValueError(
             f"--eval_size {run.eval_size} must be from 1 to {len(source) - 1}, as "
@@ -378,7 +441,7 @@ def prepare_stage(run: LlavaTrainConfig, fields: dict, world: World) -> Prepared
         run, lambda: load_tokenizer(run.tokenizer or run.init or run.text)
     )
     model = make_llava(run, fields, tokenizer).to(world.device)
-    order = np.random.default_rng((run.seed, len(source))).permutation(len(source)).tolist()
+    order = np.random.default_rng((run.seed, len(source))).permutation(len(source))
     make_dataset = functools.partial(
         ChatDataset,
         source,
@@ -391,8 +454,7 @@ def prepare_stage(run: LlavaTrainConfig, fields: dict, world: World) -> Prepared
     dataset = make_dataset(order[run.eval_size :], on_bad_sample=run.on_bad_sample)
     heldout = make_dataset(order[: run.eval_size])
     if not run.alignment:  # LLaVA's batches of one modality and of similar lengths
-        lengths = [row["length"] for row in source.texts()]
-        dataset.lengths = [lengths[row] for row in dataset.rows]
+        dataset.lengths = source.lengths[dataset.rows]
     if not run.max_steps:
         run = dataclasses.replace(run, max_steps=math.ceil(len(dataset) / run.batch_size))
     task = Chat(model)
@@ -423,6 +485,11 @@ def check_start(name: str, run: LlavaTrainConfig, fields: dict) -> None:
                 raise ValueError(
                     f"--{flag} means nothing to llava_demo, which draws its scenes and starts anew"
                 )
+        if not run.max_steps:
+            raise ValueError(
+                "--max_steps is 0, which means one epoch; llava_demo draws its scenes without end, "
+                "so it must be at least 1"
+            )
     else:
         encoders = bool(run.vision)
         if not run.data_path or encoders != bool(run.text) or encoders == bool(run.init):
@@ -460,7 +527,7 @@ def train_llava(name: str, run: LlavaTrainConfig, fields: dict, world: World) ->
         "do not; "
         f"{len(prepared.dataset)} conversations"
     )
-    untrained = prepared.evaluate()
+    untrained = prepared.evaluate()  # it refuses held-out rows of which no label is left
     finished = fit(
         run,
         prepared.task,
@@ -471,6 +538,7 @@ def train_llava(name: str, run: LlavaTrainConfig, fields: dict, world: World) ->
         llava_groups(model, run),
         collate_conversations,
     )
+    prepared.task.say_cut()
     if finished and world.rank == 0:
         command = f"python ask.py chat --checkpoint {run.out_dir}"
         if run.alignment:

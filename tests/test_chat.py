@@ -70,8 +70,32 @@ def test_chat_errors():
 
 def test_a_turn_of_another_form_is_refused():
     for turn in (5, None, {"from": ["human"], "value": "x"}, {"from": {}, "value": "x"}):
-        with pytest.raises(ValueError, match="turn 0: .* is not"):
+        with pytest.raises(ValueError, match="turn 0: .*(is not an object|must be a text)"):
             chat.encode_chat([turn], golden_tokenizer())
+
+
+def test_a_leading_system_turn_takes_the_place_of_the_usual_one():
+    tokenizer = golden_tokenizer()
+    human = {"from": "human", "value": "<image>\nWho?"}
+    gpt = {"from": "gpt", "value": "Me."}
+    usual, usual_labels = chat.encode_chat([human, gpt], tokenizer)
+    for text in (chat.SYSTEM, "Be <image> brief."):
+        system = {"from": "system", "value": text}
+        for turns in ([system, human, gpt], [system, gpt, human, gpt]):
+            ids, labels = chat.encode_chat(turns, tokenizer)
+            head = f"<|im_start|>system\n{text}<|im_end|>\n"
+            head_ids = tokenizer.encode(head, add_special_tokens=False).ids
+            usual_head = len(
+                chat.tokenize(f"<|im_start|>system\n{chat.SYSTEM}<|im_end|>\n", tokenizer)
+            )
+            assert ids == [*head_ids, *usual[usual_head:]]
+            assert labels[len(head_ids) :] == usual_labels[usual_head:]
+            # as in the usual one, special tokens and newlines have labels
+            assert [x for x in labels[: len(head_ids)] if x != chat.IGNORE]
+    plain = chat.encode_chat([human, gpt], tokenizer, "plain")
+    assert chat.encode_chat([system, human, gpt], tokenizer, "plain") == plain
+    with pytest.raises(ValueError, match="turn 1: 'from' is 'system'"):
+        chat.encode_chat([human, system, gpt], tokenizer)
 
 
 def test_chats_are_reachable_from_llava_manager():

@@ -2,8 +2,10 @@
 
 import json
 import logging
+import os
 import pickle
 import tarfile
+import tracemalloc
 from collections import Counter
 
 import numpy as np
@@ -97,8 +99,8 @@ def test_every_kind_has_its_parser(tmp_path):
         "questions": {"image": "a.png", "questions": [{"id": 7, "question": "x"}]},
         "statements": {"images": ["a", "b"], "sentence": "x", "label": True, "id": "s"},
         "hypotheses": {"image": "a.png", "hypothesis": "x", "label": "neutral"},
-        "chat": {"conversations": [{"from": "human", "value": "x"}]},
-        "chat_captions": {"conversations": [{"from": "human", "value": "x"}]},
+        "chat": {"image": "a.png", "conversations": turns("x", "y")},
+        "chat_captions": {"image": "a.png", "conversations": turns("x", "y")},
     }
     assert data.PARSERS.keys() == records.keys()
     rows = {}
@@ -113,17 +115,28 @@ def test_every_kind_has_its_parser(tmp_path):
     assert rows["chat"] == rows["chat_captions"]
 
 
+# ---------------------------------------------------------------- bad records
 BROKEN = [
-    ("{", "not JSON"),
-    ("[" * 100_000, "not JSON"),
-    ('"x"', "not a JSON object"),
-    (b"\xff\xfe", "not JSON"),
-    ("{}", "an image expected"),
-    ('{"image": "a.png"}', "'captions' must be"),
-    ('{"image": "a.png", "captions": []}', "'captions' must be a non-empty list"),
-    ('{"image": 3, "captions": ["x"]}', "an image expected"),
-    ('{"image": "a.png", "captions": ["good", "  "]}', "'caption' must be a non-empty str"),
-    ('{"image": "a.png", "captions": [["x"]]}', "'caption' must be"),
+    ("{", "line 3, is not JSON"),
+    ("[" * 100_000, "line 3, is not JSON: brackets are nested too deeply"),
+    ('{"image": 1' + "1" * 5000 + "}", "line 3, is not JSON: .*digits"),
+    ('"x"', "line 3: a record must be an object, found 'x'"),
+    ("[1]", r"line 3: a record must be an object, found \[1\]"),
+    ("null", "line 3: a record must be an object, found None"),
+    (b"\xff\xfe", "line 3, is UTF-16"),
+    (b'{"image": "\xe4.png"}', "line 3: the byte 0xe4 is not UTF-8"),
+    (r'{"image": "a.png", "captions": ["\ud83d"]}', "line 3, has half a character"),
+    ("{}", "line 3: an image expected, found None"),
+    ('{"image": "a.png"}', "line 3: there is no 'captions'"),
+    ('{"image": "a.png", "captions": []}', r"line 3: 'captions' is \[\]; it must not be empty"),
+    ('{"image": "a.png", "captions": {"a": 1}}', "line 3: 'captions' is .*; it must be a list"),
+    ('{"image": 3, "captions": ["x"]}', "line 3: an image expected, found 3"),
+    ('{"image": " ", "captions": ["x"]}', "line 3: an image expected, found ' '"),
+    ('{"image": ["a.png"], "captions": ["x"]}', "line 3: an image expected"),
+    (r'{"image": "a\u0000.png", "captions": ["x"]}', "line 3: an image expected"),
+    ('{"image": "a.png", "captions": ["good", "  "]}', "line 3: 'caption' .* not be empty"),
+    ('{"image": "a.png", "captions": [["x"]]}', "line 3: 'caption' is .*; it must be a text"),
+    ('{"image": "a.png", "captions": ["x"], "image_id": []}', "line 3: 'image_id' is"),
 ]
 
 
@@ -131,52 +144,374 @@ BROKEN = [
 def test_broken_lines_are_named(line, message, tmp_path):
     good = b'\n{"image": "a.png", "captions": ["fine"]}\n'
     broken = line if isinstance(line, bytes) else line.encode()
-    (tmp_path / "x_train.jsonl").write_bytes(good + broken + good)
-    with pytest.raises(BadSample, match=f"x_train.jsonl, line 3: .*{message}"):
+    (tmp_path / "x_train.jsonl").write_bytes(good + broken + 2 * good)
+    with pytest.raises(BadSample, match=f"x_train.jsonl, {message}") as error:
         open_captions(tmp_path / "x_train.jsonl")
+    check_sentence(str(error.value))
+
+
+def check_sentence(text):
+    """One line, of a length that can be read, without the address of an object."""
+    assert len(text.splitlines()) == 1
+    assert len(text) < 600
+    assert " at 0x" not in text
 
 
 TURN = {"from": "human", "value": "x"}
+GOOD_RECORDS = {
+    "questions": {"image": "a.png", "questions": [{"id": 7, "question": "x", "answers": {"y": 1}}]},
+    "statements": {"images": ["a", "b"], "sentence": "x", "label": True, "id": "s"},
+    "hypotheses": {"image": "a.png", "hypothesis": "x", "label": "neutral"},
+    "chat": {"image": "a.png", "conversations": [TURN, {"from": "gpt", "value": "y"}]},
+    "chat_captions": {"image": "a.png", "conversations": [TURN, {"from": "gpt", "value": "y"}]},
+}
+
+
+def question(**fields):
+    return {"image": "a.png", "questions": [{"id": 1, "question": "x", **fields}]}
+
+
+def statement(**fields):
+    return {**GOOD_RECORDS["statements"], **fields}
+
+
+def hypothesis(**fields):
+    return {**GOOD_RECORDS["hypotheses"], **fields}
+
+
+def conversation(*turns, **fields):
+    return {"conversations": list(turns), **fields}
+
+
+GPT = {"from": "gpt", "value": "y"}
+SYSTEM_TURN = {"from": "system", "value": "be brief"}
+TAGGED = {"from": "human", "value": "<image>\nx"}
 WRONG_FIELDS = [
-    ("questions", {"image": "a.png", "questions": [{"id": 1}]}, "'question' must be"),
-    ("questions", {"image": "a.png"}, "'questions' must be"),
-    ("questions", {"image": "a.png", "questions": ["x"]}, "'question' must be"),
-    (
-        "questions",
-        {"image": "a.png", "questions": [{"question": "x", "answers": ["y"]}]},
-        "'answers' must be",
-    ),
-    (
-        "questions",
-        {"image": "a.png", "questions": [{"question": "x", "answers": {"y": "1"}}]},
-        "'answers' must be .* the score '1'",
-    ),
-    ("statements", {"images": ["a.png"], "sentence": "x", "label": True}, "two images expected"),
-    ("statements", {"images": ["a", "b"], "sentence": "x", "label": "yes"}, "'label' must be"),
-    ("statements", {"images": ["a", "b"], "label": True}, "'sentence' must be"),
-    ("hypotheses", {"image": "a", "hypothesis": "x", "label": "-"}, "'label' must be one of"),
-    ("hypotheses", {"image": "a", "label": "neutral"}, "'hypothesis'"),
-    ("chat", {"image": "a", "conversations": []}, "'conversations' must be"),
-    ("chat", {"conversations": [{"from": "human"}]}, "every turn needs"),
-    ("chat", {"conversations": ["x"]}, "every turn needs"),
-    ("chat", {"video": "a.mp4", "conversations": [TURN]}, "videos are not read"),
-    ("chat", {"image": [3], "conversations": [TURN]}, "'image' must be a path"),
+    ("questions", {"image": "a.png", "questions": [{"id": 1}]}, "no 'question'"),
+    ("questions", {"image": "a.png"}, "no 'questions'"),
+    ("questions", {"image": "a.png", "questions": []}, "'questions' is .*must not be empty"),
+    ("questions", {"image": "a.png", "questions": ["x"]}, "'x' is not an object"),
+    ("questions", {"image": "a.png", "questions": "x"}, "'questions' is 'x'; it must be a list"),
+    ("questions", question(question=5, answers={}), "'question' is 5; it must be a text"),
+    ("questions", question(question="", answers={}), "'question' is ''; it must not be empty"),
+    ("questions", question(answers=["y"]), "'answers' is .* an object or null"),
+    ("questions", question(answers=[]), r"'answers' is \[\]; it must be an object or null"),
+    ("questions", question(answers="y"), "'answers' is 'y'"),
+    ("questions", question(answers={"y": "1"}), "the score of 'y' is '1'; .* from 0 to 1"),
+    ("questions", question(answers={"y": None}), "the score of 'y' is None"),
+    ("questions", question(answers={"y": [1]}), r"the score of 'y' is \[1\]"),
+    ("questions", question(answers={"y": True}), "the score of 'y' is True"),
+    ("questions", question(answers={"y": 1.01}), "the score of 'y' is 1.01"),
+    ("questions", question(answers={"y": -0.1}), "the score of 'y' is -0.1"),
+    ("questions", question(answers={"y": float("nan")}), "the score of 'y' is nan"),
+    ("questions", question(answers={"y": float("inf")}), "the score of 'y' is inf"),
+    ("questions", question(answers={"y": 10**400}), "the score of 'y' is 1"),
+    ("questions", question(), "'x' has no answers, but those before it have some"),
+    ("questions", question(answers={}, id=[1]), "'id' is .* a whole number or a text or null"),
+    ("questions", question(answers={}, id=1.5), "'id' is 1.5"),
+    ("questions", question(answers={}, question_type=[]), "'question_type' is"),
+    ("statements", statement(images=["a.png"]), "two images expected"),
+    ("statements", statement(images=["a", 5]), "two images expected"),
+    ("statements", statement(images="ab"), "'images' is 'ab'; it must be a list"),
+    ("statements", statement(label="yes"), "'label' is 'yes'; it must be true or false"),
+    ("statements", statement(label=1), "'label' is 1; it must be true or false"),
+    ("statements", statement(label=1.0), "'label' is 1.0"),
+    ("statements", statement(label=None), "'label' is None"),
+    ("statements", statement(sentence=None), "'sentence' is None; it must be a text"),
+    ("statements", statement(sentence=" "), "'sentence' is ' '; it must not be empty"),
+    ("statements", statement(id={}), "'id' is {}"),
+    ("hypotheses", hypothesis(label="-"), "'label' is '-'; it must be one of contradiction"),
+    ("hypotheses", hypothesis(label=1), "'label' is 1; it must be a text"),
+    ("hypotheses", {"image": "a", "label": "neutral"}, "no 'hypothesis'"),
+    ("hypotheses", hypothesis(hypothesis=["x"]), "'hypothesis' is"),
+    ("chat", conversation(image="a"), "'conversations' is .* must not be empty"),
+    ("chat", {"image": "a"}, "no 'conversations'"),
+    ("chat", conversation({"from": "human"}), "turn 0: there is no 'value'"),
+    ("chat", conversation("x"), "turn 0: 'x' is not an object"),
+    ("chat", conversation(TURN, {"from": ["gpt"], "value": "y"}), "turn 1: 'from' is .*a text"),
+    ("chat", conversation(TURN, {"from": {}, "value": "y"}), "turn 1: 'from' is {}"),
+    ("chat", conversation(TURN, {"from": "bot", "value": "y"}), "turn 1: 'from' is 'bot'"),
+    ("chat", conversation(TURN, {"from": "gpt", "value": 5}), "turn 1: 'value' is 5"),
+    ("chat", conversation(TURN, SYSTEM_TURN, GPT), "turn 1: 'from' is 'system'; .*the first"),
+    ("chat", conversation(SYSTEM_TURN), "no human turn"),
+    ("chat", conversation(GPT), "no human turn"),
+    ("chat", conversation(SYSTEM_TURN, GPT), "no human turn"),
+    ("chat", conversation(TURN, GPT, video="a.mp4"), "'video' is 'a.mp4'; videos are not read"),
+    ("chat", conversation(TURN, GPT, image=[3]), "'image' is .3.; it must be a path or a list"),
+    ("chat", conversation(TURN, GPT, image=5), "'image' is 5"),
+    ("chat", conversation(TURN, GPT, image=False), "'image' is False"),
+    ("chat", conversation(TURN, GPT, image=[None]), "'image' is .None."),
+    ("chat", conversation(TURN, GPT, image={}), "'image' is {}"),
+    ("chat", conversation(TURN, GPT, image=["a", ""]), "'image' is"),
+    ("chat", conversation(TAGGED, TAGGED, image="a"), "1 images but 2 <image> tags"),
+    ("chat", conversation(TAGGED, GPT, image=["a", "b"]), "2 images but 1 <image> tags"),
     (
         "chat",
-        {"image": "a", "conversations": [{"from": "human", "value": "<image> <image>"}]},
-        "1 images but 2",
+        conversation({"from": "gpt", "value": "<image>"}, TURN, GPT, image="a"),
+        "1 images but 0 <image> tags, and 1 in a turn before the first question",
     ),
+    (
+        "chat",
+        conversation({"from": "system", "value": "<image>"}, TURN, GPT, image="a"),
+        "1 images but 0 <image> tags, and 1 in a turn before the first question",
+    ),
+    ("chat_captions", conversation(TURN, GPT), "stage 1 trains on one picture.* found 0"),
+    ("chat_captions", conversation(TURN, image="a"), "stage 1 trains on one picture"),
+    ("chat_captions", conversation(TURN, GPT, TURN, GPT, image="a"), "stage 1 trains on"),
 ]
 
 
 @pytest.mark.parametrize("kind, record, message", WRONG_FIELDS)
-def test_wrong_fields_are_named(kind, record, message, tmp_path):
-    path = write_records(tmp_path / "x.jsonl", [record])
-    with pytest.raises(BadSample, match=f"x.jsonl, line 1: .*{message}"):
+def test_a_wrong_record_among_good_ones_is_named_at_opening(kind, record, message, tmp_path):
+    good = GOOD_RECORDS[kind]
+    records = [good, good, record, good, good]
+    path = write_records(tmp_path / "x.jsonl", records)
+    with pytest.raises(BadSample, match=f"x.jsonl, line 3: .*{message}") as error:
         open_source(kind, [path])
-    if kind == "chat":
-        with pytest.raises(BadSample, match=f"x.jsonl, line 1: .*{message}"):
-            open_chat(path)
+    check_sentence(str(error.value))
+    (tmp_path / "x.json").write_text(json.dumps(records, indent=2))
+    with pytest.raises(BadSample, match=f"x.json, item 2: .*{message}"):
+        open_source(kind, [tmp_path / "x.json"])
+
+
+GOOD_CHATS = [
+    conversation(TURN, GPT, video=None),
+    conversation(TURN, GPT, video=[], image=None),
+    conversation(TURN, GPT, video="", image=""),
+    conversation(TURN, GPT, image=[]),
+    conversation(SYSTEM_TURN, TURN, GPT),
+    conversation(GPT, TURN, GPT),
+    conversation(SYSTEM_TURN, GPT, TURN, GPT),
+    conversation(TURN, TURN, GPT, GPT),
+    conversation(TURN),
+    conversation(TAGGED, GPT),  # without a picture a tag is a text
+    conversation(TURN, GPT, id=1.5),
+    conversation(GPT, TAGGED, GPT, image="a.png"),
+]
+
+
+@pytest.mark.parametrize("record", GOOD_CHATS)
+def test_good_conversations_stay_good(record, tmp_path, chat_tokenizer):
+    (tmp_path / "a.png").write_bytes(png())
+    path = write_records(tmp_path / "x.jsonl", [record])
+    item = chat_dataset(path, chat_tokenizer)[0]
+    assert len(item["images"]) == ("a.png" in str(record))
+
+
+def test_missing_tags_go_before_the_first_turn_that_is_trained_on(tmp_path, chat_tokenizer):
+    (tmp_path / "a.png").write_bytes(png())
+    record = conversation(GPT, TURN, GPT, image="a.png")
+    dataset = chat_dataset(write_records(tmp_path / "x.jsonl", [record]), chat_tokenizer)
+    (row,) = dataset.source.texts()
+    assert [turn["value"] for turn in row["conversation"]] == ["y", "<image>\nx", "y"]
+    assert chat.IMAGE_TOKEN in dataset[0]["tokens"][0]
+
+
+def test_a_split_has_answers_everywhere_or_nowhere(tmp_path):
+    with_answers = question(answers={"y": 0.5})
+    without = question()
+    mixed = {"image": "a.png", "questions": [*with_answers["questions"], *without["questions"]]}
+    for records, line, words in (
+        ([without, without, with_answers], 3, "has answers, but those before it have none"),
+        ([mixed], 1, "has no answers, but those before it have some"),
+    ):
+        path = write_records(tmp_path / "x.jsonl", records)
+        with pytest.raises(BadSample, match=f"line {line}: the question 'x' {words}"):
+            open_source("questions", [path])
+    first = write_records(tmp_path / "a.jsonl", [with_answers])
+    second = write_records(tmp_path / "b.jsonl", [without])
+    with pytest.raises(BadSample, match="b.jsonl, line 1: the question 'x' has no answers"):
+        open_source("questions", [first, second])
+    assert open_source("questions", [first]).has_answers is True
+    assert open_source("questions", [second]).has_answers is False
+
+
+def test_rows_that_are_measured_on_are_never_skipped(manifest, tokenizer):
+    (manifest.parent / "pictures/3.png").write_bytes(png()[:70])
+    dataset = PairDataset(open_captions(manifest), tokenizer, CLIP, 16)
+    with pytest.raises(BadSample, match="line 4: .*held-out rows are never skipped: repair"):
+        dataset[6]
+    with pytest.raises(BadSample) as error:
+        PairDataset(open_captions(manifest), tokenizer, CLIP, 16, on_bad_sample="error")[6]
+    assert "held-out" not in str(error.value)
+
+
+# ---------------------------------------------------------------- where records stand in a file
+RECORD = {"image": "a.png", "captions": ["fine"]}
+
+
+def test_what_is_no_file_is_refused(tmp_path):
+    (tmp_path / "folder_train.jsonl").mkdir()
+    with pytest.raises(ValueError, match="folder_train.jsonl is a folder; it must be a file"):
+        open_captions(tmp_path / "folder_train.jsonl")
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    with pytest.raises(ValueError, match="pipe.jsonl is a device or a pipe"):
+        open_captions(tmp_path / "pipe.jsonl")
+    with pytest.raises(ValueError, match="/dev/zero is a device or a pipe"):
+        open_chat("/dev/zero")
+    with pytest.raises(ValueError, match="nothing.jsonl: no such file"):
+        open_captions(tmp_path / "nothing.jsonl")
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json"])
+def test_a_record_is_at_most_as_long_as_a_line_may_be(suffix, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "PIECE", 64)
+    monkeypatch.setattr(data, "MOST_BYTES_OF_A_LINE", 1000)
+    records = [RECORD, {**RECORD, "captions": ["x" * 900]}, {**RECORD, "captions": ["x" * 9000]}]
+    path = tmp_path / f"x.{suffix}"
+    if suffix == "json":
+        path.write_text(json.dumps(records))
+        message = "x.json is not JSON: an item has .* MiB; .* at most 0 .line 1, byte"
+    else:
+        write_records(path, records)
+        message = "x.jsonl, line 3 has 0 MiB; a record must have at most 0"
+    with pytest.raises(ValueError, match=message):
+        open_captions(path)
+
+
+def test_a_line_of_100_mb_costs_no_memory(tmp_path):
+    path = tmp_path / "x.jsonl"
+    with open(path, "wb") as file:
+        file.write(json.dumps(RECORD).encode() + b"\n")
+        for _ in range(100):
+            file.write(b"[" * 2**20)
+    tracemalloc.start()
+    with pytest.raises(BadSample, match="x.jsonl, line 2 has 100 MiB; a record must have at most"):
+        open_captions(path)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 20 * 2**20
+
+
+def test_marks_and_ends_of_lines_do_not_matter(tmp_path):
+    lines = [json.dumps({**RECORD, "captions": [f"grün {i}"]}, ensure_ascii=False) for i in (0, 1)]
+    for number, text in enumerate(
+        ("\n".join(lines), "\r\n".join(lines), "\n\n" + "\n".join(lines))
+    ):
+        for encoding in ("utf-8", "utf-8-sig"):
+            path = tmp_path / f"{number}{encoding}.jsonl"
+            path.write_bytes(text.encode(encoding))
+            texts = [row["text"] for row in open_captions(path).texts()]
+            assert texts == ["grün 0", "grün 1"]
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json"])
+def test_a_manifest_may_be_a_member_of_an_archive(suffix, tmp_path):
+    (tmp_path / "a.png").write_bytes(png())
+    (tmp_path / "x").write_text(json.dumps([RECORD]) if suffix == "json" else json.dumps(RECORD))
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        archive.add(tmp_path / "a.png", "first")
+        archive.add(tmp_path / "x", f"m.{suffix}")
+    manifest = data.Manifest(f"{tmp_path}/a.tar::m.{suffix}", folder=tmp_path)
+    source = data.Source("captions", [manifest])
+    assert source[0]["text"] == "fine"
+    with pytest.raises(ValueError, match="no such file or archive member"):
+        data.Manifest(f"{tmp_path}/a.tar::n.{suffix}")
+
+
+FORMATS = [
+    {},
+    {"indent": 3},
+    {"indent": "\t", "ensure_ascii": False},
+    {"separators": (",", ":"), "ensure_ascii": False},
+    {"separators": (" ,\r\n\n", " : ")},
+]
+
+
+@pytest.mark.parametrize("piece", [5, 17, 64, 2**20])
+@pytest.mark.parametrize("options", FORMATS)
+@pytest.mark.parametrize("mark", ["", "\ufeff", " \r\n\t"])
+def test_items_of_a_list_are_found_whatever_it_looks_like(
+    mark, options, piece, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(data, "PIECE", piece)
+    items = [
+        {"a": 'quote " brace } bracket ] comma ,', "b": "\\", "c": '\\\\"', "ü": "日本 \U0001f600"},
+        {},
+        [],
+        {"nested": [[{"x": [1, -2.5e-10, True, None]}], {"y": {"z": []}}]},
+        1234567890123,
+        -1.5e300,
+        "text , ] }",
+        True,
+        None,
+        "\u2028",
+        {"long": "x" * 300},
+        12,
+    ]
+    path = tmp_path / "x.json"
+    for count in range(len(items) + 1):
+        text = mark + json.dumps(items[:count], **options) + "\n \n"
+        path.write_bytes(text.encode())
+        spans = data.find_items(str(path))
+        content = path.read_bytes()
+        found = []
+        for start, end in zip(spans.starts, spans.ends, strict=True):
+            found.append(json.loads(content[start:end]))
+        assert found == items[:count]
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("", "x.json must hold a list, found ''"),
+        ("5", "x.json must hold a list, found '5'"),
+        ("{}", "x.json must hold a list, found"),
+        ("[", r"x.json is not JSON: Expecting value \(line 1, byte 2\)"),
+        ("[1", r"a comma or \] expected \(line 1, byte 3\)"),
+        ("[1,", "Expecting value"),
+        ("[1,]", "Expecting value"),
+        ("[,1]", "Expecting value"),
+        ("[1 2]", r"a comma or \] expected \(line 1, byte 4\)"),
+        ("[1]]", r"more after the list \(line 1, byte 4\)"),
+        ("[1]\n\n x", r"more after the list \(line 3, byte 2\)"),
+        ('[\n{"a": 1},\n{"a": }\n]', r"Expecting value \(line 3, byte 7\)"),
+        ('[\n{"a": 1},\n{"a": "x\n"}\n]', r"Invalid control character at \(line 3, byte 9\)"),
+        ('[{"a": "x]', r"Unterminated string starting at \(line 1, byte 8\)"),
+        ("[{'a': 1}]", "Expecting property name"),
+        ("[" * 100_000, "brackets are nested too deeply"),
+        ("[" + "1" * 5000 + "]", "digits"),
+        ("[truth]", "Expecting value"),
+    ],
+)
+@pytest.mark.parametrize("piece", [3, 2**20])
+def test_a_broken_list_is_refused_with_its_line(text, message, piece, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "PIECE", piece)
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(ValueError, match=message) as error:
+        data.find_items(str(tmp_path / "x.json"))
+    check_sentence(str(error.value))
+
+
+def test_lists_in_other_encodings_are_refused(tmp_path):
+    path = tmp_path / "x.json"
+    path.write_bytes(json.dumps([RECORD]).encode("utf-16"))
+    with pytest.raises(ValueError, match="x.json is UTF-16 or UTF-32; it must be UTF-8"):
+        open_chat(path)
+    path.write_bytes('[{"image": "ä"}]'.encode("latin-1"))
+    with pytest.raises(BadSample, match="x.json, item 0,.* the byte 0xe4 is not UTF-8"):
+        open_chat(path)
+
+
+def test_json_lines_under_another_name_are_told_apart(tmp_path):
+    write_records(tmp_path / "x.json", [RECORD, RECORD])
+    with pytest.raises(ValueError, match="Extra data .*; JSON Lines must be called .jsonl"):
+        open_chat(tmp_path / "x.json")
+
+
+def test_a_large_list_costs_little_memory(tmp_path):
+    row = conversation({"from": "human", "value": "x " * 500}, GPT)
+    path = tmp_path / "x.json"
+    path.write_text("[" + ",".join([json.dumps(row)] * 10_000) + "]")
+    assert path.stat().st_size > 10 * 2**20
+    tracemalloc.start()
+    source = open_chat(path)
+    kept, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(source) == 10_000
+    assert source.lengths.tolist() == [-501] * 10_000
+    assert kept < 2 * 2**20
+    assert peak < 8 * 2**20
 
 
 def test_missing_pictures_name_manifest_line_and_file(manifest):
@@ -340,7 +675,7 @@ def test_arrow_captions(text, tmp_path):
         tmp_path / "b.arrow",
         {"image": [b"no"], "caption": pa.array([["x", " "]], pa.list_(text_type))},
     )
-    with pytest.raises(BadSample, match="b.arrow, row 0: 'caption' must be"):
+    with pytest.raises(BadSample, match="b.arrow, row 0: 'caption' is ' '; it must not be"):
         open_captions(tmp_path / "b.arrow")
 
 
@@ -444,6 +779,40 @@ def test_arrow_rows_that_do_not_fit_are_named(kind, columns, message, tmp_path):
         open_source(kind, [tmp_path / "x.arrow"])
 
 
+WRONG_COLUMNS = [
+    ("captions", {"caption": [["a"], None]}, "row 1: 'caption' is None; it must be a list"),
+    ("captions", {"caption": [["a"], [None]]}, "row 1: 'caption' is None; it must be a text"),
+    ("captions", {"caption": ["a", "b"]}, "'caption' is string; it must be list of text"),
+    ("captions", {"caption": [["a"], ["b"]], "image_id": [[1], [2]]}, "row 0: 'image_id' is"),
+    ("questions", {"answers": [["net"], ["yes"]]}, "'answers' is .*; it must be list of list"),
+    ("questions", {"answer_scores": [[[2.0, 0.3], [0.6]], [[0.9]]]}, "row 0: .* 'net' is 2.0"),
+    ("questions", {"answer_scores": [[[1.0, 0.3], [0.6]], [[float("nan")]]]}, "row 1: .*is nan"),
+    ("questions", {"answer_scores": [None, None]}, "row 0: 'answer_scores' is None"),
+    ("questions", {"answers": [[["net", "yes"], ["no"]], []]}, "row 1: .*have some"),
+    ("questions", {"answers": [[["net", None], ["no"]], [["a"]]]}, "row 0: 'answer' is None"),
+    ("questions", {"question_id": [[[1], [2]], [[3]]]}, "row 0: 'question_id' is"),
+    ("questions", {"questions": [["what?", " "], ["why?"]]}, "row 0: 'question' is ' '"),
+]
+
+
+@pytest.mark.parametrize("kind, columns, message", WRONG_COLUMNS)
+def test_wrong_columns_are_named_at_opening(kind, columns, message, tmp_path):
+    base = {**QUESTIONS, **ANSWERS} if kind == "questions" else {"image": [png(0), png(1)]}
+    write_arrow(tmp_path / "x.arrow", {**base, **columns})
+    with pytest.raises(ValueError, match=f"x.arrow.* {message}") as error:
+        open_source(kind, [tmp_path / "x.arrow"])
+    check_sentence(str(error.value))
+
+
+def test_texts_of_an_arrow_file_must_be_utf_8(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    damaged = pa.array([b"\xff\xfe"]).view(pa.string())
+    captions = pa.ListArray.from_arrays(pa.array([0, 1], pa.int32()), damaged)
+    write_arrow(tmp_path / "x.arrow", {"image": [png()], "caption": captions})
+    with pytest.raises(ValueError, match="x.arrow: the column 'caption' is damaged"):
+        open_captions(tmp_path / "x.arrow")
+
+
 def test_an_arrow_row_without_a_picture_is_named(tmp_path):
     write_arrow(tmp_path / "x.arrow", {"image": [png(), None], "caption": [["a"], ["b"]]})
     source = open_captions(tmp_path / "x.arrow")
@@ -456,14 +825,14 @@ def test_arrow_files_of_another_kind_are_refused(tmp_path):
     with pytest.raises(ValueError, match="bad.arrow is not an Arrow file"):
         open_captions(tmp_path / "bad.arrow")
     write_arrow(tmp_path / "a.arrow", {"image": [png()], "texts": [["x"]]})
-    with pytest.raises(ValueError, match=r"lacks the columns \['caption'\] of captions"):
+    with pytest.raises(ValueError, match="a.arrow lacks the columns caption; it has"):
         open_captions(tmp_path / "a.arrow")
     write_arrow(tmp_path / "b.arrow", {"image": [png()], "caption": ["x"]})
-    message = "b.arrow: the column 'caption' of captions is string; it must be list of text"
+    message = "b.arrow: the column 'caption' is string; it must be list of text"
     with pytest.raises(ValueError, match=message):
         open_captions(tmp_path / "b.arrow")
     write_arrow(tmp_path / "c.arrow", {"image": ["path.png"], "caption": [["x"]]})
-    with pytest.raises(ValueError, match="the column 'image' .* is string; it must be bytes"):
+    with pytest.raises(ValueError, match="the column 'image' is string; it must be bytes"):
         open_captions(tmp_path / "c.arrow")
     with pytest.raises(ValueError, match="chat are not read from .arrow files"):
         open_source("chat", [tmp_path / "c.arrow"])
@@ -739,6 +1108,11 @@ def test_length_grouped_order_equals_the_official_sampler():
             case["signed_lengths"], case["batch_size"], case["world_size"], generator
         )
         assert order == case["indices"]
+        # packed, as a source has them
+        generator = torch.Generator().manual_seed(case["torch_seed"])
+        packed = np.array(case["signed_lengths"], dtype=np.int32)
+        again = data.length_grouped(packed, case["batch_size"], case["world_size"], generator)
+        assert again == case["indices"]
 
 
 def test_length_grouped_batches_are_of_one_modality():
@@ -855,6 +1229,21 @@ def test_random_sampling_and_braces(chats):
             "datasets:\n- json_path: a.json\n  sampling_strategy: 3",
             "mix.yaml, entry 1: sampling_strategy is 3",
         ),
+        ("datasets: []", r"mix.yaml has no list `datasets`, found \[\]"),
+        ("datasets:", "mix.yaml has no list `datasets`, found None"),
+        ("datasets:\n- json_path: 5", "mix.yaml, entry 1: json_path is 5; it must be a path"),
+        ("datasets:\n- json_path: ''", "mix.yaml, entry 1: json_path is ''; it must be a path"),
+        ('datasets:\n- json_path: "a\\0"', "mix.yaml, entry 1: json_path is .*must be a path"),
+        ('datasets:\n- json_path: "\\ud800"', "mix.yaml"),
+        ("datasets:\n- json_path: no.json", "entry 1: json_path 'no.json': no such file, neither"),
+        ("datasets:\n- json_path: pictures", "pictures is a folder; it must be a file"),
+        (
+            f"datasets:\n- json_path: a.json\n  sampling_strategy: first:{'9' * 5000}",
+            "mix.yaml, entry 1: sampling_strategy .* is none of",
+        ),
+        ("datasets: " + "[" * 5000, "mix.yaml is not YAML"),
+        ("datasets:\n- !!python/object/apply:os.system [ls]", "mix.yaml is not YAML"),
+        ("# " + "x" * 2**20, "mix.yaml has 1 MiB; it must be at most 1"),
         ("datasets: 3", "mix.yaml has no list `datasets`, found 3"),
         ("", "mix.yaml has no list `datasets`, found None"),
         ("datasets: [", "mix.yaml is not YAML: .*line 1"),
@@ -863,8 +1252,37 @@ def test_random_sampling_and_braces(chats):
 )
 def test_wrong_mixtures_name_file_and_entry(text, message, chats):
     (chats / "mix.yaml").write_text(text)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as error:
         open_chat(chats / "mix.yaml")
+    check_sentence(str(error.value))
+
+
+def test_mixtures_in_other_encodings_are_named(chats):
+    for encoding, words in (("utf-16", "is UTF-16"), ("latin-1", "line 2: the byte 0xe4")):
+        (chats / "mix.yaml").write_bytes("datasets:\n- json_path: ä.json".encode(encoding))
+        with pytest.raises(ValueError, match=f"mix.yaml.* {words}"):
+            open_chat(chats / "mix.yaml")
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ({"datasets": []}, "has no list"),
+        ({"datasets": {"a": 1}}, "has no list"),
+        ({"datasets": [{}]}, "entry 1: json_path is None"),
+        ({"datasets": [None]}, "entry 1 is None"),
+        ({"dataset": []}, "must hold a list of conversations, or an object with"),
+        ([], "no rows in"),
+        ([5], "item 0"),
+        ("text", "must hold a list"),
+        (None, "must hold a list"),
+    ],
+)
+def test_wrong_json_files_are_named(content, message, chats):
+    (chats / "mix.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=message) as error:
+        open_chat(chats / "mix.json")
+    assert "mix.json" in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["nothing.json", "nothing.jsonl", "nothing.yaml"])
@@ -981,13 +1399,13 @@ def test_images_that_do_not_fit_the_turns_raise(tmp_path, chat_tokenizer):
         {"conversations": turns("hi", "a picture")},
     ]
     path = write_records(tmp_path / "chat.jsonl", records)
-    message = "chat.jsonl, line 1: 1 images, but 0 <image> in the turns"
-    with pytest.raises(BadSample, match=message):
-        chat_dataset(path, chat_tokenizer)[0]
-    with pytest.raises(BadSample, match="chat.jsonl, line 2: style plain needs"):
-        chat_dataset(path, chat_tokenizer, plain=2)[1]
-    skipping = chat_dataset(path, chat_tokenizer, on_bad_sample="skip")
-    assert skipping[0]["images"] == []  # the next row
+    with pytest.raises(BadSample, match="chat.jsonl, line 1: 1 images but 0 <image> tags, and 1"):
+        open_chat(path)
+    source = open_chat(path, on_bad_sample="skip")
+    assert [row["image_index"] for row in source.texts()] == [1]
+    text_only = write_records(tmp_path / "text.jsonl", records[1:])
+    with pytest.raises(BadSample, match="text.jsonl, line 1: style plain needs"):
+        chat_dataset(text_only, chat_tokenizer, plain=2)[0]
 
 
 def test_conversations_are_padded_and_their_pictures_stand_in_one_list(

@@ -352,8 +352,11 @@ DEMO = (*VQA, "--data", "demo")
             "are for vqav2",
         ),
         ((*VQA, "--data_root", "x", "--split", "a,b", "--submit", "x"), "--submit takes one split"),
-        ((*DEMO, "--annotations", "x"), "is not VQA's"),
-        ((*DEMO, "--annotations", "broken.json"), "is not VQA's .*: annotation 0 needs"),
+        ((*VQA, "--data_root", "x", "--split", "a,,b"), "the name of a --split is empty"),
+        ((*VQA, "--data_root", "x", "--split", "a,a"), "the --split 'a' is named twice"),
+        ((*VQA, "--data_root", "x"), "x: no such file or folder"),
+        ((*DEMO, "--annotations", "x"), "x: no such file"),
+        ((*DEMO, "--annotations", "broken.json"), "broken.json, annotation 0: there is no"),
         ((*DEMO, "--batch_size", "0"), "--batch_size is 0; it must be a whole number from 1 on"),
     ],
 )
@@ -362,6 +365,85 @@ def test_what_is_wrong_is_said(folder, monkeypatch, flags, message):
     (folder / "broken.json").write_text('{"annotations": [{"question_id": 1}]}')
     with pytest.raises(ValueError, match=message):
         run(*flags)
+
+
+@pytest.mark.parametrize(
+    "annotations, message",
+    [
+        ([], "must hold an object"),
+        ({}, "there is no 'annotations'"),
+        ({"annotations": 5}, "'annotations' is 5; it must be a list"),
+        ({"annotations": []}, "'annotations' is .*; it must not be empty"),
+        ({"annotations": [5]}, "annotation 0: 5 is not an object"),
+        ({"annotations": [{"question_id": "1"}]}, "annotation 0: 'question_id' is '1'"),
+        ({"annotations": [{"question_id": True}]}, "annotation 0: 'question_id' is True"),
+        ({"annotations": [{"question_id": 1, "answers": []}]}, "annotation 0: 'answers' is"),
+        ({"annotations": [{"question_id": 1, "answers": ["x"]}]}, "annotation 0: 'x' is not"),
+        ({"annotations": [{"question_id": 1, "answers": [{"answer": 5}]}]}, "'answer' is 5"),
+        (
+            {"annotations": [{"question_id": 1, "answers": people(("a", 1)), "answer_type": []}]},
+            "annotation 0: 'answer_type' is",
+        ),
+        (
+            {"annotations": [{"question_id": 1, "answers": people(("a", 1))}] * 2},
+            "annotation 1: question 1 is annotated twice",
+        ),
+    ],
+)
+def test_wrong_annotations_are_named(annotations, message, tmp_path):
+    file = tmp_path / "a.json"
+    file.write_text(json.dumps(annotations))
+    with pytest.raises(ValueError, match=f"a.json.*{message}"):
+        eval.read_annotations(str(file))
+
+
+def vqa_manifest(path, *ids):
+    records = []
+    for number in ids:
+        question = {"id": number, "question": "what?"}
+        records.append({"image": "none.png", "questions": [question]})
+    write_lines(path, records)
+
+
+@pytest.mark.parametrize(
+    "ids, message",
+    [
+        ((1, 2, 1), "line 3: the question 'what.' has the id 1, which another question has too"),
+        ((1, "x"), "line 2: the question 'what.' has the id 'x'; for --submit"),
+        ((1, None), "line 2: the question 'what.' has the id None; for --submit"),
+    ],
+)
+def test_a_submission_needs_ids_and_says_so_before_the_model_is_loaded(ids, message, tmp_path):
+    vqa_manifest(tmp_path / "vqav2_test.jsonl", *ids)
+    flags = ("--task", "vqav2", "--checkpoint", "nowhere", "--data_root", tmp_path)
+    submit = tmp_path / "s.json"
+    with pytest.raises(ValueError, match=f"vqav2_test.jsonl, {message}"):
+        run(*flags, "--split", "test", "--submit", submit)
+    assert not submit.exists()
+
+
+def test_questions_that_are_not_annotated_are_named_before_the_model_is_loaded(tmp_path):
+    vqa_manifest(tmp_path / "vqav2_val.jsonl", 1, 2)
+    annotations = [{"question_id": 1, "answers": people(("yes", 10))}]
+    (tmp_path / "a.json").write_text(json.dumps({"annotations": annotations}))
+    flags = ("--task", "vqav2", "--checkpoint", "nowhere", "--data_root", tmp_path)
+    with pytest.raises(ValueError, match="line 2: .* has the id 2, which --annotations lacks"):
+        run(*flags, "--split", "val", "--annotations", tmp_path / "a.json")
+
+
+@pytest.mark.parametrize("task, model", [("nlvr2", "nlvr2"), ("flickr30k", "retrieval")])
+def test_rows_to_measure_on_are_never_skipped(folder, task, model, tmp_path):
+    (tmp_path / "a.png").write_bytes((folder / "pictures" / "0.png").read_bytes())
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    rows = []
+    for name in ("a.png", "bad.png"):
+        pair = {"images": ["a.png", name], "sentence": "x", "label": True}
+        caption = {"image": name, "captions": ["x"]}
+        rows.append(pair if task == "nlvr2" else caption)
+    write_lines(tmp_path / f"{task}_test.jsonl", rows)
+    flags = ("--task", task, "--checkpoint", folder / model, "--data_root", tmp_path)
+    with pytest.raises(ValueError, match="line 2: .*bad.png.*held-out rows are never skipped"):
+        run(*flags, "--split", "test")
 
 
 @pytest.mark.parametrize("flag", ["--out", "--submit"])
@@ -394,7 +476,7 @@ def test_unknown_flags_and_types_are_refused():
     for flags, message in (
         ("--checkpoint x", "required"),
         ("--task vqav2 --checkpoint x --k 3", "unrecognized"),
-        ("--task vqav2 --checkpoint x --k_test many", "invalid int value"),
+        ("--task vqav2 --checkpoint x --k_test many", "--k_test: 'many' is not a whole number"),
     ):
         with pytest.raises(FlagError, match=message):
             run(*flags.split())

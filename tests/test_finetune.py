@@ -481,6 +481,13 @@ def test_errors_of_data_and_weights(prepared, pretrained, tmp_path):
     (tmp_path / "x.ckpt").write_bytes(b"no")
     cases = [
         (pretrained, "eval_split test of vqav2 has no labels", ["--eval_split", "test"]),
+        (pretrained, "train_split test of vqav2 has no labels", ["--train_split", "test"]),
+        (pretrained, "the split 'val' is named twice", ["--train_split", "val+val"]),
+        (
+            pretrained,
+            "--epochs 1e.300 of .* rows are more",
+            ["--epochs", "1e300", "--max_steps", "0"],
+        ),
         (pretrained, r"has \d+ ids .* give its own with --tokenizer", ["--tokenizer", tmp_path]),
         (f"official:{tmp_path / 'x.ckpt'}", "x.ckpt is no zip", ["--tokenizer", pretrained]),
     ]
@@ -495,8 +502,8 @@ class Rows(list):
 
     kind = "hypotheses"
 
-    def texts(self):
-        return self
+    def iterate_texts(self):
+        return iter(self)
 
 
 def rows_of(pairs):

@@ -30,12 +30,32 @@ def test_sets_and_splits_come_one_after_the_other(folder):
     expected = [f"{word} of {i}" for i in range(4) for word in ("first", "second")]
     assert [row["text"] for row in source.texts()] == expected
     assert (len(source), source.num_images) == (8, 4)
-    twice = open_sets("captions", folder, ("coco",), "train+train")
+    for name in ("coco_val", "other_train"):
+        (folder / f"{name}.jsonl").write_text((folder / "coco_train.jsonl").read_text())
+    twice = open_sets("captions", folder, ("coco",), "train+val")
     assert len(twice) == 16
     assert twice[8]["image_index"] == 4
     assert twice[8]["text"] == "first of 0"
-    both = open_sets("captions", folder, ("coco", "coco"), "train")
+    both = open_sets("captions", folder, ("coco", "other"), "train")
     assert both.texts() == twice.texts()
+
+
+@pytest.mark.parametrize(
+    "names, split, message",
+    [
+        (("coco", "coco"), "train", "the set 'coco' is named twice"),
+        (("coco",), "train+train", "the split 'train' is named twice"),
+        (("",), "train", "the name of a set is empty"),
+        (("coco", " "), "train", "the name of a set is empty, in 'coco, '"),
+        (("coco",), "", "the name of a split is empty"),
+        (("coco",), "train++val", "the name of a split is empty, in 'train,,val'"),
+        (("unknown",), "train", "no unknown_train.jsonl.*; its manifests: coco_train.jsonl"),
+        ((), "train", "is a folder, of which no sets were named"),
+    ],
+)
+def test_names_of_sets_and_splits_are_checked(names, split, message, folder):
+    with pytest.raises(ValueError, match=message):
+        open_sets("captions", folder, names, split)
 
 
 def test_one_file_may_stand_for_a_folder(folder):
@@ -44,7 +64,7 @@ def test_one_file_may_stand_for_a_folder(folder):
 
 
 def test_files_that_are_not_there_are_named(tmp_path):
-    with pytest.raises(ValueError, match="no sets were named"):
+    with pytest.raises(ValueError, match="nothing.jsonl: no such file or folder"):
         open_sets("captions", tmp_path / "nothing.jsonl", (), "train")
     missing = "no flickr30k_train.jsonl, .* f30k_.*_train.arrow, f30k_.*_val.arrow"
     with pytest.raises(ValueError, match=missing):
@@ -91,7 +111,7 @@ def test_arrow_shards_of_captions_are_found_and_read(text, name, shards, extra, 
     broken = {"image": [b"no"], "caption": pa.array([["x", " "]], pa.list_(text_type))}
     write_arrow(tmp_path / f"{shards[-1]}.arrow", broken)
     data.arrow_table.cache_clear()
-    with pytest.raises(BadSample, match=f"{shards[-1]}.arrow, row 0: 'caption' must be"):
+    with pytest.raises(BadSample, match=f"{shards[-1]}.arrow, row 0: 'caption' is ' '; it must"):
         open_sets("captions", tmp_path, (name,), "train")
 
 
@@ -118,6 +138,50 @@ def test_the_vocabulary_is_a_file_or_rebuilt_from_the_arrow_files(tmp_path):
         tasks.load_answers(tmp_path / "elsewhere")
 
 
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("[]", "answers.json is empty"),
+        ("{}", "answers.json must hold a list"),
+        ("[", "answers.json is not JSON"),
+        ('["a", 5]', "answers.json, entry 1 is 5; it must be a text"),
+        ('["a", null]', "entry 1 is None"),
+        ('[["a"]]', r"entry 0 is \['a'\]"),
+        ('["a", "b", "a"]', "entry 2: the answer 'a' is there twice"),
+    ],
+)
+def test_a_vocabulary_is_a_list_of_different_texts(content, message, tmp_path):
+    (tmp_path / "answers.json").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        tasks.load_answers(tmp_path)
+
+
+def test_the_answer_a_is_normalised_to_nothing(tmp_path):
+    (tmp_path / "answers.json").write_text('["yes", ""]')
+    assert tasks.load_answers(tmp_path) == ["yes", ""]
+
+
+@pytest.mark.parametrize(
+    "labels, message",
+    [
+        ([[[2, 0], [1]], [[-1]]], "no VQA vocabulary"),
+        ([[[2, 0], [7]], [[0]]], "no VQA vocabulary"),
+        ([[[2], [1]], [[0]]], "row 0: the columns answers, answer_labels must be equally long"),
+        ([[[2, 0]], [[0]]], "row 0: the columns answers, answer_labels must be equally long"),
+        ([[[2.5, 0.0], [1.0]], [[0.0]]], "row 0: 'answer_labels' is 2.5; it must be a whole"),
+        ([[2, 0], [0]], "'answer_labels' is .*; it must be list of list of number"),
+        (None, "lacks the columns answer_labels"),
+    ],
+)
+def test_wrong_labels_of_answers_are_named(labels, message, tmp_path):
+    columns = {**QUESTIONS, **ANSWERS, "answer_labels": labels}
+    if labels is None:
+        del columns["answer_labels"]
+    write_arrow(tmp_path / "vqav2_train.arrow", columns)
+    with pytest.raises(ValueError, match=message):
+        tasks.load_answers(tmp_path)
+
+
 # ---------------------------------------------------------------- guesses
 def questions_of(folder, name, pairs):
     """A source with one question for each (text, answer)."""
@@ -133,6 +197,12 @@ def test_guesses_from_the_text_alone_in_closed_form(tmp_path):
     heldout = questions_of(tmp_path, "b.jsonl", [("a", "0"), ("b", "2"), ("b", "0"), ("c", "1")])
     # the commonest answer is 0; of "a" it is 0, of "b" 2, and "c" is not known
     assert tasks.text_only_guess(training, heldout) == {"majority": 0.5, "text_only": 0.5}
+
+
+def test_there_is_no_guess_without_answers(tmp_path):
+    record = {"image": "a.png", "questions": [{"id": 1, "question": "x", "answers": {}}]}
+    source = data.open_source("questions", [write_records(tmp_path / "a.jsonl", [record])])
+    assert tasks.text_only_guess(source, source) == {"majority": 0.0, "text_only": 0.0}
 
 
 def test_chance_of_retrieval(folder):

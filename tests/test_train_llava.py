@@ -269,27 +269,10 @@ def test_rows_are_encoded_as_stage_and_images_say(folder):
     assert strict[1].count(chat.IGNORE) > loose[1].count(chat.IGNORE)
 
 
-def test_images_that_do_not_fit_the_turns_raise(tmp_path):
-    Image.new("RGB", (20, 20)).save(tmp_path / "a.png")
-    # a leading gpt turn is not trained on
-    conversation = [{"from": "gpt", "value": "<image> hello"}, *turns("hi", 0)]
-    rows = [
-        {"image": "a.png", "conversations": conversation},
-        {"conversations": conversation[1:]},
-    ]
-    file = tmp_path / "chat.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(BadSample, match=r"line 1: 1 images, but 0 <image> in the turns"):
-        chat_dataset(tmp_path, "chat.jsonl")[0]
-    with pytest.raises(BadSample, match=r"chat.jsonl, line 2: style plain needs"):
-        chat_dataset(tmp_path, "chat.jsonl", plain=2)[1]
-    tolerant = chat_dataset(tmp_path, "chat.jsonl", on_bad_sample="skip")
-    assert tolerant[0]["images"] == []  # the next row
-
-
 def test_batches_are_of_one_modality(folder):
     dataset = chat_dataset(folder)
-    dataset.lengths = [row["length"] for row in dataset.source.texts()]
+    dataset.lengths = dataset.source.lengths
+    assert dataset.lengths.tolist() == [row["length"] for row in dataset.source.texts()]
     run = dataclasses.replace(
         LLAVA_RECIPES["llava_stage2"][0],
         batch_size=2,
@@ -337,6 +320,49 @@ def test_too_long_rows_are_cut_not_dropped(folder):
         assert task(batch)["lm"].isfinite()
         learnt = [label for label in labels[1:25] if label != chat.IGNORE]
         assert task.counts(batch)["lm"] == len(learnt)
+
+
+def test_what_max_length_cuts_away_is_counted_and_said_once(folder, capsys):
+    dataset = chat_dataset(folder)
+    task = train_llava.Chat(tiny_model(max_length=8))
+    batch = data.collate_conversations([dataset[i] for i in range(6)])
+    strict = chat_dataset(folder, strict_labels=True)
+    assert task.counts(data.collate_conversations([strict[i] for i in range(6)])) == {"lm": 0}
+    task.counts(batch)
+    assert capsys.readouterr().err == ""
+    task.say_cut()
+    task.say_cut()
+    said = capsys.readouterr().err.splitlines()
+    assert said == [
+        "6 of the first 12 conversations have no label left after --max_length 8",
+        "8 of the first 12 conversations have not all of their images left after --max_length 8",
+    ]
+    whole = train_llava.Chat(tiny_model(max_length=2000))
+    whole.counts(batch)
+    whole.say_cut()
+    assert capsys.readouterr().err == ""
+
+
+def test_it_is_said_early_in_a_long_run(folder, capsys, monkeypatch):
+    monkeypatch.setattr(train_llava, "ENOUGH", 5)
+    dataset = chat_dataset(folder, strict_labels=True)
+    task = train_llava.Chat(tiny_model(max_length=8))
+    for _ in range(3):
+        task.counts(data.collate_conversations([dataset[i] for i in range(3)]))
+    assert capsys.readouterr().err.startswith("6 of the first 6 conversations have no label left")
+
+
+@pytest.mark.parametrize("manager_type", ["static", "adaptive_last", "adaptive_cross"])
+def test_a_batch_without_any_image_left_has_a_loss(manager_type, folder):
+    torch.manual_seed(0)
+    fields = {**TINY, "vocab_size": words().vocab_size, "max_length": 8}
+    model = LlavaManager(LlavaManagerConfig.tiny(**fields, manager_type=manager_type))
+    items = [chat_dataset(folder)[i] for i in (1, 4)]
+    question = turns(f"{'what ' * 20}<image>", 0)
+    for item in items:
+        item["tokens"] = chat.encode_chat(question, words(), has_image=True)
+    loss = train_llava.Chat(model)(data.collate_conversations(items))["lm"]
+    assert loss.isfinite()
 
 
 # ---------------------------------------------------------------- processes
@@ -613,6 +639,12 @@ def test_accuracy_counts_exact_answers(size):
         ("--lr_manager -1", "--lr_manager is -1.0; it must be"),
         ("--hidden_size 64", "--hidden_size 64, but --init .* has 32"),
         ("--tokenizer roberta", "roberta"),
+        ("--image_folder nowhere", "--image_folder: there is no folder .*nowhere"),
+        ("--data_path start", "start is a folder; it must be a file"),
+        (
+            "--max_length 3 --strict_labels",
+            "none of the 2 held-out conversations has a label left after --max_length 3",
+        ),
     ],
 )
 def test_bad_flags_are_one_sentence(flags, message, folder, tmp_path):
@@ -622,6 +654,34 @@ def test_bad_flags_are_one_sentence(flags, message, folder, tmp_path):
     assert not isinstance(error.value, FlagError)
     assert len(str(error.value).splitlines()) == 1
     assert not Path(out).exists()
+
+
+def test_a_bad_row_is_found_at_opening(folder, tmp_path):
+    rows = json.loads((folder / "chat.json").read_text())
+    for change, message in (
+        ({"conversations": [{"from": "bot", "value": "x"}]}, "turn 0: 'from' is 'bot'"),
+        ({"video": "a.mp4"}, "videos are not read"),
+        ({"image": ["0.png"] * 3, "conversations": turns("<image>", 0)}, "3 images but 1"),
+    ):
+        rows[3] = {**rows[0], **change}
+        (tmp_path / "x.json").write_text(json.dumps(rows))
+        flags = ("--init", "nowhere")  # the model comes later
+        with pytest.raises(BadSample, match=f"x.json, item 3: .*{message}"):
+            run_stage("llava_stage2", tmp_path, tmp_path / "out", *flags, data_path="x.json")
+
+
+def test_stage_1_wants_captions(folder, tmp_path):
+    flags = ("--init", "nowhere")
+    with pytest.raises(BadSample, match="chat.json, item 0: stage 1 trains on one picture"):
+        run_stage("llava_stage1", folder, tmp_path / "out", *flags)
+
+
+def test_held_out_conversations_are_never_skipped(folder, tmp_path):
+    rows = [row for row in json.loads((folder / "chat.json").read_text()) if "image" in row]
+    (tmp_path / "x.json").write_text(json.dumps(rows))  # whose pictures are elsewhere
+    flags = ("--init", folder / "start", "--on_bad_sample", "skip")
+    with pytest.raises(BadSample, match="no such file.*held-out rows are never skipped: repair"):
+        run_stage("llava_stage2", tmp_path, tmp_path / "out", *flags, data_path="x.json")
 
 
 @pytest.mark.parametrize(
@@ -652,3 +712,8 @@ def test_an_unknown_recipe_of_the_mllm_is_refused():
 def test_the_demo_takes_no_data_and_no_start(flags, tmp_path):
     with pytest.raises(ValueError, match=f"{flags[0]} means nothing to llava_demo"):
         run_demo(tmp_path / "out", *flags)
+
+
+def test_the_demo_has_no_epochs(tmp_path):
+    with pytest.raises(ValueError, match="--max_steps is 0, which means one epoch; llava_demo"):
+        run_demo(tmp_path / "out", "--max_steps", 0)
