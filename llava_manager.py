@@ -26,7 +26,7 @@ Experts are (B, N, L, D); here B is 1, with all image tokens of the batch behind
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -45,9 +45,18 @@ from chat import (
     encode_prompt,
     tokenize,
 )
-from fields import check_fields, option, show
+from fields import FieldError, check_fields, option, show
 from manager import AdaptiveVisualManager, StaticVisualManager, weighted_sum
-from model import ViT, ViTBlock, init_weights, run
+from model import (
+    MOST_CHANNELS,
+    MOST_LAYERS,
+    MOST_PIXELS,
+    MOST_ROWS,
+    ViT,
+    ViTBlock,
+    init_weights,
+    run,
+)
 from multigrid import (
     ImageTiles,
     count_image_tokens,
@@ -92,7 +101,6 @@ OFFICIAL_FIELDS = {
     "num_kv_heads": "num_key_value_heads",
     "mlp_width": "intermediate_size",
     "norm_eps": "rms_norm_eps",
-    "rope_theta": "rope_theta",
 }
 # ... of a SigLIP config of HF ...
 VISION_FIELDS = {
@@ -103,6 +111,15 @@ VISION_FIELDS = {
     "vision_heads": "num_attention_heads",
     "vision_mlp_width": "intermediate_size",
 }
+# ... which may leave out what SiglipVisionConfig says without it, as that of siglip-base does ...
+SIGLIP_DEFAULTS = {
+    "image_size": 224,
+    "patch_size": 16,
+    "hidden_size": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "intermediate_size": 3072,
+}
 # ... and what a config.json may lack, as the one of Qwen2 does.
 OPTIONAL_FIELDS = {
     "max_length": "tokenizer_model_max_length",
@@ -111,21 +128,40 @@ OPTIONAL_FIELDS = {
     "merge": "mm_patch_merge_type",
     "tie_embeddings": "tie_word_embeddings",
 }
-# What the official code could be told, and this code cannot.
+# What the official code could be told, and this code cannot; an absent key means the same.
 SUPPORTED = {
-    "rope_scaling": None,
     "use_sliding_window": False,
     "hidden_act": "silu",
+    "attention_bias": True,
+    "mlp_bias": False,
     "mm_projector_type": "mlp2x_gelu",
+    "mm_vision_select_layer": -2,
+    "mm_use_im_start_end": False,
     "mm_manager_residual": True,
 }
+SIGLIP_SUPPORTED = {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6}
+# parts of a model_type that is none of Qwen2's: its layers compute something else
+OTHER_MODELS = (
+    "clip",
+    "roberta",
+    "bert",
+    "llama",
+    "mistral",
+    "gemma",
+    "phi",
+    "qwen3",
+    "_vl",
+    "moe",
+)
+# where the base of the rotary embedding stands, and what it is stretched by: in transformers up to
+# 4 and from 5 on
+ROPE_KEYS = ("rope_scaling", "rope_parameters")
 # Our tuple of layers -> the official keys that end with _start, _end and _interval.
 LAYER_RANGES = {
     "managed_layers": "mm_manager_vision_select_layers",
     "inject_layers": "mm_manager_injection",
 }
 RANGE_ENDS = ("start", "end", "interval")
-MOST_LAYERS = 1000  # of an official range, before it is tested against the model's layers
 MANAGER_TYPES = ("static", "adaptive", "adaptive_last", "adaptive_average", "adaptive_cross")
 MANAGER_FLAGS = ("managed_layers", "inject_layers", "managed_grids")
 
@@ -137,31 +173,39 @@ class LlavaManagerConfig:
     """
 
     # vision: SigLIP, whose last layer is neither used nor built
-    image_size: int = option(384, "pixels along the side of a tile", least=1)
-    patch_size: int = option(14, "pixels along the side of a patch", least=1)
-    vision_width: int = option(1152, "width of SigLIP", least=1)
+    image_size: int = option(384, "pixels along the side of a tile", least=1, most=MOST_PIXELS)
+    patch_size: int = option(14, "pixels along the side of a patch", least=1, most=MOST_PIXELS)
+    vision_width: int = option(1152, "width of SigLIP", least=1, most=MOST_CHANNELS)
     vision_layers: int = option(
-        27, "layers of SigLIP; its hidden states are 0 to vision_layers - 1", least=1
+        27,
+        "layers of SigLIP; its hidden states are 0 to vision_layers - 1",
+        least=1,
+        most=MOST_LAYERS,
     )
     vision_heads: int = option(16, "attention heads of SigLIP", least=1)
-    vision_mlp_width: int = option(4304, "width inside the MLPs of SigLIP", least=1)
+    vision_mlp_width: int = option(
+        4304, "width inside the MLPs of SigLIP", least=1, most=MOST_CHANNELS
+    )
     # language: Qwen2
-    vocab_size: int = option(151936, "rows of the LLM's embedding", least=1)
-    hidden_size: int = option(896, "width of the LLM", least=1)
-    num_layers: int = option(24, "layers of the LLM", least=1)
+    vocab_size: int = option(151936, "rows of the LLM's embedding", least=1, most=MOST_ROWS)
+    hidden_size: int = option(896, "width of the LLM", least=1, most=MOST_CHANNELS)
+    num_layers: int = option(24, "layers of the LLM", least=1, most=MOST_LAYERS)
     num_heads: int = option(14, "attention heads of the LLM", least=1)
     num_kv_heads: int = option(2, "heads of keys and values, which others share", least=1)
-    mlp_width: int = option(4864, "width inside the MLPs of the LLM", least=1)
-    norm_eps: float = option(1e-6, "epsilon of the LLM's RMSNorms", above=0)
+    mlp_width: int = option(4864, "width inside the MLPs of the LLM", least=1, most=MOST_CHANNELS)
+    norm_eps: float = option(1e-6, "epsilon of the LLM's RMSNorms", above=0, most=1)
     rope_theta: float = option(1e6, "base of the rotary position embedding", above=0)
     tie_embeddings: bool = option(
         True, "the output head is the embedding; false in the model of 7B"
     )
     initializer_range: float = option(
-        0.02, "standard deviation of new matrices, as Qwen2's", least=0
+        0.02, "standard deviation of new matrices, as Qwen2's", least=0, most=100
     )
     max_length: int = option(
-        16384, "most tokens of a sequence, images included; the rest is cut", least=1
+        16384,
+        "most tokens of a sequence, images included; the rest is cut",
+        least=1,
+        most=MOST_ROWS,
     )
     im_start_id: int = option(
         151644, "<|im_start|>; adaptive managers find the text query by it", least=0, flag=False
@@ -243,9 +287,7 @@ class LlavaManagerConfig:
         given. Keys that are not known are ignored. Raises ValueError for keys that are missing and
         for values that this code does not support.
         """
-        # a config of a whole SigLIP holds the one of its vision tower
-        if vision:
-            vision = vision.get("vision_config", vision)
+        vision = vision_part(vision)
         check_official(config, vision)
         values: dict[str, Any] = {
             # what the official code does without these keys
@@ -254,18 +296,19 @@ class LlavaManagerConfig:
             "tie_embeddings": False,
             "im_start_id": im_start_id,
             "eos_ids": official_eos_ids(config),
+            "rope_theta": official_rope_theta(config),
         }
         for ours, theirs in OFFICIAL_FIELDS.items():
             values[ours] = config[theirs]
         # null is an absent key
         for ours, theirs in OPTIONAL_FIELDS.items():
-            if config.get(theirs):
+            if config.get(theirs) not in (None, "", []):
                 values[ours] = config[theirs]
         if vision:
             for ours, theirs in VISION_FIELDS.items():
-                values[ours] = vision[theirs]
+                values[ours] = vision.get(theirs, SIGLIP_DEFAULTS[theirs])
         values.update(official_managers(config))
-        return cls(**values)
+        return make_official(cls, values)
 
     def __post_init__(self) -> None:
         # JSON has lists
@@ -283,9 +326,9 @@ class LlavaManagerConfig:
 
     def check_sizes(self) -> None:
         """Raises ValueError for sizes that do not fit together."""
-        if not re.fullmatch(r"square|pad|anyres|anyres_max_[1-9]\d*", self.aspect):
+        if not re.fullmatch(r"square|pad|anyres|anyres_max_[1-9]\d{0,5}", self.aspect):
             raise ValueError(
-                f"aspect is {self.aspect!r}; it must be square, pad, anyres or anyres_max_K"
+                f"aspect is {show(self.aspect)}; it must be square, pad, anyres or anyres_max_K"
             )
         if self.patch_size > self.image_size:
             raise ValueError(
@@ -321,7 +364,7 @@ class LlavaManagerConfig:
             is_ascending = list(layers) == sorted(set(layers))
             if not layers or not is_ascending or layers[-1] >= count:
                 raise ValueError(
-                    f"{name} is {layers}; it must be ascending numbers from 0 to {count - 1}"
+                    f"{name} is {show(layers)}; it must be ascending numbers from 0 to {count - 1}"
                 )
         if self.inject_layers[0] == 0 and len(self.managed_layers) < 2:
             raise ValueError(
@@ -359,20 +402,104 @@ def layer_range_keys(name: str) -> list[str]:
     return [f"{LAYER_RANGES[name]}_{end}" for end in RANGE_ENDS]
 
 
-def check_official(config: dict, vision: dict | None) -> None:
+def make_official(config_class: Any, values: dict[str, Any]) -> Any:
+    """config_class(**values); an error says what the field is called in the published file."""
+    # our field -> the key of the file
+    theirs = {**OFFICIAL_FIELDS, **OPTIONAL_FIELDS}
+    for name, key in VISION_FIELDS.items():
+        theirs[name] = f"{key} of the vision tower"
+    try:
+        return config_class(**values)
+    except FieldError as error:
+        name = str(error).partition(" ")[0]
+        note = f" (in the file it is {theirs[name]})" if theirs.get(name, name) != name else ""
+        raise FieldError(f"{error}{note}") from None
+
+
+def vision_part(vision: Any) -> dict:
+    """The config of SigLIP's vision tower, which a config of a whole SigLIP holds; {} for none."""
+    if isinstance(vision, dict):
+        vision = vision.get("vision_config", vision)
+    if vision is not None and not isinstance(vision, dict):
+        raise ValueError(f"the vision config is {show(vision)}; it must be an object")
+    return vision or {}
+
+
+def check_official(config: Any, vision: dict) -> None:
     """Raises ValueError for keys that are missing, and for values that are not supported."""
+    if not isinstance(config, dict):
+        raise ValueError(f"the config is {show(config)}; it must be an object")
+    # 1. what is not there
     needed = list(OFFICIAL_FIELDS.values())
     if config.get("mm_manager_type") is not None:
         for name in LAYER_RANGES:
             needed += layer_range_keys(name)
     missing = [key for key in needed if key not in config]
-    if vision:
-        missing += [f"vision {key}" for key in VISION_FIELDS.values() if key not in vision]
+    # 2. another model; a model of ours has no LLM but Qwen2
+    model_type = config.get("model_type") or "qwen2"
+    if not is_qwen(model_type):
+        raise ValueError(f"the config's model_type is {show(model_type)}; the LLM must be a qwen2")
     if missing:
         raise ValueError(f"the config lacks {', '.join(missing)}")
-    for key, value in SUPPORTED.items():
-        if config.get(key, value) != value:
-            raise ValueError(f"the config's {key} is {config[key]!r}; only {value!r} is supported")
+    # 3. what is there, and computed otherwise
+    check_settings(config, SUPPORTED, "the config's")
+    check_settings(vision, SIGLIP_SUPPORTED, "the vision config's")
+    # of each layer; transformers from 5 on writes it, even where all are the same
+    layer_types = config.get("layer_types") or []
+    if not is_full_attention(layer_types):
+        raise ValueError(
+            f"the config's layer_types is {show(layer_types)}; only full_attention is supported"
+        )
+
+
+def is_qwen(model_type: Any) -> bool:
+    """Whether this may be Qwen2's model_type, or one of the LLaVAs that are made of it."""
+    if not isinstance(model_type, str):
+        return False
+    return not any(name in model_type for name in OTHER_MODELS)
+
+
+def is_full_attention(layer_types: Any) -> bool:
+    if not isinstance(layer_types, list):
+        return False
+    return all(name == "full_attention" for name in layer_types)
+
+
+def check_settings(config: dict, supported: Mapping[str, Any], whose: str) -> None:
+    """Raises ValueError for a value that this code does not compute with. null is an absent key."""
+    for key, value in supported.items():
+        found = config.get(key)
+        if found is not None and found != value:
+            raise ValueError(f"{whose} {key} is {show(found)}; only {show(value)} is supported")
+
+
+def official_rope_theta(config: dict) -> Any:
+    """The base of the rotary embedding, wherever it stands. Raises ValueError for one that is
+    stretched, or that is there twice.
+    """
+    # all of them, as a file may have been written by one version and changed by another
+    bases = []
+    if config.get("rope_theta") is not None:
+        bases.append(config["rope_theta"])
+    for key in ROPE_KEYS:
+        rope = config.get(key)
+        if rope is None:
+            continue
+        if not isinstance(rope, dict):
+            raise ValueError(f"the config's {key} is {show(rope)}; it must be an object or null")
+        # "type" is what versions before 4.43 wrote
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        is_partial = rope.get("partial_rotary_factor", 1) != 1
+        if kind != "default" or is_partial:
+            raise ValueError(f"the config's {key} is {show(rope)}; only its default is supported")
+        if rope.get("rope_theta") is not None:
+            bases.append(rope["rope_theta"])
+    # Qwen2Config would say 10000 without one, and no published model has that
+    if not bases:
+        raise ValueError("the config lacks rope_theta")
+    if any(base != bases[0] for base in bases):
+        raise ValueError(f"the config has several values of rope_theta: {show(bases)}")
+    return bases[0]
 
 
 def official_eos_ids(config: dict) -> Any:

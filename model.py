@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from fields import FieldError, check_fields, option
+from fields import FieldError, check_fields, option, show
 from manager import AdaptiveManager, Manager, StaticManager, standardize
 
 MANAGER_FLAGS = (  # the fields that mean something only with managers
@@ -46,6 +46,14 @@ MANAGER_FLAGS = (  # the fields that mean something only with managers
 )
 
 
+# No model is larger in any of these, and a typing error is found before memory is asked for.
+MOST_PIXELS = 4096  # on each side of a picture
+MOST_LAYERS = 1000
+MOST_CHANNELS = 100_000
+MOST_ROWS = 10_000_000  # of a table of words, positions or answers
+MOST_TIMES = 1000  # a width in units of another one
+
+
 # ---------------------------------------------------------------- the architecture
 @dataclass
 class ManagerTowerConfig:
@@ -55,27 +63,37 @@ class ManagerTowerConfig:
     """
 
     # the image encoder
-    image_size: int = option(288, "pixels on each side of a picture", least=1)
-    patch_size: int = option(16, "pixels on each side of a patch", least=1)
-    vision_width: int = option(768, "channels of the image encoder", least=1)
-    vision_layers: int = option(12, "layers of the image encoder", least=1)
+    image_size: int = option(288, "pixels on each side of a picture", least=1, most=MOST_PIXELS)
+    patch_size: int = option(16, "pixels on each side of a patch", least=1, most=MOST_PIXELS)
+    vision_width: int = option(768, "channels of the image encoder", least=1, most=MOST_CHANNELS)
+    vision_layers: int = option(12, "layers of the image encoder", least=1, most=MOST_LAYERS)
     vision_heads: int = option(12, "attention heads of the image encoder", least=1)
     # the text encoder
-    vocab_size: int = option(50265, "tokens in the vocabulary", least=1)
+    vocab_size: int = option(50265, "tokens in the vocabulary", least=1, most=MOST_ROWS)
     max_positions: int = option(
-        514, "rows of the text's position table; positions start at pad_token_id + 1", least=1
+        514,
+        "rows of the text's position table; positions start at pad_token_id + 1",
+        least=1,
+        most=MOST_ROWS,
     )
-    text_width: int = option(768, "channels of the text encoder", least=1)
-    text_layers: int = option(12, "layers of the text encoder", least=1)
+    text_width: int = option(768, "channels of the text encoder", least=1, most=MOST_CHANNELS)
+    text_layers: int = option(12, "layers of the text encoder", least=1, most=MOST_LAYERS)
     text_heads: int = option(12, "attention heads of the text encoder", least=1)
-    text_mlp_width: int = option(3072, "hidden channels of the text encoder's MLPs", least=1)
+    text_mlp_width: int = option(
+        3072, "hidden channels of the text encoder's MLPs", least=1, most=MOST_CHANNELS
+    )
     pad_token_id: int = option(1, "id of the padding token", least=0)
     # the cross-modal layers
-    hidden_size: int = option(768, "channels of the cross-modal layers", least=1)
-    num_layers: int = option(6, "cross-modal layers of each modality", least=1)
+    hidden_size: int = option(
+        768, "channels of the cross-modal layers", least=1, most=MOST_CHANNELS
+    )
+    num_layers: int = option(6, "cross-modal layers of each modality", least=1, most=MOST_LAYERS)
     num_heads: int = option(12, "attention heads of the cross-modal layers", least=1)
     mlp_ratio: int = option(
-        4, "hidden channels of the cross-modal MLPs, in units of hidden_size", least=1
+        4,
+        "hidden channels of the cross-modal MLPs, in units of hidden_size",
+        least=1,
+        most=MOST_TIMES,
     )
     dropout: float = option(
         0.1,
@@ -83,12 +101,17 @@ class ManagerTowerConfig:
         least=0,
         below=1,
     )
-    contrastive_size: int = option(256, "channels of the features that ITC compares", least=1)
+    contrastive_size: int = option(
+        256, "channels of the features that ITC compares", least=1, most=MOST_CHANNELS
+    )
     temperature: float = option(
-        0.07, "what the similarities of ITC are divided by at the start; it is learnt", above=0
+        0.07,
+        "what the similarities of ITC are divided by at the start; it is learnt",
+        above=0,
+        most=1000,
     )
     initializer_range: float = option(
-        0.02, "standard deviation of new weight matrices, as in BERT", least=0
+        0.02, "standard deviation of new weight matrices, as in BERT", least=0, most=100
     )
     # what stands between the encoders and the cross-modal layers
     fusion: str = option(
@@ -120,12 +143,18 @@ class ManagerTowerConfig:
     manager_noise: bool = option(True, "noise on the managers' scores during training")
     # the heads; which ones, and how many answers, follow from the task and its data
     heads: tuple[str, ...] = option(("mlm", "itm"), "names of rows of HEADS", flag=False)
-    num_answers: int = option(3129, "answers of the VQA head", least=1, flag=False)
+    num_answers: int = option(3129, "answers of the VQA head", least=1, most=MOST_ROWS, flag=False)
     head_hidden_scale: int = option(
-        1, "hidden channels of the classifiers, in units of 2 * hidden_size", least=1
+        1,
+        "hidden channels of the classifiers, in units of 2 * hidden_size",
+        least=1,
+        most=MOST_TIMES,
     )
     max_text_len: int = option(
-        50, "tokens that each text is padded to; aaue's results depend on it", least=1
+        50,
+        "tokens that each text is padded to; aaue's results depend on it",
+        least=3,
+        most=MOST_ROWS,
     )
 
     @classmethod
@@ -184,7 +213,9 @@ class ManagerTowerConfig:
         self.heads = tuple(self.heads)  # config.json has a list
         for name in self.heads:  # HEADS stands below: the checker of fields does not know it
             if name not in HEADS:
-                raise FieldError(f"heads is {name!r}; it must be one of {', '.join(HEADS)}")
+                raise FieldError(f"heads is {show(name)}; it must be one of {', '.join(HEADS)}")
+        if len(set(self.heads)) < len(self.heads):
+            raise FieldError(f"heads is {show(self.heads)}; it names one of them twice")
         # attention heads share the channels equally, and whole patches cover the picture
         check_multiple("vision_width", self.vision_width, "vision_heads", self.vision_heads)
         check_multiple("text_width", self.text_width, "text_heads", self.text_heads)
@@ -198,12 +229,22 @@ class ManagerTowerConfig:
                     f"fusion {self.fusion!r} reads {managed} layers of the {modality} encoder "
                     f"(managed_layers_{modality}, or num_layers), which has {layers}"
                 )
-        # the position table has a row for each token of a text
-        first_position = self.pad_token_id + 1
-        if self.max_text_len + first_position > self.max_positions:
+        self.check_rows()
+
+    def check_rows(self) -> None:
+        """Raises ValueError for tables without a row for the padding, or for a text's places."""
+        if self.pad_token_id >= self.vocab_size:
             raise ValueError(
-                f"max_text_len {self.max_text_len} does not fit into max_positions "
-                f"{self.max_positions} (positions start at {first_position})"
+                f"pad_token_id is {self.pad_token_id}, but the ids of vocab_size {self.vocab_size} "
+                f"end at {self.vocab_size - 1}"
+            )
+        # RoBERTa's positions start behind the id of its padding, wherever that lies
+        needed = self.pad_token_id + 1 + self.max_text_len
+        if needed > self.max_positions:
+            raise ValueError(
+                f"max_positions is {self.max_positions}; it must be at least {needed}: RoBERTa's "
+                f"positions start at pad_token_id + 1, which is {self.pad_token_id + 1}, and a "
+                f"text has max_text_len {self.max_text_len} of them"
             )
 
     @staticmethod

@@ -6,8 +6,11 @@ Official counterparts: HF's RobertaTokenizer, BertTokenizer and Qwen2Tokenizer; 
 T: max_len, the number of tokens that a text is padded to.
 """
 
+import contextlib
 import hashlib
-from collections.abc import Iterable, Sequence
+import os
+import textwrap
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,8 @@ import torch
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
-from files import write_atomically
+from fields import show
+from files import read_json, write_atomically
 
 ROBERTA_SPECIALS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
 # the names that a special token has in different vocabularies; the first one that is there counts
@@ -25,6 +29,18 @@ PAD_NAMES = ("<pad>", "[PAD]", "<|endoftext|>")
 CLS_NAMES = ("<s>", "[CLS]")
 SEP_NAMES = ("</s>", "[SEP]")
 MASK_NAMES = ("<mask>", "[MASK]")
+# role -> (the names of its token, what it is needed for)
+ROLES = {
+    "pad": (PAD_NAMES, "to pad texts with"),
+    "cls": (CLS_NAMES, "which begins each text"),
+    "sep": (SEP_NAMES, "which ends each text"),
+    "mask": (MASK_NAMES, "which MLM puts in the place of words"),
+    "im_start": (("<|im_start|>",), "which begins each turn of a chat"),
+    "im_end": (("<|im_end|>",), "which ends each turn of a chat"),
+}
+TOWER_ROLES = ("pad", "cls", "sep")  # what a two-tower model needs
+MLM_ROLES = ("pad", "cls", "sep", "mask")
+CHAT_ROLES = ("im_start", "im_end")  # what LLaVA-OV-Manager needs
 
 
 def first_id(ids: dict[str, int], names: Sequence[str]) -> int | None:
@@ -39,6 +55,7 @@ class Tokenizer:
     """Text <-> ids.
 
     pad_id, cls_id, sep_id, mask_id are None where a vocabulary has no such token (Qwen2).
+    vocab_size is the highest id + 1, the rows that an embedding needs; ids may be left out.
     """
 
     backend: Any  # of `tokenizers`, or of SentencePiece
@@ -50,7 +67,7 @@ class Tokenizer:
 
     def __init__(self, backend: tokenizers.Tokenizer):
         self.backend = backend
-        self.vocab_size = backend.get_vocab_size()
+        self.vocab_size = max(backend.get_vocab().values(), default=-1) + 1
         # a published file may ask for padding or truncation of its own
         backend.no_padding()
         backend.no_truncation()
@@ -65,8 +82,37 @@ class Tokenizer:
         self.special_ids = set(specials.values())
 
     def encode_piece(self, text: str) -> list[int]:
-        """The ids of a text alone."""
+        """The ids of a text alone. Raises ValueError for a text that has none."""
+        try:
+            return self.library_ids(text)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # a panic of the library is no Exception
+            raise ValueError(f"the tokenizer cannot take {show(text)}: {reason(error)}") from None
+
+    def library_ids(self, text: str) -> list[int]:
         return self.backend.encode(text, add_special_tokens=False).ids
+
+    def id_of(self, token: str) -> int | None:
+        """The id of a token of the vocabulary, special or not."""
+        return self.backend.token_to_id(token)
+
+    def role_id(self, role: str) -> int | None:
+        """The id of a row of ROLES; None if no single special token has this role."""
+        if role not in CHAT_ROLES:
+            return {
+                "pad": self.pad_id,
+                "cls": self.cls_id,
+                "sep": self.sep_id,
+                "mask": self.mask_id,
+            }[role]
+        (name,), _ = ROLES[role]
+        token_id = self.id_of(name)
+        try:
+            ids = self.encode_piece(name)
+        except ValueError:
+            return None
+        return token_id if ids == [token_id] else None
 
     def encode(self, text: str, max_len: int | None = None) -> list[int]:
         """<s> text </s>, cut to max_len with </s> kept.
@@ -77,7 +123,7 @@ class Tokenizer:
         end = [] if self.sep_id is None else [self.sep_id]
         ids = self.encode_piece(text)
         if max_len is not None:
-            ids = ids[: max_len - len(start) - len(end)]
+            ids = ids[: max(max_len - len(start) - len(end), 0)]
         return start + ids + end
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -147,8 +193,12 @@ class SentencePieceTokenizer(Tokenizer):
         self.special_ids.add(new_id)
         return new_id
 
-    def encode_piece(self, text: str) -> list[int]:
+    def library_ids(self, text: str) -> list[int]:
         return self.backend.encode(text)
+
+    def id_of(self, token: str) -> int | None:
+        piece_id = self.backend.piece_to_id(token)
+        return piece_id if self.backend.id_to_piece(piece_id) == token else None
 
     def content(self) -> tuple[str, bytes]:
         return "tokenizer.model", self.path.read_bytes()
@@ -177,28 +227,97 @@ def tokenizer_file(path: Path) -> Path:
     )
 
 
+@contextlib.contextmanager
+def silent_libraries() -> Iterator[None]:
+    """Rust and C++ print their failures on stderr by themselves; here the error says them."""
+    try:
+        stderr = os.dup(2)
+    except OSError:  # it is closed
+        yield
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(nowhere)
+
+
+def reason(error: BaseException) -> str:
+    """What a library says, in one line that is not too long."""
+    return textwrap.shorten(str(error), 200) or type(error).__name__
+
+
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """A folder or file: tokenizer.json, RoBERTa's vocab.json + merges.txt, SentencePiece's *.model.
 
     Raises ValueError, which names the file.
     """
     file = tokenizer_file(Path(path))
+    if file.suffix == ".json":
+        check_model(read_json(file, dict).get("model"), file)
     try:
-        if file.suffix == ".model":
-            return SentencePieceTokenizer(file)
-        if file.name != "vocab.json":
-            return Tokenizer(tokenizers.Tokenizer.from_file(str(file)))
-        model = models.BPE.from_file(str(file), str(file.with_name("merges.txt")))
-    except Exception as error:  # both libraries raise nothing narrower
-        raise ValueError(f"{file} is not a readable tokenizer: {error}") from None
-    # vocab.json does not say which tokens are special, so only RoBERTa's can be read
-    missing = [name for name in ROBERTA_SPECIALS if model.token_to_id(name) is None]
-    if missing:
+        with silent_libraries():
+            tokenizer = open_tokenizer(file)
+            try_out(tokenizer)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the libraries raise nothing narrower, and Rust panics
+        raise ValueError(f"{file} is not a readable tokenizer: {reason(error)}") from None
+    if file.name == "vocab.json":
+        # it does not say which tokens are special, so only RoBERTa's can be read
+        missing = [name for name in ROBERTA_SPECIALS if tokenizer.id_of(name) is None]
+        if missing:
+            raise ValueError(
+                f"{file} is not RoBERTa's, it lacks {missing}: give the tokenizer.json of other "
+                "vocabularies"
+            )
+        return Tokenizer(byte_level(tokenizer.backend.model, ROBERTA_SPECIALS))
+    return tokenizer
+
+
+def check_model(model: Any, file: Path) -> None:
+    """Raises ValueError for the model of a tokenizer.json that the library must not see."""
+    if not isinstance(model, dict):
+        return  # the library says it
+    if model.get("dropout"):
         raise ValueError(
-            f"{file} is not RoBERTa's, it lacks {missing}: give the tokenizer.json of other "
-            "vocabularies"
+            f"{file}: dropout is {show(model['dropout'])}, so a text would have other ids each "
+            "time; it must be null"
         )
-    return Tokenizer(byte_level(model, ROBERTA_SPECIALS))
+    # the library cuts the prefix off each second part unseen, and ends the process where it is not
+    prefix = model.get("continuing_subword_prefix")
+    merges = model.get("merges")
+    if not prefix or not isinstance(prefix, str) or not isinstance(merges, list):
+        return
+    for merge in merges:
+        parts = merge.split(" ") if isinstance(merge, str) else merge
+        if not isinstance(parts, list) or not str(parts[-1]).startswith(prefix):
+            raise ValueError(
+                f"{file}: continuing_subword_prefix is {show(prefix)}, but the merge "
+                f"{show(merge)} does not have it"
+            )
+
+
+def open_tokenizer(file: Path) -> Tokenizer:
+    if file.suffix == ".model":
+        return SentencePieceTokenizer(file)
+    if file.name != "vocab.json":
+        return Tokenizer(tokenizers.Tokenizer.from_file(str(file)))
+    model = models.BPE.from_file(str(file), str(file.with_name("merges.txt")))
+    return Tokenizer(tokenizers.Tokenizer(model))
+
+
+def try_out(tokenizer: Tokenizer) -> None:
+    """A damaged file may be read, and end in a panic of the library at its first text.
+
+    What is an Exception is left for the text that really needs it.
+    """
+    with contextlib.suppress(Exception):
+        ids = tokenizer.library_ids("A red circle: 12 \u00e9, \u96ea")
+        tokenizer.decode(ids)
 
 
 def train_tokenizer(
@@ -220,10 +339,49 @@ def train_tokenizer(
     return Tokenizer(byte_level(backend.model, specials))
 
 
-def check_tokenizer(tokenizer: Tokenizer, vocab_size: int, pad_token_id: int) -> None:
-    """Raises ValueError unless a model with this vocabulary can read what the tokenizer writes."""
-    if tokenizer.vocab_size > vocab_size or tokenizer.pad_id != pad_token_id:
+def check_roles(tokenizer: Tokenizer, roles: Sequence[str]) -> None:
+    """Raises ValueError unless there is a special token for each of these rows of ROLES."""
+    for role in roles:
+        if tokenizer.role_id(role) is not None:
+            continue
+        names, use = ROLES[role]
+        ordinary = [name for name in names if tokenizer.id_of(name) is not None]
+        if ordinary:
+            raise ValueError(
+                f"the tokenizer has {ordinary[0]}, {use}, only as an ordinary word; it must be a "
+                "special token"
+            )
+        listed = " or ".join(names)
+        raise ValueError(f"the tokenizer lacks a special token {listed}, {use}")
+
+
+def check_tokenizer(
+    tokenizer: Tokenizer,
+    vocab_size: int,
+    pad_token_id: int | None = None,
+    roles: Sequence[str] = TOWER_ROLES,
+    im_start_id: int | None = None,
+) -> None:
+    """Raises ValueError unless a model can read what the tokenizer writes.
+
+    vocab_size, pad_token_id, im_start_id: of the model's config; None for what it does not use.
+    roles: the rows of ROLES that are needed.
+    """
+    check_roles(tokenizer, roles)
+    size = tokenizer.vocab_size
+    if size > vocab_size:
         raise ValueError(
-            f"the tokenizer has {tokenizer.vocab_size} ids and pad id {tokenizer.pad_id}, the "
-            f"model --vocab_size {vocab_size} and --pad_token_id {pad_token_id}"
+            f"the tokenizer has {size} ids (0 to {size - 1}), the model has "
+            f"--vocab_size {vocab_size}"
+        )
+    if pad_token_id is not None and tokenizer.pad_id != pad_token_id:
+        raise ValueError(
+            f"the tokenizer has pad id {tokenizer.pad_id}, the model has --pad_token_id "
+            f"{pad_token_id}"
+        )
+    start_id = tokenizer.role_id("im_start")
+    if im_start_id is not None and start_id != im_start_id:
+        raise ValueError(
+            f"the tokenizer has <|im_start|> as id {start_id}, the model has im_start_id "
+            f"{im_start_id}"
         )

@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -45,9 +45,15 @@ from torch.nn import functional as F
 from fields import show
 from files import VERSION, read_json, write_atomically, write_json, write_text
 from images import image_transform
-from llava_manager import LlavaManager, LlavaManagerConfig
+from llava_manager import (
+    OFFICIAL_FIELDS,
+    SIGLIP_SUPPORTED,
+    LlavaManager,
+    LlavaManagerConfig,
+    check_settings,
+)
 from model import HEADS, ManagerTower, ManagerTowerConfig
-from tokenizer import load_tokenizer
+from tokenizer import CHAT_ROLES, check_roles, check_tokenizer, load_tokenizer
 from torch_files import TorchFile, as_dict
 from world import World
 
@@ -197,12 +203,47 @@ QWEN: Names = {  # HF's Qwen2ForCausalLM; also inside the official LLaVA-OV-Mana
 QWEN_HEAD = {"head.weight": "lm_head.weight"}  # of a model that does not tie it to the embedding
 
 
+class Published(NamedTuple):
+    """What the config.json beside an encoder says, and no shape shows."""
+
+    kinds: tuple[str, ...]  # its model_type
+    part: str  # where the config is that of something larger: the key of the encoder's own
+    supported: Mapping[str, Any]  # what our encoder computes with
+    defaults: Mapping[str, Any]  # what transformers takes for an absent key
+
+
+CLIP_SETTINGS = Published(
+    ("clip", "clip_vision_model"),
+    "vision_config",
+    {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5},
+    {"num_attention_heads": 12},
+)
+SIGLIP_SETTINGS = Published(
+    ("siglip", "siglip_vision_model"),
+    "vision_config",
+    SIGLIP_SUPPORTED,
+    {"num_attention_heads": 12},
+)
+ROBERTA_SETTINGS = Published(
+    ("roberta", "xlm-roberta", "camembert"),  # they differ in their tokenizers
+    "text_config",
+    {
+        "hidden_act": "gelu",
+        "layer_norm_eps": 1e-5,
+        "position_embedding_type": "absolute",
+        "is_decoder": False,
+    },
+    {"num_attention_heads": 12, "layer_norm_eps": 1e-12, "pad_token_id": 1},
+)
+
+
 class Layout(NamedTuple):
     """How one kind of encoder is published."""
 
     names: Names
     prefix: str  # before all its keys, where the encoder is a part of something larger
     dead: tuple[str, ...]  # patterns of other keys in such files; {} is the number of our layers
+    settings: Published | None = None  # where a config.json belongs to it
 
 
 OPENAI_LAYOUT = Layout(CLIP, "visual.", (r"(?!visual\.).*", r"visual\.proj"))
@@ -210,6 +251,7 @@ HF_CLIP_LAYOUT = Layout(
     HF_CLIP,
     "vision_model.",
     (r"text_model\..*", r"logit_scale", r"(visual|text)_projection\.weight", r".*position_ids"),
+    CLIP_SETTINGS,
 )
 HF_SIGLIP_LAYOUT = Layout(
     HF_SIGLIP,
@@ -222,9 +264,13 @@ HF_SIGLIP_LAYOUT = Layout(
         r"logit_\w+",
         r".*position_ids",
     ),
+    SIGLIP_SETTINGS,
 )
 HF_ROBERTA_LAYOUT = Layout(
-    ROBERTA, "roberta.", (r"lm_head\..*", r".*pooler\..*", r".*position_ids")
+    ROBERTA,
+    "roberta.",
+    (r"lm_head\..*", r".*pooler\..*", r".*position_ids"),
+    ROBERTA_SETTINGS,
 )
 INV_FREQ = r".*rotary_emb\.inv_freq"  # a buffer that old versions of transformers wrote
 IMAGE_LAYOUTS = (OPENAI_LAYOUT, HF_CLIP_LAYOUT)
@@ -457,7 +503,7 @@ def refuse(problems: dict[str, list[str]]) -> None:
     parts = []
     for name, items in problems.items():
         if items:
-            parts.append(f"{name}: {textwrap.shorten('; '.join(items), 400)}")
+            parts.append(f"{name}: {textwrap.shorten('; '.join(items), 250)}")
     if parts:
         raise ValueError("the weights do not fit the config. " + ". ".join(parts))
 
@@ -564,37 +610,101 @@ def naming(path: str | Path) -> Iterator[None]:
         raise ValueError(f"{path}: {error}") from error
 
 
+DTYPES = {  # how the header of a .safetensors file calls them
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+def safetensors_file(path: str | Path) -> Path:
+    """A .safetensors file, or the model.safetensors of a folder. Raises ValueError if none is."""
+    path = Path(path)
+    file = path / "model.safetensors" if path.is_dir() else path
+    if file.is_file() and file.suffix == ".safetensors":
+        return file
+    problem = "does not exist"
+    if file.exists() or file.is_symlink():
+        problem = "is not a .safetensors file"
+    raise ValueError(
+        f"{file} {problem}; `python prepare.py weights` makes a folder with model.safetensors "
+        "from PyTorch's .bin, .pt and .ckpt files"
+    )
+
+
 def read_safetensors(path: str | Path) -> State:
     """A .safetensors file, or the model.safetensors of a folder, as CPU tensors.
 
     Raises ValueError if there is none, or if it cannot be read.
     """
-    path = Path(path)
-    file = path / "model.safetensors" if path.is_dir() else path
-    if not file.is_file() or file.suffix != ".safetensors":
-        problem = "is not a .safetensors file" if file.is_file() else "does not exist"
-        raise ValueError(
-            f"{file} {problem}; `python prepare.py weights` makes a folder with model.safetensors "
-            "from PyTorch's .bin, .pt and .ckpt files"
-        )
+    file = safetensors_file(path)
+    read_header(file)  # it names what load_file does not
     try:
         return load_file(file)
     except SafetensorError as error:
         raise ValueError(f"{file} is not a readable safetensors file ({error})") from error
 
 
-def read_shards(path: str | Path) -> State:
-    """What `read_safetensors` reads, or all shards that the index of a folder names."""
+def read_header(path: str | Path) -> State:
+    """What `read_safetensors` reads, as tensors on the meta device: they need no memory, so a file
+    can be compared with a config before anything is allocated.
+    """
+    file = safetensors_file(path)
+    state = {}
+    try:
+        with safe_open(file, framework="pt") as opened:
+            for key in opened.keys():  # noqa: SIM118 (it is no dict)
+                part = opened.get_slice(key)
+                name = part.get_dtype()
+                if name not in DTYPES:
+                    raise ValueError(f"{file}: {key} has the type {name}, which cannot be read")
+                shape = part.get_shape()
+                state[key] = torch.empty(shape, dtype=DTYPES[name], device="meta")
+    except (SafetensorError, RuntimeError, TypeError) as error:
+        reason = textwrap.shorten(str(error), 200)
+        raise ValueError(f"{file} is not a readable safetensors file ({reason})") from error
+    return state
+
+
+def weight_files(path: str | Path) -> list[Path]:
+    """The .safetensors file of a path, or all shards that the index of a folder names."""
     index_file = Path(path) / "model.safetensors.index.json"
     if not index_file.is_file():
-        return read_safetensors(path)
+        return [Path(path)]
     weight_map = read_json(index_file, dict).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index_file} has no weight_map: it must say which file has which key")
+    names = sorted({str(name) for name in weight_map.values()})
+    return [index_file.parent / name for name in names]
+
+
+def read_shards(path: str | Path) -> State:
+    """What `read_safetensors` reads, of all `weight_files`."""
     state: State = {}
-    for name in sorted({str(name) for name in weight_map.values()}):
-        state.update(read_safetensors(index_file.parent / name))
+    for file in weight_files(path):
+        state.update(read_safetensors(file))
     return state
+
+
+def read_headers(path: str | Path) -> State:
+    """What `read_shards` reads, on the meta device."""
+    state: State = {}
+    for file in weight_files(path):
+        state.update(read_header(file))
+    return state
+
+
+# Who compares a file with a model reads it twice: the header decides whether the rest is read.
+READERS = (read_headers, read_shards)
 
 
 # ---------------------------------------------------------------- published encoders
@@ -605,40 +715,119 @@ def load_unimodal(model: ManagerTower | LlavaManager, vision: str | Path, text: 
     model's image size; text is RoBERTa, HF's RobertaModel or RobertaForMaskedLM. LlavaManager:
     HF's SiglipModel or SiglipVisionModel, without its last layer, and Qwen2ForCausalLM.
 
-    Raises ValueError with the file, and the keys as in `import_state`.
+    A config.json beside them must say what the model computes with. Raises ValueError with the
+    file, and the keys as in `import_state`.
     """
+    heads = "num_attention_heads"
+    vision_fields = {heads: ("vision_heads", model.config.vision_heads)}
     if isinstance(model, LlavaManager):
-        load_encoder(model.vision, vision, (HF_SIGLIP_LAYOUT,), len(model.vision.blocks))
+        layers = len(model.vision.blocks)
+        load_encoder(model.vision, vision, (HF_SIGLIP_LAYOUT,), layers, vision_fields)
         load_language_model(model, text)
     else:
+        text_fields = {
+            heads: ("text_heads", model.config.text_heads),
+            "pad_token_id": ("pad_token_id", model.config.pad_token_id),
+        }
         images = model.image_encoder
         texts = model.text_encoder
-        load_encoder(images, vision, IMAGE_LAYOUTS, len(images.blocks))
-        load_encoder(texts, text, TEXT_LAYOUTS, len(texts.layers))
+        load_encoder(images, vision, IMAGE_LAYOUTS, len(images.blocks), vision_fields)
+        load_encoder(texts, text, TEXT_LAYOUTS, len(texts.layers), text_fields)
+
+
+OurFields = Mapping[str, tuple[str, Any]]  # their key -> our field, and its value in the model
 
 
 def load_encoder(
-    encoder: nn.Module, path: str | Path, layouts: tuple[Layout, ...], num_layers: int
+    encoder: nn.Module,
+    path: str | Path,
+    layouts: tuple[Layout, ...],
+    num_layers: int,
+    our_fields: OurFields,
 ) -> None:
     """Load a file or folder in one of these layouts into an encoder."""
-    state = read_shards(path)
-    with naming(path):
-        refuse_our_own(state)
-        layout, prefix = find_layout(state, layouts)
-        rows = expand(layout.names, "", prefix, num_layers)
-        dead = tuple(pattern.replace("{}", str(num_layers)) for pattern in layout.dead)
-        if "class_embedding" in layout.names:  # SigLIP's images have one size
-            state = resize_foreign_positions(state, rows, encoder)
-        encoder.load_state_dict(import_state(state, rows, shapes_of(encoder), dead))
+    imported: State = {}
+    for read in READERS:
+        state = read(path)
+        with naming(path):
+            refuse_our_own(state)
+            layout, prefix = find_layout(state, layouts)
+            if read is read_headers and layout.settings:
+                check_published(config_beside(path), layout.settings, our_fields)
+            rows = expand(layout.names, "", prefix, num_layers)
+            dead = tuple(pattern.replace("{}", str(num_layers)) for pattern in layout.dead)
+            if "class_embedding" in layout.names:  # SigLIP's images have one size
+                state = resize_foreign_positions(state, rows, encoder)
+            imported = import_state(state, rows, shapes_of(encoder), dead)
+    encoder.load_state_dict(imported)
 
 
 def load_language_model(model: LlavaManager, path: str | Path) -> None:
-    state = read_shards(path)
-    with naming(path):
-        refuse_our_own(state)
-        state = drop_tied_head(state, model.config)
-        rows = expand(qwen_names(model.config), layers=model.config.num_layers)
-        model.llm.load_state_dict(import_state(state, rows, shapes_of(model.llm), (INV_FREQ,)))
+    check_published_llm(config_beside(path), model.config)
+    imported: State = {}
+    for read in READERS:
+        state = read(path)
+        with naming(path):
+            refuse_our_own(state)
+            state = drop_tied_head(whole_language_model(state), model.config)
+            rows = expand(qwen_names(model.config), layers=model.config.num_layers)
+            imported = import_state(state, rows, shapes_of(model.llm), (INV_FREQ,))
+    model.llm.load_state_dict(imported)
+
+
+def whole_language_model(state: State) -> State:
+    """A Qwen2Model that was saved by itself, under the names that it has in Qwen2ForCausalLM."""
+    if any(key.startswith("model.") for key in state):
+        return state
+    return {f"model.{key}": tensor for key, tensor in state.items()}
+
+
+# what transformers calls the only file of weights in a folder, which the config.json there is of
+WHOLE_FILES = ("model.safetensors", "pytorch_model.bin")
+
+
+def config_beside(path: str | Path) -> Path | None:
+    """The config.json of a folder, or beside one of WHOLE_FILES; None if there is none."""
+    path = Path(path)
+    folder = path.parent if path.name in WHOLE_FILES and path.is_file() else path
+    file = folder / "config.json"
+    return file if file.is_file() else None
+
+
+def check_published(file: Path | None, settings: Published, our_fields: OurFields) -> None:
+    """Raises ValueError for a config.json of another kind of encoder, or of other settings."""
+    if file is None:
+        return
+    whole = read_json(file, dict)
+    values = whole.get(settings.part, whole)
+    with naming(file):
+        if not isinstance(values, dict):
+            raise ValueError(f"{settings.part} is {show(values)}; it must be an object")
+        kind = values.get("model_type", whole.get("model_type"))
+        if kind is not None and kind not in settings.kinds:
+            wanted = " or ".join(settings.kinds)
+            raise ValueError(f"model_type is {show(kind)}; it must be {wanted}")
+        said = {key: value for key, value in values.items() if value is not None}
+        values = {**settings.defaults, **said}
+        check_settings(values, settings.supported, "the encoder's")
+        for key, (field, ours) in our_fields.items():
+            if values[key] != ours:
+                raise ValueError(
+                    f"{key} is {show(values[key])}, but the model has --{field} {ours}"
+                )
+
+
+def check_published_llm(file: Path | None, config: LlavaManagerConfig) -> None:
+    """Raises ValueError for a config.json of another LLM than the model's."""
+    if file is None:
+        return
+    with naming(file):
+        published = LlavaManagerConfig.from_official(read_json(file, dict))
+        for field, key in {**OFFICIAL_FIELDS, "rope_theta": "rope_theta"}.items():
+            theirs = getattr(published, field)
+            ours = getattr(config, field)
+            if theirs != ours:
+                raise ValueError(f"{key} is {theirs}, but the model has --{field} {ours}")
 
 
 def find_layout(state: State, layouts: tuple[Layout, ...]) -> tuple[Layout, str]:
@@ -705,13 +894,7 @@ def read_config_values(folder: str | Path) -> dict[str, Any]:
     file = Path(folder) / "config.json"
     if not file.is_file():
         raise ValueError(f"{folder} is not a checkpoint folder: it has no config.json")
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is not a JSON object: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{file} is not a JSON object: it holds a {type(values).__name__}")
-    return values
+    return read_json(file, dict)
 
 
 def read_config(folder: str | Path, config_class: Any = ManagerTowerConfig) -> Any:
@@ -729,7 +912,8 @@ def read_config(folder: str | Path, config_class: Any = ManagerTowerConfig) -> A
     if f"{name}Config" != config_class.__name__ or unknown:
         wanted = config_class.__name__.removesuffix("Config")
         raise ValueError(
-            f"{file} is not the config of a {wanted}: model {name!r}, unknown fields {unknown}"
+            f"{file} is not the config of a {wanted}: model {show(name)}, unknown fields "
+            f"{show(unknown)}"
         )
     try:
         return config_class(**values)
@@ -766,65 +950,119 @@ def load_llava(
     SigLIP, and `im_start_id` the token of its tokenizer, where they are not those of the paper.
     """
     values = read_config_values(folder)
-    is_official = "model_type" in values
+    is_official = values.get("model") != "LlavaManager"
     if is_official:
         known = {} if im_start_id is None else {"im_start_id": im_start_id}
         with naming(Path(folder) / "config.json"):
             config = LlavaManagerConfig.from_official(values, vision, **known)
-        state = read_shards(folder)
     elif vision is not None or im_start_id is not None:
         raise ValueError(
             f"{folder} is no official folder: vision and im_start_id are in its config"
         )
     else:
         config = read_config(folder, LlavaManagerConfig)
-        state = read_safetensors(folder)
 
+    refuse_more_layers(folder, config, read_headers(folder))
     with torch.device("meta"):
         model = LlavaManager(config)
-    with naming(folder):
-        if is_official:
-            state = llava_from_official(state, config)
-        # official or not, the tensors of the file must be exactly those of the model
-        shapes = shapes_of(model)
-        state = import_state(state, [Row(key, (key,)) for key in shapes], shapes)
+    # official or not, the tensors of the file must be exactly those of the model
+    shapes = shapes_of(model)
+    for read in READERS:
+        state = read(folder)
+        with naming(folder):
+            if is_official:
+                state = llava_from_official(state, config)
+            state = import_state(state, [Row(key, (key,)) for key in shapes], shapes)
     state = {key: tensor.to(dtype) for key, tensor in state.items()}
     model.load_state_dict(state, strict=True, assign=True)
     return model
 
 
+def refuse_more_layers(folder: str | Path, config: Any, header: State) -> None:
+    """Raises ValueError for more layers than the file has tensors: building them takes long."""
+    for name in ("vision_layers", "text_layers", "num_layers"):
+        layers = getattr(config, name, 0)
+        if layers > len(header) + 1:  # the last one of SigLIP is not built
+            raise ValueError(
+                f"{folder}: the weights do not fit the config. {name} is {layers}, but the file "
+                f"has only {len(header)} tensors"
+            )
+
+
 # ---------------------------------------------------------------- a model for another task
+# The fields that may differ from those of a stored model: its weights mean the same with them.
+FREE_FIELDS = (
+    "heads",  # others are dropped, or new
+    "num_answers",
+    "head_hidden_scale",
+    "image_size",  # the position table is resized
+    "max_text_len",
+    "dropout",
+    "mask_fused_query",
+    "manager_noise",
+    # of what is new
+    "contrastive_size",
+    "temperature",
+    "initializer_range",
+)
+
+
 def load_tower(folder: str | Path, **overrides: Any) -> ManagerTower:
-    """A checkpoint folder of ours -> ManagerTower; overrides are other values of config fields.
+    """A checkpoint folder of ours -> ManagerTower; overrides are other values of FREE_FIELDS.
 
     What fits is kept. For another image size the position table is resized; NLVR2's third token
     type copies the second; a new rank head starts as the match row of the ITM head; heads of other
     tasks are dropped and new ones initialised, both of which is printed. Any other difference
     raises ValueError.
     """
-    config = dataclasses.replace(read_config(folder), **overrides)
+    stored_config = read_config(folder)
+    config = dataclasses.replace(stored_config, **overrides)
+    for name in overrides:
+        before = getattr(stored_config, name)
+        after = getattr(config, name)
+        if name not in FREE_FIELDS and before != after:
+            raise ValueError(
+                f"--{name} is {show(after)}, but {folder} has {show(before)}: its weights mean "
+                "nothing with another value"
+            )
+    # from the header alone: what does not fit is neither built nor read
+    header = read_header(folder)
+    refuse_more_layers(folder, config, header)
+    with torch.device("meta"):
+        fit_state(folder, header, ManagerTower(config))
+    # the numbers
     model = ManagerTower(config)
-    state = read_safetensors(folder)
-    with naming(folder):
-        refuse(bad_values(state))
-        resize_positions(state, config)
-    fit_type_embedding(state, model)
-    if "retrieval" in model.heads:
-        seed_rank_head(state)
-    stored = stored_heads(state)
-    dropped = sorted(stored - set(model.heads))
-    new = sorted(set(model.heads) - stored)
-    state = without_heads(state, dropped)
-    add_new_heads(state, model, new)
-    # all that was to be changed is changed; from here on it is strict
-    refuse_differences(folder, state, model)
+    stored = read_safetensors(folder)
+    state = fit_state(folder, stored, model)
     model.load_state_dict(state)
+    dropped = sorted(stored_heads(stored) - set(model.heads))
+    new = sorted(set(model.heads) - stored_heads(stored))
     if (dropped or new) and os.environ.get("RANK", "0") == "0":
         print(
             f"{folder}: heads dropped: {', '.join(dropped) or 'none'}; "
             f"heads initialised: {', '.join(new) or 'none'}"
         )
     return model
+
+
+def fit_state(folder: str | Path, stored: State, model: ManagerTower) -> State:
+    """The weights of a file, made to fit a model for another task. Meta tensors work too.
+
+    Raises ValueError for what does not fit.
+    """
+    state = dict(stored)
+    with naming(folder):
+        refuse(bad_values(state))
+        resize_positions(state, model.config)
+    fit_type_embedding(state, model)
+    if "retrieval" in model.heads:
+        seed_rank_head(state)
+    kept = stored_heads(state)
+    state = without_heads(state, sorted(kept - set(model.heads)))
+    add_new_heads(state, model, sorted(set(model.heads) - kept))
+    # all that was to be changed is changed; from here on it is strict
+    refuse_differences(folder, state, model)
+    return state
 
 
 def resize_positions(state: State, config: ManagerTowerConfig) -> None:
@@ -885,7 +1123,7 @@ def refuse_differences(folder: str | Path, state: State, model: nn.Module) -> No
         if in_file != in_model:
             differences.append(f"{key}: {in_file} in the file, {in_model} in the model")
     if differences:
-        listed = textwrap.shorten("; ".join(differences), 800)
+        listed = textwrap.shorten("; ".join(differences), 600)
         raise ValueError(f"{folder} does not fit the model. {listed}")
 
 
@@ -920,12 +1158,15 @@ def load_two_tower(checkpoint: str, head: str = "", device: str = "auto") -> Loa
         raise ValueError(
             f"{checkpoint} is a LLaVA-OV-Manager, for ask.py chat, figures.py managers and grid"
         )
-    model = load_tower(checkpoint).to(World(device).device)
-    if head and head not in model.heads:
-        raise ValueError(f"{checkpoint} has no {head} head, only {', '.join(model.heads)}")
-    name = stored_transform(checkpoint)
-    transform = image_transform(name, model.config.image_size, False)
-    return Loaded(model, load_tokenizer(checkpoint), transform)
+    place = World(device).device
+    config = read_config(checkpoint)
+    if head and head not in config.heads:
+        raise ValueError(f"{checkpoint} has no {head} head, only {', '.join(config.heads)}")
+    tokenizer = load_tokenizer(checkpoint)
+    with naming(checkpoint):
+        check_tokenizer(tokenizer, config.vocab_size, config.pad_token_id)
+        transform = image_transform(stored_transform(checkpoint), config.image_size, False)
+    return Loaded(load_tower(checkpoint).to(place), tokenizer, transform)
 
 
 def stored_transform(folder: str | Path) -> str:
@@ -937,7 +1178,7 @@ def stored_transform(folder: str | Path) -> str:
     values = read_config_values(folder)
     stored = values.get("transform")
     if stored:
-        return stored
+        return str(stored)
     return "clip" if "mlm" in values.get("heads", ()) else "albef"
 
 
@@ -950,8 +1191,22 @@ def load_mllm(checkpoint: str, tokenizer: str = "", device: str = "auto") -> Loa
         )
     place = World(device).device
     dtype = torch.bfloat16 if place.type == "cuda" else torch.float32
-    model = load_llava(checkpoint, dtype).to(place).eval()
-    return Loaded(model, load_tokenizer(tokenizer or checkpoint), None)
+    text_tokenizer = load_tokenizer(tokenizer or checkpoint)
+    with naming(tokenizer or checkpoint):
+        check_roles(text_tokenizer, CHAT_ROLES)
+    if read_config_values(checkpoint).get("model") == "LlavaManager":
+        model = load_llava(checkpoint, dtype)
+    else:  # an official config does not say which token it is
+        im_start_id = text_tokenizer.role_id(CHAT_ROLES[0])
+        model = load_llava(checkpoint, dtype, im_start_id=im_start_id)
+    with naming(tokenizer or checkpoint):
+        check_tokenizer(
+            text_tokenizer,
+            model.config.vocab_size,
+            roles=CHAT_ROLES,
+            im_start_id=model.config.im_start_id,
+        )
+    return Loaded(model.to(place).eval(), text_tokenizer, None)
 
 
 # ================================================================ 5. any file of weights
@@ -967,6 +1222,9 @@ def read_weights(source: str | Path) -> tuple[State, dict]:
     source = Path(source)
     if not source.is_dir():
         state, settings = read_weights_file(source)
+        file = config_beside(source)
+        if file is not None:
+            settings = read_json(file, dict)
         with naming(source):
             return unwrap(state), settings
     files = sorted(source.glob("*.safetensors")) or sorted(source.glob("pytorch_model*.bin"))
@@ -1030,6 +1288,29 @@ BRIDGETOWER = {  # how the keys of transformers' BridgeTower begin -> how the of
 }
 BRIDGETOWER_MARK = r"(bridgetower\.)?vision_model\.visual\..*"
 BRIDGETOWER_DEAD = (r".*(position|token_type)_ids", r"itc_cross_modal_head\..*")
+
+
+# what its config.json may say of the whole, and of each part: ours computes with it
+BRIDGETOWER_SUPPORTED: dict[str, dict[str, Any]] = {
+    "": {"hidden_act": "gelu", "link_tower_type": "add", "share_link_tower_layers": False},
+    "text_config": {
+        "hidden_act": "gelu",
+        "layer_norm_eps": 1e-5,
+        "position_embedding_type": "absolute",
+    },
+    "vision_config": {"layer_norm_eps": 1e-5},
+}
+
+
+def check_bridgetower(settings: dict) -> None:
+    """Raises ValueError for a config.json that says what our model does not compute with."""
+    for name, supported in BRIDGETOWER_SUPPORTED.items():
+        part = settings.get(name) if name else settings
+        if part is None:
+            continue
+        if not isinstance(part, dict):
+            raise ValueError(f"{name} of its config.json is {show(part)}; it must be an object")
+        check_settings(part, supported, f"{name or 'the whole'} of its config.json:")
 
 
 def bridgetower_key(key: str) -> str:
@@ -1218,7 +1499,8 @@ def number_in(settings: dict, name: str, default: float) -> Any:
 
 
 # ---------------------------------------------------------------- the conversion
-ENCODER_MARKS = (CLIP["class_embedding"], str(ROBERTA["word_embedding.weight"]))
+# how a key of CLIP, or of RoBERTa, ends -> the dimensions of its tensor
+ENCODER_MARKS = {CLIP["class_embedding"]: 1, str(ROBERTA["word_embedding.weight"]): 2}
 
 
 def convert_weights(
@@ -1239,11 +1521,14 @@ def convert_weights(
     with naming(source):
         refuse_our_own(state)
         if any(re.fullmatch(BRIDGETOWER_MARK, key) for key in state):
+            check_bridgetower(settings)
             state = bridgetower_to_official(state)
     if official_keys()["text_transform.weight"] in state:
         convert_tower(source, state, settings, out, answers)
-    elif any(key.endswith(ENCODER_MARKS) for key in state):
-        convert_encoder(state, out)
+    elif any(key.endswith(tuple(ENCODER_MARKS)) for key in state):
+        with naming(source):
+            check_marks(state)
+        convert_encoder(state, settings, out)
     else:
         raise ValueError(
             f"{source} is no ManagerTower, BridgeTower, METER, CLIP or RoBERTa: "
@@ -1260,22 +1545,48 @@ def convert_tower(
     with naming(source):
         config = infer_config(state, settings)
         ours = from_official(state, config)
-    if answers and len(answers) != config.num_answers:
-        raise ValueError(
-            f"--answers has {len(answers)} answers, but the model has {config.num_answers}"
-        )
+    if answers:
+        check_answers(answers, config.num_answers, "--answers")
     save_folder({key: tensor.float() for key, tensor in ours.items()}, config, out)
     if answers:
         write_json(out / "answers.json", answers)
     print(f"{out}: {config}")
 
 
-def convert_encoder(state: State, out: Path) -> None:
-    """CLIP or RoBERTa under its own names; `load_unimodal` reads it."""
+def check_answers(answers: Any, num_answers: int, name: str) -> None:
+    """Raises ValueError unless these are num_answers different texts. name: of their file."""
+    if not isinstance(answers, list):
+        raise ValueError(f"{name} holds {show(answers)}; it must be a list of texts")
+    seen = set()
+    for number, answer in enumerate(answers):
+        if not isinstance(answer, str):
+            raise ValueError(f"{name}: answer {number} is {show(answer)}; it must be a text")
+        if answer in seen:
+            raise ValueError(f"{name}: answer {number}, {show(answer)}, is there twice")
+        seen.add(answer)
+    if len(answers) != num_answers:
+        raise ValueError(f"{name} has {len(answers)} answers, but the model has {num_answers}")
+
+
+def check_marks(state: State) -> None:
+    for key, tensor in state.items():
+        for mark, dimensions in ENCODER_MARKS.items():
+            if key.endswith(mark) and tensor.dim() != dimensions:
+                raise ValueError(
+                    f"wrong shape: {key} is {tuple(tensor.shape)}, should have {dimensions} "
+                    "dimensions"
+                )
+
+
+def convert_encoder(state: State, settings: dict, out: Path) -> None:
+    """CLIP or RoBERTa under its own names; `load_unimodal` reads it, and its config.json."""
     visual = {key: tensor for key, tensor in state.items() if key.startswith("visual.")}
     if visual:  # CLIP's text encoder is not used
         state = visual
     out.mkdir(parents=True, exist_ok=True)
+    if "model_type" in settings:  # it is a config.json of transformers
+        write_json(out / "config.json", settings)
+    state = {key: tensor.contiguous() for key, tensor in state.items()}
     write_atomically(out / "model.safetensors", lambda path: save_file(state, path))
     print(
         f"{out / 'model.safetensors'}: {len(state)} tensors of an encoder, for --vision or --text"

@@ -623,16 +623,10 @@ def test_config_from_official():
     ):
         with pytest.raises(ValueError, match=message):
             LlavaManagerConfig.from_official({**published, **change})
-    with pytest.raises(ValueError, match="lacks rope_theta, vision patch_size"):
-        broken = {k: v for k, v in published.items() if k != "rope_theta"}
-        vision = (
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "image_size",
-        )
-        LlavaManagerConfig.from_official(broken, vision=dict.fromkeys(vision, 8))
+    for missing in ("rope_theta", "hidden_size"):
+        broken = {k: v for k, v in published.items() if k != missing}
+        with pytest.raises(ValueError, match=f"lacks {missing}"):
+            LlavaManagerConfig.from_official(broken)
     with pytest.raises(ValueError, match="at least two"):
         LlavaManagerConfig.base(managed_layers=(25,))
 
@@ -788,12 +782,57 @@ def test_impossible_configs_are_refused_in_one_sentence(fields, message):
         ({"mm_manager_grid_type": ["x"]}, "managed_grids is"),
         ({"eos_token_id": "x"}, "eos_ids is"),
         ({"hidden_size": "x"}, "hidden_size is 'x'"),
+        ({"tie_word_embeddings": "true"}, "tie_embeddings is 'true'.*in the file .* tie_word_emb"),
+        ({"num_attention_heads": 0}, "num_heads is 0; .*in the file it is num_attention_heads"),
+        ({"use_sliding_window": True}, "use_sliding_window is True; only False"),
+        ({"layer_types": ["sliding_attention"]}, "layer_types is .'sliding_attention'."),
+        ({"layer_types": 3}, "layer_types is 3"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; only 'silu'"),
+        ({"attention_bias": False}, "attention_bias is False; only True"),
+        ({"mm_vision_select_layer": -1}, "mm_vision_select_layer is -1; only -2"),
+        ({"model_type": "llava_llama"}, "model_type is 'llava_llama'; the LLM must be a qwen2"),
+        ({"model_type": 5}, "model_type is 5"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, "rope_scaling is .* only its default"),
+        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e6}}, "rope_parameters is"),
+        ({"rope_parameters": {"rope_theta": 5.0}}, "several values of rope_theta: .1000000.0, 5.0"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "rope_parameters is"),
+        ({"rope_parameters": "x"}, "rope_parameters is 'x'; it must be an object"),
+        ({"rope_theta": None}, "lacks rope_theta"),
+        ({"num_hidden_layers": 10**6}, "num_layers is 1000000; .* to 1000"),
+        ({"tiny_vision_config": {"hidden_act": "gelu"}}, "hidden_act is 'gelu'; only 'gelu_py"),
+        ({"tiny_vision_config": {"vision_config": 3}}, "vision config is 3; it must be an object"),
     ],
 )
 def test_broken_official_configs_are_refused(change, message):
     official = read_llava("tiny/config_static_all.json")
     with pytest.raises(ValueError, match=message):
-        LlavaManagerConfig.from_official({**official, **change}, official["tiny_vision_config"])
+        changed = {**official, **change}
+        LlavaManagerConfig.from_official(changed, changed["tiny_vision_config"])
+
+
+def test_configs_of_other_versions_of_transformers_are_read():
+    official = read_llava("tiny/config_static_all.json")
+    vision = official["tiny_vision_config"]
+    expected = LlavaManagerConfig.from_official(official, vision)
+    without_theta = {key: value for key, value in official.items() if key != "rope_theta"}
+    for change in (
+        {"rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}},
+        {"rope_scaling": {"rope_theta": 1e6, "type": "default"}},
+        {"rope_theta": 1e6, "rope_scaling": None, "rope_parameters": None},
+        {"rope_theta": 1e6, "layer_types": ["full_attention"] * 6, "sliding_window": None},
+    ):
+        assert LlavaManagerConfig.from_official({**without_theta, **change}, vision) == expected
+    # a whole SigLIP, and one that leaves out what SiglipVisionConfig says without it
+    assert LlavaManagerConfig.from_official(official, {"vision_config": vision}) == expected
+    base = LlavaManagerConfig.from_official(
+        {**official, "image_grid_pinpoints": None}, {"vision_config": {"model_type": "siglip"}}
+    )
+    assert (base.image_size, base.patch_size, base.vision_width, base.vision_heads) == (
+        224,
+        16,
+        768,
+        12,
+    )
 
 
 def test_labels_of_another_shape_are_refused():

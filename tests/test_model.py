@@ -377,10 +377,19 @@ def test_presets():
     [
         ("fusion", "tower", "fusion is 'tower'"),
         ("heads", ("cls",), "heads is 'cls'; it must be one of mlm, "),
+        ("heads", ["vqa", "vqa"], "heads is .'vqa', 'vqa'.; it names one of them twice"),
         ("hidden_size", 97, "hidden_size 97 is not a multiple of num_heads 3"),
         ("image_size", 60, "image_size 60 is not a multiple of patch_size 16"),
         ("managed_layers_text", 9, "reads 9 layers of the text encoder"),
-        ("max_text_len", 100, "max_positions"),
+        ("max_text_len", 100, "max_positions is 52; it must be at least 102"),
+        ("pad_token_id", 299, "max_positions is 52; it must be at least 316: .* pad_token_id . 1"),
+        ("pad_token_id", 300, "pad_token_id is 300, but the ids of vocab_size 300 end at 299"),
+        ("max_text_len", 2, "max_text_len is 2; it must be a whole number from 3"),
+        ("vocab_size", 10**12, "vocab_size is 1000000000000"),
+        ("num_layers", 10**6, "num_layers is 1000000; it must be a whole number from 1 to 1000"),
+        ("vision_width", 10**9, "vision_width is 1000000000"),
+        ("mlp_ratio", 10**9, "mlp_ratio is 1000000000"),
+        ("image_size", 1_600_000, "image_size is 1600000"),
         ("num_layers", 0, "num_layers is 0"),
         ("vocab_size", "9", "vocab_size is '9'"),
         ("managed_layers_image", 0, "managed_layers_image is 0"),
@@ -390,6 +399,18 @@ def test_presets():
 def test_config_errors(field, value, message):
     with pytest.raises(ValueError, match=message):
         ManagerTowerConfig.tiny(**{field: value})
+
+
+def test_the_pad_token_may_be_the_last_of_the_vocabulary():
+    """Positions then start far into the table, which has to be longer."""
+    config = ManagerTowerConfig.tiny(pad_token_id=299, max_positions=316)
+    model = ManagerTower(config).eval()
+    pixels, ids, mask = tiny_batch(config)
+    ids = ids.clamp(max=298)
+    expected = model(pixels, ids, mask).pooled
+    padded = ids.masked_fill(mask == 0, 299)
+    close(model(pixels, padded, mask).pooled[mask.all(1)], expected[mask.all(1)], 1e-6)
+    assert expected.isfinite().all()
 
 
 def test_flags_of_managers_mean_nothing_without_managers():

@@ -5,12 +5,19 @@ import pickle
 
 import pytest
 import sentencepiece
+import tokenizers
 import torch
 from helpers import GOLDEN
 
 import tokenizer as tokenizers_room
 from scenes import demo_source, demo_tokenizer
-from tokenizer import check_tokenizer, load_tokenizer, train_tokenizer
+from tokenizer import (
+    CHAT_ROLES,
+    MLM_ROLES,
+    check_tokenizer,
+    load_tokenizer,
+    train_tokenizer,
+)
 
 TOKENIZERS = GOLDEN.parent / "tokenizers"
 HARD = [
@@ -145,3 +152,130 @@ def test_without_a_pad_token_there_are_no_batches():
     backend = tokenizers_room.byte_level(tokenizers_room.models.BPE(), ())
     with pytest.raises(ValueError, match="has none of <pad>, .* to pad texts with"):
         tokenizers_room.Tokenizer(backend)(["x"], 4)
+
+
+# ---------------------------------------------------------------- unusual and damaged files
+SPECIALS = ("<s>", "</s>", "<unk>", "<mask>", "<pad>")
+
+
+def word_level(words, specials=SPECIALS, gap=0):
+    """A tokenizer of whole words, whose special tokens come last, `gap` ids behind the rest."""
+    vocabulary = {word: number for number, word in enumerate(words)}
+    for number, name in enumerate(specials):
+        vocabulary[name] = len(words) + gap + number
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    backend.add_special_tokens(list(specials))
+    return backend
+
+
+def test_ids_need_not_be_dense_and_the_pad_may_be_the_last(tmp_path):
+    word_level(["a", "red", "circle"], gap=90).save(str(tmp_path / "tokenizer.json"))
+    ours = load_tokenizer(tmp_path)
+    assert (ours.pad_id, ours.vocab_size) == (97, 98)
+    assert ours.encode("a red dog") == [93, 0, 1, 95, 94]
+    check_tokenizer(ours, 98, 97, MLM_ROLES)
+    with pytest.raises(ValueError, match="has 98 ids .0 to 97., the model has --vocab_size 97"):
+        check_tokenizer(ours, 97, 97)
+
+
+@pytest.mark.parametrize("model", ["WordLevel", "WordPiece", "Unigram"])
+def test_a_tokenizer_of_any_model_serves_with_the_roles(model, tmp_path):
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red"]
+    if model == "Unigram":
+        vocabulary = tokenizers.models.Unigram([(word, -1.0) for word in words], unk_id=1)
+    else:
+        ids = {word: number for number, word in enumerate(words)}
+        vocabulary = getattr(tokenizers.models, model)(ids, unk_token="[UNK]")
+    backend = tokenizers.Tokenizer(vocabulary)
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    backend.add_special_tokens(words[:5])
+    backend.enable_truncation(3)
+    backend.enable_padding()
+    backend.save(str(tmp_path / "tokenizer.json"))
+    ours = load_tokenizer(tmp_path)
+    check_tokenizer(ours, 7, 0, MLM_ROLES)
+    assert ours.encode("a red dog") == [2, 5, 6, 1, 3]
+    assert ours.encode("a red dog", 1) == [2, 3]
+
+
+def test_needed_tokens_are_named(tmp_path):
+    ours = demo_tokenizer()
+    with pytest.raises(
+        ValueError, match=r"lacks a special token <\|im_start\|>, which begins each"
+    ):
+        check_tokenizer(ours, ours.vocab_size, roles=CHAT_ROLES)
+    for missing, message in (
+        ("<mask>", "<mask> or .MASK., which MLM"),
+        ("<pad>", "<pad> or .*, to pad texts with"),
+        ("<s>", "<s> or .CLS., which begins each text"),
+        ("</s>", "</s> or .SEP., which ends each text"),
+    ):
+        specials = [name for name in SPECIALS if name != missing]
+        word_level(["a"], specials).save(str(tmp_path / "tokenizer.json"))
+        ours = load_tokenizer(tmp_path)
+        with pytest.raises(ValueError, match=f"lacks a special token {message}"):
+            check_tokenizer(ours, 99, ours.pad_id, MLM_ROLES)
+
+
+def test_a_role_needs_a_special_token(tmp_path):
+    backend = word_level(["a", "<|im_start|>", "<|im_end|>"], ("<s>", "</s>"))
+    tree = json.loads(backend.to_str())
+    tree["model"]["vocab"]["<pad>"] = 9
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tree))
+    ours = load_tokenizer(tmp_path)
+    with pytest.raises(ValueError, match="has <pad>, to pad texts with, only as an ordinary word"):
+        check_tokenizer(ours, 99, ours.pad_id)
+    with pytest.raises(ValueError, match=r"has <\|im_start\|>, .* only as an ordinary word"):
+        check_tokenizer(ours, 99, roles=CHAT_ROLES)
+
+
+def flipped(change):
+    tree = json.loads(word_level(["a", "red"]).to_str())
+    change(tree)
+    return json.dumps(tree)
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (flipped(lambda tree: tree.update(model=None)), "is not a readable"),
+        (flipped(lambda tree: tree["model"].update(type="x")), "is not a readable"),
+        (flipped(lambda tree: tree["model"].update(vocab=[["a", 1]])), "is not a readable"),
+        (flipped(lambda tree: tree["model"]["vocab"].update(a=-1)), "is not a readable"),
+        (flipped(lambda tree: tree.update(added_tokens="x")), "is not a readable"),
+        # a panic of the library
+        (
+            flipped(lambda tree: tree.update(pre_tokenizer={"type": "FixedLength", "length": 0})),
+            "is not a readable",
+        ),
+        ("[" * 100_000, "brackets are nested too deeply"),
+        ("[1]", "must hold an object"),
+        ("{", "is not JSON"),
+    ],
+)
+def test_a_damaged_file_ends_in_one_sentence(content, message, tmp_path, capfd):
+    (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(ValueError, match=f"tokenizer.json {message}|{message}") as error:
+        load_tokenizer(tmp_path)
+    assert str(tmp_path / "tokenizer.json") in str(error.value)
+    assert "\n" not in str(error.value)
+    assert capfd.readouterr().err == ""  # Rust would print its panic there
+
+
+def test_what_would_end_the_process_or_change_the_ids_is_found_before(tmp_path):
+    tree = json.loads(demo_tokenizer().backend.to_str())
+    for key, value, message in (
+        ("continuing_subword_prefix", "##", "continuing_subword_prefix is '##', but the merge"),
+        ("dropout", 0.5, "dropout is 0.5, so a text would have other ids each time"),
+    ):
+        changed = {**tree, "model": {**tree["model"], key: value}}
+        (tmp_path / "tokenizer.json").write_text(json.dumps(changed))
+        with pytest.raises(ValueError, match=f"tokenizer.json: {message}"):
+            load_tokenizer(tmp_path)
+
+
+def test_a_text_that_the_library_refuses_is_shown():
+    ours = demo_tokenizer()
+    with pytest.raises(ValueError, match=r"the tokenizer cannot take 'a .ud83d': "):
+        ours.encode("a \ud83d")
