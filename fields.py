@@ -13,9 +13,11 @@ default and help.
 
 import argparse
 import dataclasses
+import difflib
 import functools
 import json
 import math
+import re
 import reprlib
 import sys
 import types
@@ -113,9 +115,18 @@ def is_of_type(value: Any, declared: Any) -> bool:
         return False  # more than a tensor can count
     if declared is float:
         return type(value) in (int, float) and math.isfinite(value)
-    if declared is str and isinstance(value, str) and "\0" in value:
-        return False  # no file and no word has such a name
+    if declared is str and isinstance(value, str) and not is_plain(value):
+        return False
     return type(value) is declared
+
+
+def is_plain(text: str) -> bool:
+    """Whether a text may be a name: it is UTF-8, and without the character NUL."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # bytes of a command line that are no UTF-8
+        return False
+    return "\0" not in text
 
 
 def in_range(value: float, rule: Mapping[str, Any]) -> bool:
@@ -134,20 +145,18 @@ def describe_rule(declared: Any, rule: Mapping[str, Any]) -> str:
     if rule["choices"]:
         return f"one of {', '.join(choice or 'none' for choice in rule['choices'])}"
     parts = [TYPE_NAMES.get(declared, "another value")]
+    # where the range begins
     if rule["least"] is not None:
-        parts.append(
-            f"from {rule['least']:g} on" if rule["most"] is None else f"from {rule['least']:g}"
-        )
+        parts.append(f"from {rule['least']}")
     if rule["above"] is not None:
-        parts.append(f"above {rule['above']:g}")
+        parts.append(f"above {rule['above']}")
+    # where it ends
+    if rule["most"] is None and rule["least"] is not None:
+        parts.append("on")
     if rule["most"] is not None:
-        parts.append(
-            f"to {rule['most']:g}" if rule["least"] is not None else f"up to {rule['most']:g}"
-        )
+        parts.append(f"to {rule['most']}" if rule["least"] is not None else f"up to {rule['most']}")
     if rule["below"] is not None:
-        parts.append(
-            f"and below {rule['below']:g}" if len(parts) > 1 else f"below {rule['below']:g}"
-        )
+        parts.append(f"and below {rule['below']}" if len(parts) > 1 else f"below {rule['below']}")
     return " ".join(parts)
 
 
@@ -158,49 +167,119 @@ def check_value(name: str, value: Any, declared: Any, rule: Mapping[str, Any]) -
         allowed = in_range(value, rule)
     if allowed and rule["choices"]:
         allowed = value in rule["choices"]
-    if not allowed:
-        raise FieldError(f"{name} is {show(value)}; it must be {describe_rule(declared, rule)}")
+    if allowed:
+        return
+    wanted = describe_rule(declared, rule)
+    if type(value) is int and abs(value) >= 2**63:
+        wanted += " and below 2 to the power of 63"
+    if isinstance(value, str) and not is_plain(value):
+        wanted += " in UTF-8, without the character NUL"
+    raise FieldError(f"{name} is {show(value)}; it must be {wanted}")
 
 
-def check_fields(config: Any) -> None:
-    """Test every field of a config that was declared with `option`: type, range, choices. Raises
-    FieldError.
+def check_filled(name: str, value: Any, declared: Any, rule: Mapping[str, Any]) -> None:
+    """Raises FieldError for an empty text where a text is needed."""
+    if declared is str and value == "" and "" not in rule["choices"]:
+        raise FieldError(f"{name} is empty; it must be {describe_rule(declared, rule)}")
+
+
+def check_field(field: dataclasses.Field, declared: Any, value: Any) -> None:
+    """Raises FieldError unless a field that was declared with `option` may have this value."""
+    name = field.name
+    rule = field.metadata
+    if may_be_none(declared):
+        if value is None:
+            return
+        declared = typing.get_args(declared)[0]
+    if declared in TYPE_NAMES:
+        check_value(name, value, declared, rule)
+        if field.default != "":  # where it is, an empty text means none
+            check_filled(name, value, declared, rule)
+    elif item_type(declared) in TYPE_NAMES:
+        if not isinstance(value, tuple | list):
+            raise FieldError(f"{name} is {show(value)}; it must be a list")
+        for item in value:
+            check_value(name, item, item_type(declared), rule)
+            check_filled(name, item, item_type(declared), rule)
+        if rule["choices"] and len(set(value)) < len(value):
+            raise FieldError(f"{name} is {show(value)}; it names one of them twice")
+
+
+def check_values(config_class: type, values: Mapping[str, Any]) -> None:
+    """Test the values of some fields of a config class: type, range, choices. Raises FieldError.
 
     A field of another type than those in `field_types` is left to the config itself.
     """
-    declared_types = field_types(type(config))
-    for field in dataclasses.fields(config):
-        if "choices" not in field.metadata:
-            continue
-        value = getattr(config, field.name)
-        declared = declared_types[field.name]
-        if may_be_none(declared):
-            if value is None:
-                continue
-            declared = typing.get_args(declared)[0]
-        if declared in TYPE_NAMES:
-            check_value(field.name, value, declared, field.metadata)
-        elif item_type(declared) in TYPE_NAMES:
-            if not isinstance(value, tuple | list):
-                raise FieldError(f"{field.name} is {show(value)}; it must be a list")
-            for item in value:
-                check_value(field.name, item, item_type(declared), field.metadata)
-            if field.metadata["choices"] and len(set(value)) < len(value):
-                raise FieldError(f"{field.name} is {show(value)}; it names one of them twice")
+    declared_types = field_types(config_class)
+    for field in dataclasses.fields(config_class):
+        if "choices" in field.metadata and field.name in values:
+            check_field(field, declared_types[field.name], values[field.name])
+
+
+def check_fields(config: Any) -> None:
+    """Test every field of a config. Raises FieldError."""
+    check_values(type(config), vars(config))
 
 
 # ---------------------------------------------------------------- the command line
+MOST_CHARACTERS = 300  # of argparse's messages, which hold what was typed
+
+
 class Parser(argparse.ArgumentParser):
     """argparse with errors of one sentence."""
 
+    def __init__(self, *args: Any, **settings: Any):
+        super().__init__(*args, **settings)
+        # argparse takes -1e-3 and -inf for flags
+        self._negative_number_matcher = re.compile(r"-(\.?[0-9]|inf|nan)")
+
     def error(self, message: str) -> NoReturn:
+        if message.endswith("expected one argument"):
+            message += " (one that begins with - is written --FLAG=VALUE)"
+        if not message.isprintable():
+            message = message.encode("unicode_escape").decode()
+        if len(message) > MOST_CHARACTERS:
+            message = f"{message[:MOST_CHARACTERS]}..."
         raise FlagError(f"{message}; `python {self.prog} -h` lists all flags")
+
+    def parse_args(self, argv: Any = None, namespace: Any = None) -> Any:
+        """As argparse does; of an unknown flag it says which one is like it."""
+        known, unknown = self.parse_known_args(argv, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {self.describe(unknown)}")
+        return known
+
+    def describe(self, unknown: list[str]) -> str:
+        """The words of a command line that are no flags, with the flag that the first is like."""
+        typed = unknown[0].partition("=")[0][:80]
+        flags = [flag for flag in self._option_string_actions if flag.startswith("--")]
+        similar = difflib.get_close_matches(typed, flags, n=1, cutoff=0.75)
+        if typed.startswith("-") and similar:
+            return f"{typed} (did you mean {similar[0]}?)"
+        return " ".join(unknown)
+
+
+# What Python reads as a number is more than what looks like one: 1_000, " 5", other scripts' digits
+WHOLE_NUMBER = re.compile(r"[+-]?[0-9]{1,40}")
+NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?|[+-]?(inf|nan)", re.IGNORECASE)
+
+
+def parse_whole_number(text: str) -> int:
+    if not WHOLE_NUMBER.fullmatch(text):
+        raise argparse.ArgumentTypeError(f"{show(text)} is not a whole number like 12")
+    return int(text)
+
+
+def parse_number(text: str) -> float:
+    if not NUMBER.fullmatch(text):
+        raise argparse.ArgumentTypeError(f"{show(text)} is not a number like 0.5 or 1e-3")
+    return float(text)
 
 
 def parse_bool(text: str) -> bool:
     values = {"true": True, "1": True, "false": False, "0": False}
     if text.lower() not in values:
-        raise argparse.ArgumentTypeError(f"{text!r} is not true or false")
+        raise argparse.ArgumentTypeError(f"{show(text)} is not true or false")
     return values[text.lower()]
 
 
@@ -213,10 +292,10 @@ def parse_texts(text: str) -> tuple[str, ...]:
 
 
 def parse_integers(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list like 1,2,3") from None
+    parts = text.split(",")
+    if not all(WHOLE_NUMBER.fullmatch(part) for part in parts):
+        raise argparse.ArgumentTypeError(f"{show(text)} is not a list like 1,2,3")
+    return tuple(int(part) for part in parts)
 
 
 def parse_text_or_json(text: str) -> Any:
@@ -225,14 +304,16 @@ def parse_text_or_json(text: str) -> Any:
         return text
     try:
         return json.loads(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not JSON: {error}") from None
+    except (ValueError, RecursionError):
+        raise argparse.ArgumentTypeError(
+            f"{show(text)} is not JSON like [[384,768],[768,384]]"
+        ) from None
 
 
 # declared type -> how to read a flag, and what its value is called in the help
 FLAG_READERS: dict[Any, tuple[Any, str]] = {
-    int: (int, "INT"),
-    float: (float, "FLOAT"),
+    int: (parse_whole_number, "INT"),
+    float: (parse_number, "FLOAT"),
     str: (str, "TEXT"),
     bool: (parse_bool, "BOOL"),
     str | None: (parse_optional, "TEXT"),
@@ -337,7 +418,8 @@ def parse_recipe(
 
     recipes: name -> (config of the run, fields of the model's config); elsewhere: the names of
     recipes that another script has. Returns the recipe's name, the config of the run, and the
-    fields of the model that differ from its preset.
+    fields of the model that differ from its preset. `check_places` of a run tests its files and
+    folders.
     """
     # 1. the recipe alone, for it decides which other flags there are
     first = make_parser("", add_help=False)
@@ -371,7 +453,9 @@ def parse_recipe(
             model_values[field_name] = value
     run.architecture.check_flags(model_values)
     try:
+        check_values(run.architecture, model_values)
         run = dataclasses.replace(run, **run_values)
+        run.check_places()
     except FieldError as error:
         raise FieldError(f"--{error}") from None
     return name, run, {**model_fields, **model_values}

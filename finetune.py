@@ -43,7 +43,7 @@ from scenes import DEMO_ANSWERS, demo_source
 from tasks import TASKS, DownstreamTask, baselines, load_answers, open_sets
 from tokenizer import Tokenizer, check_tokenizer, load_tokenizer
 from train import find_tokenizer, make_model
-from weights import convert_weights, load_model
+from weights import convert_weights, is_mllm_config, load_model, read_config_values
 from world import World, one_sentence, seed_all
 
 OFFICIAL = "official:"
@@ -146,6 +146,8 @@ def initial_model(
     if run.init == "unimodal":
         return make_model(run, fields, tokenizer)
     folder = convert_official(run, world) if run.init.startswith(OFFICIAL) else Path(run.init)
+    if is_mllm_config(read_config_values(folder)):
+        raise ValueError(f"--init {run.init} is a LLaVA-OV-Manager; it must be a ManagerTower")
     seed_all(run.seed, "model")  # the new heads
     model = load_model(folder, **fields)
     try:

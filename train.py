@@ -41,7 +41,15 @@ from model import ManagerTower, ManagerTowerConfig
 from objectives import Pretraining
 from scenes import demo_source, demo_tokenizer
 from tasks import PRETRAINING_SETS, TASKS, open_sets
-from tokenizer import Tokenizer, check_tokenizer, load_tokenizer, train_tokenizer
+from tokenizer import (
+    MLM_ROLES,
+    TOWER_ROLES,
+    Tokenizer,
+    check_roles,
+    check_tokenizer,
+    load_tokenizer,
+    train_tokenizer,
+)
 from weights import load_unimodal
 from world import World, autocast, one_sentence, seed_all, to_device
 
@@ -141,7 +149,7 @@ def find_tokenizer(run: TowerRunConfig, source: Source | None = None) -> Tokeniz
         return load_tokenizer(run.text if Path(run.text).is_dir() else Path(run.text).parent)
     if source is None or not run.data_root:
         return demo_tokenizer()
-    return train_tokenizer((row["text"] for row in source.texts()), 8000)
+    return train_tokenizer((row["text"] for row in source.iterate_texts()), 8000)
 
 
 def make_model(
@@ -154,6 +162,8 @@ def make_model(
         raise ValueError(
             "--vision and --text go together: both encoders are pre-trained, or neither"
         )
+    # without a token for each role the sizes that follow from the tokenizer mean nothing
+    check_roles(tokenizer, MLM_ROLES if "mlm" in heads.get("heads", ()) else TOWER_ROLES)
     values: dict[str, Any] = {}
     if not run.text:
         values |= {"vocab_size": tokenizer.vocab_size, "pad_token_id": tokenizer.pad_id}

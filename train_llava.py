@@ -50,7 +50,14 @@ from loop import (
 from multigrid import preprocess_image
 from scenes import demo_source
 from tasks import text_only_guess
-from tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from tokenizer import (
+    CHAT_ROLES,
+    Tokenizer,
+    check_roles,
+    check_tokenizer,
+    load_tokenizer,
+    train_tokenizer,
+)
 from weights import load_model, load_unimodal
 from world import World, autocast, ranks, seed_all, to_device
 
@@ -297,6 +304,7 @@ def initial_llava(run: LlavaTrainConfig, fields: dict) -> LlavaManager:
 
 def make_llava(run: LlavaTrainConfig, fields: dict, tokenizer: Tokenizer) -> LlavaManager:
     """--init; or --vision and --text with new managers; or, the demo, random weights."""
+    check_roles(tokenizer, CHAT_ROLES)
     _, im_start, im_end = (tokenize(name, tokenizer) for name in SPECIALS)
     fields = {**fields, "im_start_id": im_start[0], "eos_ids": im_end}
     seed_all(run.seed, "model")
@@ -313,6 +321,7 @@ def make_llava(run: LlavaTrainConfig, fields: dict, tokenizer: Tokenizer) -> Lla
         model = LlavaManager(
             LlavaManagerConfig.tiny(**{"vocab_size": tokenizer.vocab_size, **fields})
         )
+    check_tokenizer(tokenizer, model.config.vocab_size, roles=CHAT_ROLES)
     if run.alignment:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name.startswith(("projector.", *MANAGERS)))

@@ -1545,27 +1545,14 @@ def convert_tower(
     with naming(source):
         config = infer_config(state, settings)
         ours = from_official(state, config)
-    if answers:
-        check_answers(answers, config.num_answers, "--answers")
+    if answers and len(answers) != config.num_answers:
+        raise ValueError(
+            f"--answers has {len(answers)} answers, but the model has {config.num_answers}"
+        )
     save_folder({key: tensor.float() for key, tensor in ours.items()}, config, out)
     if answers:
         write_json(out / "answers.json", answers)
     print(f"{out}: {config}")
-
-
-def check_answers(answers: Any, num_answers: int, name: str) -> None:
-    """Raises ValueError unless these are num_answers different texts. name: of their file."""
-    if not isinstance(answers, list):
-        raise ValueError(f"{name} holds {show(answers)}; it must be a list of texts")
-    seen = set()
-    for number, answer in enumerate(answers):
-        if not isinstance(answer, str):
-            raise ValueError(f"{name}: answer {number} is {show(answer)}; it must be a text")
-        if answer in seen:
-            raise ValueError(f"{name}: answer {number}, {show(answer)}, is there twice")
-        seen.add(answer)
-    if len(answers) != num_answers:
-        raise ValueError(f"{name} has {len(answers)} answers, but the model has {num_answers}")
 
 
 def check_marks(state: State) -> None:

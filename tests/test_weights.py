@@ -588,22 +588,6 @@ def test_a_converted_encoder_keeps_its_config(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "answers, message",
-    [
-        ("x", "a.json holds 'x'; it must be a list of texts"),
-        (["a", 1, "c"], "a.json: answer 1 is 1; it must be a text"),
-        (["a", ["b"], "c"], "a.json: answer 1 is .'b'."),
-        (["a", "b", "a"], "a.json: answer 2, 'a', is there twice"),
-        (["a", "b"], "a.json has 2 answers, but the model has 3"),
-    ],
-)
-def test_answers_are_as_many_different_texts_as_the_model_has(answers, message):
-    weights.check_answers(["a", "b", "c"], 3, "a.json")
-    with pytest.raises(ValueError, match=message):
-        weights.check_answers(answers, 3, "a.json")
-
-
-@pytest.mark.parametrize(
     "part, values, message",
     [
         ("", {"link_tower_type": "interpolate"}, "link_tower_type is 'interpolate'; only 'add'"),
