@@ -298,7 +298,7 @@ def open_sets(
     if Path(root).is_file():
         return open_source(kind, [Path(root)], on_bad_sample)
     if not Path(root).is_dir():
-        raise ValueError(f"--data_root {root}: there is no such folder")
+        raise ValueError(f"--data_root {root}: there is no such folder or file")
     splits = split.split("+")
     check_names(names, "set")
     check_names(splits, "split")

@@ -258,7 +258,8 @@ def array_picture(array, file_format):
 # ---------------------------------------------------------------- the cases
 TRAIN = f"train {SMALL_FLAGS} --data_root data --datasets coco --max_steps 1 --eval_size 2"
 VQA = (
-    "finetune --task vqav2 --init vqa --data_root data --max_steps 1 --num_workers 0 --batch_size 2"
+    "finetune --task vqav2 --init itm --data_root data --max_steps 1 --num_workers 0 "
+    "--batch_size 2 --image_size 32 --max_text_len 16"
 )
 QUESTION = "ask question --checkpoint vqa --image data/a.png --question what"
 MATCH = "ask match --checkpoint itm --image data/a.png --text square"
@@ -358,7 +359,7 @@ FLAGS = [
     (f"{TRAIN} --vision vqa --text vqa --vocab_size 400", "vqa: these are weights of a model of"),
     (f"{VQA} --init nowhere", "nowhere"),
     (f"{VQA} --init static", "static"),
-    (f"{VQA} --init vqa --num_heads 1", "num_heads"),
+    (f"{VQA} --num_heads 1", "--num_heads is 1, but itm has 2"),
     ("ask question --checkpoint nowhere --image data/a.png --question what", "nowhere"),
     ("ask question --checkpoint itm --image data/a.png --question what", "itm has no vqa head"),
     ("ask question --checkpoint static --image data/a.png --question what", "static is a LLaVA"),
@@ -519,7 +520,7 @@ RECORDS = [
             ({"answer_scores": [[[float("nan"), 0.3], [0.6]], [[0.9]]]}, "row 0"),
             ({"answer_scores": [[[1.0], [0.6]], [[0.9]]]}, "row 0"),
             ({"question_id": [[11], [13]]}, "row 0"),
-            ({"image": [png(0), b"no picture"]}, "row 1"),
+            ({"image": [b"none", b"no picture"]}, "not a readable image"),
         )
     ],
     ("arrows/vqav2_train.arrow", cut, VQA.replace("root data", "root arrows"), "train.arrow"),
@@ -701,6 +702,20 @@ def check_sentence(status, sentence, words):
     assert len(sentence) < 1000
     for word in ("object at 0x", "Traceback", "Error(", "[Errno"):
         assert word not in sentence
+
+
+GOOD = (
+    [TRAIN, VQA, VQA.replace("root data", "root arrows"), STAGE]
+    + [QUESTION, MATCH, SEARCH, CHAT]
+    + [EVAL.replace("vqa --", f"{task} --").replace("vqav2", task) for task in ("nlvr2", "snli_ve")]
+)
+
+
+@pytest.mark.parametrize("command", GOOD, ids=range(len(GOOD)))
+def test_with_good_files_the_same_commands_end_well(command, place, monkeypatch):
+    script, *argv = shlex.split(command)
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *argv])
+    world.one_sentence(SCRIPTS[script].main)
 
 
 @pytest.mark.parametrize("command, words", FLAGS, ids=range(len(FLAGS)))

@@ -354,7 +354,7 @@ DEMO = (*VQA, "--data", "demo")
         ((*VQA, "--data_root", "x", "--split", "a,b", "--submit", "x"), "--submit takes one split"),
         ((*VQA, "--data_root", "x", "--split", "a,,b"), "the name of a --split is empty"),
         ((*VQA, "--data_root", "x", "--split", "a,a"), "the --split 'a' is named twice"),
-        ((*VQA, "--data_root", "x"), "x: no such file or folder"),
+        ((*VQA, "--data_root", "x"), "--data_root x: there is no such folder or file"),
         ((*DEMO, "--annotations", "x"), "x: no such file"),
         ((*DEMO, "--annotations", "broken.json"), "broken.json, annotation 0: there is no"),
         ((*DEMO, "--batch_size", "0"), "--batch_size is 0; it must be a whole number from 1 on"),

@@ -64,7 +64,7 @@ def test_one_file_may_stand_for_a_folder(folder):
 
 
 def test_files_that_are_not_there_are_named(tmp_path):
-    with pytest.raises(ValueError, match="nothing.jsonl: no such file or folder"):
+    with pytest.raises(ValueError, match="nothing.jsonl: there is no such folder or file"):
         open_sets("captions", tmp_path / "nothing.jsonl", (), "train")
     missing = "no flickr30k_train.jsonl, .* f30k_.*_train.arrow, f30k_.*_val.arrow"
     with pytest.raises(ValueError, match=missing):

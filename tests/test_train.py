@@ -21,7 +21,7 @@ from train import TrainConfig
     [
         (["--batch_size", "9"], "--batch_size 9 cannot be dealt .* a multiple of 2"),
         (["--micro_batch_size", "0"], "--micro_batch_size is 0; it must be .* from 1 on"),
-        (["--batch_size", "0"], "--batch_size is 0; it must be a whole number from 1 on"),
+        (["--batch_size", "0"], "--batch_size is 0; it must be a whole number from 1 to 1048576"),
         (["--save_every", "0"], "--save_every is 0; it must be"),
         (["--log_every", "-1"], "--log_every is -1; it must be"),
         (["--max_steps", "0"], "--max_steps is 0"),

@@ -634,7 +634,7 @@ def test_accuracy_counts_exact_answers(size):
         ("--manager_type none", "--manager_type None, but --init"),
         ("--manager_type clever", "manager_type is 'clever'"),
         ("--managed_layers 1,2 --manager_type none", "no managers"),
-        ("--batch_size 0", "--batch_size is 0; it must be a whole number from 1 on"),
+        ("--batch_size 0", "--batch_size is 0; it must be a whole number from 1 to 1048576"),
         ("--lr_vision nan", "--lr_vision is nan; it must be a finite number from 0 on"),
         ("--lr_manager -1", "--lr_manager is -1.0; it must be"),
         ("--hidden_size 64", "--hidden_size 64, but --init .* has 32"),
