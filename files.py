@@ -9,11 +9,13 @@ import fcntl
 import functools
 import io
 import json
+import math
 import os
 import re
 import shutil
 import socket
 import tarfile
+import tempfile
 import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -78,8 +80,40 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def write_json_lines(path: str | Path, rows: list) -> None:
-    """One row a line."""
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    """One row a line. Raises ValueError for a row that `json_lines` would refuse to read."""
+    lines = []
+    for number, row in enumerate(rows, 1):
+        line = json.dumps(row, ensure_ascii=False) + "\n"
+        check_line_length(len(line.encode()), f"{path}, line {number},")
+        lines.append(line)
+    write_text(path, "".join(lines))
+
+
+def why_no_folder(folder: str | Path) -> str:
+    """Why no files can be written into a folder that is there, or may be made; empty if they can.
+
+    For the check of an output before the work begins.
+    """
+    folder = Path(folder)
+    try:
+        if folder.is_symlink() and not folder.exists():
+            return f"it is a link to {os.readlink(folder)}, which does not exist"
+        if folder.exists() and not folder.is_dir():
+            return "it is a file, not a folder"
+        # the folder itself, or the one that it would be made in
+        place = Path(os.path.abspath(folder))
+        while not place.exists():
+            place = place.parent
+    except OSError as error:  # a name that is too long, a folder that may not be entered
+        return str(error.strerror)
+    if not place.is_dir():
+        return f"{place} is a file, not a folder"
+    # the one sure test, on a read-only disk too; such a file has no name that could be left behind
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            return ""
+    except OSError as error:
+        return f"no file can be made in {place} ({error.strerror})"
 
 
 def save_result(path: str | Path, write: Callable[[Path], Any]) -> None:
@@ -113,23 +147,33 @@ def read_at(path: str, offset: int, size: int) -> bytes:
     return os.pread(open_once(path).fileno(), size, offset)
 
 
+BROKEN_TAR = (tarfile.TarError, ValueError, OverflowError, MemoryError, RecursionError, EOFError)
+
+
 @functools.cache
 def tar_index(path: str) -> dict[str, tuple[int, int]]:
     """Of each member of an uncompressed tar archive its (offset, size)."""
+    size = os.path.getsize(path)
+    index = {}
     try:
         with tarfile.open(path, "r:") as archive:
-            return {
-                member.name: (member.offset_data, member.size)
-                for member in archive
-                if member.isfile()
-            }
-    except tarfile.TarError as error:
-        raise BadSample(f"{path} is not an uncompressed tar archive: {error}") from None
+            for member in archive:
+                if member.isfile() and not member.issparse():
+                    index[member.name] = (member.offset_data, member.size)
+    except BROKEN_TAR as error:
+        reason = str(error) or type(error).__name__
+        raise BadSample(f"{path} is not an uncompressed tar archive: {reason}") from None
+    for name, (offset, length) in index.items():
+        if length < 0 or offset + length > size:
+            raise BadSample(f"{path} is cut short: it does not hold all of {show(name)}")
+    return index
 
 
 def read_bytes(path: str | Path) -> bytes:
     """The content of a file, or of `archive.tar::member`. Raises BadSample if there is none."""
     archive, _, member = str(path).partition("::")
+    if os.path.isdir(archive):
+        raise BadSample(f"{path} is a folder, not a file")
     if not os.path.isfile(archive):
         raise BadSample(f"{path}: no such file or archive member")
     if not member:
@@ -166,13 +210,20 @@ def decode_text(content: bytes, name: str, first_line: int = 1) -> str:
         ) from None
 
 
+def size_in_words(size: int) -> str:
+    """A number of bytes as a person reads it: 12 KiB, 3 MiB."""
+    if size < 2**20:
+        return f"{math.ceil(size / 2**10)} KiB"
+    return f"{size / 2**20:.0f} MiB"
+
+
 def read_bounded(path: str | Path, most_bytes: int) -> bytes:
     """The content of a file that is not larger than it may be. Raises ValueError."""
     if os.path.isfile(path):
         size = os.path.getsize(path)
         if size > most_bytes:
             raise ValueError(
-                f"{path} has {size / 2**20:.0f} MiB; it must be at most {most_bytes / 2**20:.0f}"
+                f"{path} has {size_in_words(size)}; it must be at most {size_in_words(most_bytes)}"
             )
     return read_bytes(path)
 
@@ -271,9 +322,18 @@ def read_json(path: str | Path, *kinds: type, most_bytes: int = MOST_BYTES) -> A
     """A JSON file that holds one of `kinds` (dict, list ...), or anything. Raises ValueError."""
     value = parse_json(read_bounded(path, most_bytes), str(path))
     if kinds and not isinstance(value, kinds):
-        wanted = " or ".join(kind.__name__ for kind in kinds)
-        raise ValueError(f"{path} must hold a {wanted}, found {show(value)}")
+        wanted = " or ".join(KIND_NAMES[kind] for kind in kinds)
+        raise ValueError(f"{path} must hold {wanted}, found {show(value)}")
     return value
+
+
+def check_line_length(length: int, place: str) -> None:
+    """Raises ValueError for a line of more bytes than a line may have."""
+    if length > MOST_BYTES_OF_A_LINE:
+        raise ValueError(
+            f"{place} has {size_in_words(length)}; it must be at most "
+            f"{size_in_words(MOST_BYTES_OF_A_LINE)}"
+        )
 
 
 def json_lines(content: bytes, name: str) -> Iterator[tuple[int, Any]]:
@@ -283,11 +343,7 @@ def json_lines(content: bytes, name: str) -> Iterator[tuple[int, Any]]:
     """
     for number, line in enumerate(io.BytesIO(content), 1):
         place = f"{name}, line {number},"
-        if len(line) > MOST_BYTES_OF_A_LINE:
-            raise ValueError(
-                f"{place} has {len(line) / 2**20:.0f} MiB; it must be at most "
-                f"{MOST_BYTES_OF_A_LINE / 2**20:.0f}"
-            )
+        check_line_length(len(line), place)
         if line.removeprefix(BYTE_ORDER_MARK).strip():
             yield number, parse_json(line, place)
 
@@ -329,6 +385,14 @@ def is_alive(process_id: int) -> bool:
     return True
 
 
+LOCK_START = '{"process": '  # how a lock begins, whole or cut short
+
+
+def is_lock(content: str) -> bool:
+    """Whether this is what `take_lock` writes, or the beginning of it."""
+    return content.startswith(LOCK_START) or LOCK_START.startswith(content)
+
+
 def lock_owner(content: str) -> tuple[int, str] | None:
     """(process id, host) in a lock file; None if it is free, or was cut short by a death."""
     try:
@@ -341,13 +405,21 @@ def lock_owner(content: str) -> tuple[int, str] | None:
 def take_lock(file: Path) -> None:
     """Write this process into the lock file. A lock that a dead process left is taken over.
 
-    Raises ValueError if a process that may be alive holds it.
+    Raises ValueError if a process that may be alive holds it, or for somebody's own file.
     """
     host = socket.gethostname()
-    with open(file, "a+") as lock:
+    if file.exists() and not file.is_file():
+        raise ValueError(f"{file} is no file; choose another --out_dir, or move it away")
+    with open(file, "a+", encoding="utf-8", errors="replace") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # nobody else reads or writes it until it is closed
         lock.seek(0)
-        owner = lock_owner(lock.read())
+        content = lock.read(10_000)
+        if not is_lock(content):
+            raise ValueError(
+                f"{file} is not the lock of a run, it begins with {show(content)}; choose "
+                "another --out_dir, or move the file away"
+            )
+        owner = lock_owner(content)
         if owner is not None:
             process_id, owner_host = owner
             is_own = process_id == os.getpid() and owner_host == host

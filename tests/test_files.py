@@ -5,6 +5,7 @@ line; one run a folder.
 import json
 import multiprocessing
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -182,7 +183,6 @@ def test_members_of_a_tar_archive_are_read_where_they_lie(tmp_path):
         f"{archive}::folder",  # no file
         f"{archive}::a.bin",
         f"{tmp_path}/y.tar::a.bin",
-        f"{tmp_path}/folder",
         f"{tmp_path}/nowhere",
     ):
         with pytest.raises(BadSample, match="no such file or archive member") as error:
@@ -198,6 +198,75 @@ def test_what_is_no_plain_tar_archive_is_said(tmp_path):
     for name in ("x.tar.gz", "text.tar"):
         with pytest.raises(BadSample, match=f"{name} is not an uncompressed tar archive"):
             files.read_bytes(f"{tmp_path / name}::pictures/a.bin")
+
+
+def test_a_damaged_tar_archive_is_said(tmp_path):
+    """At every length, and with every byte of the headers changed: read as it was, or refused."""
+    (tmp_path / "folder").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / name).write_bytes(name.encode() * 700)
+    archive = tmp_path / "x.tar"
+    save_tar(archive, "w", [tmp_path / "a", tmp_path / "b"])
+    whole = archive.read_bytes()
+    damaged = [whole[:length] for length in range(0, 3000, 250)]
+    for place in range(0, 512, 3):
+        damaged.append(whole[:place] + b"\xff" + whole[place + 1 :])
+    # a name of 8 GB, and a member that begins before the file
+    long_name = whole[:124] + b"100000000000" + whole[136:156] + b"L" + whole[157:]
+    damaged.append(long_name)
+    refused = 0
+    for number, content in enumerate(damaged):
+        file = tmp_path / f"{number}.tar"
+        file.write_bytes(content)
+        try:
+            assert files.read_bytes(f"{file}::pictures/b") in (b"b" * 700, b"a" * 700)
+        except BadSample as error:
+            assert str(file) in str(error) and len(str(error)) < 300
+            refused += 1
+    assert refused > 10
+
+
+@pytest.mark.parametrize(
+    "name,words",
+    [
+        ("file", "it is a file, not a folder"),
+        ("file/inside", "file is a file, not a folder"),
+        ("dangling", "it is a link to .*nowhere, which does not exist"),
+        ("x" * 300, "File name too long"),
+        ("closed/new", r"no file can be made in .*closed \(Permission denied\)"),
+        ("closed", r"no file can be made in .*closed \(Permission denied\)"),
+    ],
+)
+def test_a_folder_that_cannot_be_written_into_says_why(name, words, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    (tmp_path / "closed").mkdir()
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+
+    def refuse(dir):  # as an ordinary user: root may do everything
+        raise PermissionError(13, "Permission denied")
+
+    if name.startswith("closed"):
+        monkeypatch.setattr(files.tempfile, "TemporaryFile", refuse)
+    assert re.search(words, files.why_no_folder(tmp_path / name))
+
+
+def test_a_folder_that_can_be_written_into_is_no_error(tmp_path, monkeypatch):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "there")
+    monkeypatch.chdir(tmp_path)
+    for name in ("there", "link", "link/a/b", "new", "new/a/b", ".", "../x"):
+        assert files.why_no_folder(name) == "", name
+        assert files.why_no_folder(tmp_path / name) == "", name
+    assert names_in(tmp_path) == ["link", "there"]
+    assert files.why_no_folder("/proc/new") != ""
+
+
+def test_a_row_that_could_not_be_read_again_is_not_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "MOST_BYTES_OF_A_LINE", 20)
+    with pytest.raises(ValueError, match="x.jsonl, line 2, has"):
+        files.write_json_lines(tmp_path / "x.jsonl", [1, "x" * 30])
+    assert names_in(tmp_path) == []
+    files.write_json_lines(tmp_path / "x.jsonl", [1, "x" * 10])
 
 
 def test_parts_of_a_file_are_read_in_any_order(tmp_path):
@@ -255,9 +324,9 @@ def test_a_file_or_a_line_that_is_too_long_is_named(monkeypatch, tmp_path):
     file = tmp_path / "a.json"
     file.write_text('{"a": 1}\n[1, 2, 3, 4, 5, 6]')
     monkeypatch.setattr(files, "MOST_BYTES_OF_A_LINE", 12)
-    with pytest.raises(ValueError, match=r"a\.json, line 2, has 0 MiB; it must be at most 0"):
+    with pytest.raises(ValueError, match=r"a\.json, line 2, has 1 KiB; it must be at most 1 KiB"):
         files.read_json_lines(file)
-    with pytest.raises(ValueError, match=r"a\.json has 0 MiB; it must be at most 0"):
+    with pytest.raises(ValueError, match=r"a\.json has 1 KiB; it must be at most 1 KiB"):
         files.read_json(file, most_bytes=10)
 
 
@@ -288,16 +357,16 @@ def test_a_key_that_may_be_null_may_be_absent():
 @pytest.mark.parametrize(
     "content,kinds,wanted",
     [
-        ("[1]", (dict,), "dict"),
-        ("{}", (list,), "list"),
-        ('"text"', (list, dict), "list or dict"),
-        ("null", (dict,), "dict"),
+        ("[1]", (dict,), "an object"),
+        ("{}", (list,), "a list"),
+        ('"text"', (list, dict), "a list or an object"),
+        ("null", (dict,), "an object"),
     ],
 )
 def test_json_of_another_kind_is_refused(content, kinds, wanted, tmp_path):
     file = tmp_path / "a.json"
     file.write_text(content)
-    with pytest.raises(ValueError, match=rf"a\.json must hold a {wanted}, found "):
+    with pytest.raises(ValueError, match=rf"a\.json must hold {wanted}, found "):
         files.read_json(file, *kinds)
     assert files.read_json(file) == json.loads(content)
 
@@ -398,25 +467,31 @@ def test_of_another_host_nobody_can_say_that_a_process_is_dead(tmp_path):
     assert (tmp_path / "run.lock").exists()
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        "",
-        "{",
-        '{"process": 1',
-        "[]",
-        "5",
-        "null",
-        '{"host": "x"}',
-        '{"process": "a"}',
-        "[" * 100_000,
-    ],
-)
+@pytest.mark.parametrize("content", ["", "{", '{"process": 1', '{"process": "a"}'])
 def test_a_lock_that_a_death_cut_short_is_taken_over(content, tmp_path):
     (tmp_path / "run.lock").write_text(content)
     assert owner_in(tmp_path / "run.lock") is None
     with files.folder_lock(tmp_path):
         assert owner_in(tmp_path / "run.lock") == (os.getpid(), HOST)
+
+
+@pytest.mark.parametrize(
+    "content", [b"precious", b"[]", b"null", b'{"host": "x"}', b"[" * 100_000, b"caf\xe9", b"\n"]
+)
+def test_somebodys_own_file_called_run_lock_is_kept(content, tmp_path):
+    (tmp_path / "run.lock").write_bytes(content)
+    with pytest.raises(ValueError, match="run.lock is not the lock of a run") as error:
+        with files.folder_lock(tmp_path):
+            raise AssertionError("it must not come here")
+    assert len(str(error.value)) < 300 + len(str(tmp_path))
+    assert (tmp_path / "run.lock").read_bytes() == content
+
+
+def test_a_folder_called_run_lock_is_named(tmp_path):
+    (tmp_path / "run.lock").mkdir()
+    with pytest.raises(ValueError, match="run.lock is no file"):
+        with files.folder_lock(tmp_path):
+            raise AssertionError("it must not come here")
 
 
 def take_and_hold(file, at_once, results, everybody_tried):
