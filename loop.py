@@ -14,9 +14,11 @@ import dataclasses
 import functools
 import json
 import math
+import os
 import pickle
 import re
 import signal
+import struct
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -31,18 +33,65 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from data import BatchPlan, GlobalBatchSampler, collate, largest_divisor
-from fields import FieldError, check_fields, option
+from fields import FieldError, check_fields, option, show
 from files import (
     VERSION,
     folder_lock,
     read_log,
     remove_temporary_files,
+    why_no_folder,
     write_atomically,
     write_text,
 )
 from tokenizer import Tokenizer, load_tokenizer
+from torch_files import TorchFile, is_archive
 from weights import save_folder
-from world import World, autocast, resolve_precision, seed_all, seed_of, to_device
+from world import (
+    MOST_WORKERS,
+    World,
+    autocast,
+    resolve_precision,
+    seed_all,
+    seed_of,
+    to_device,
+)
+
+# ---------------------------------------------------------------- the files of a run
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+EXPORTED = ("model.safetensors", "config.json", *TOKENIZER_FILES, "answers.json")  # for users
+FILES = ("training_state.pt", *EXPORTED, "log.jsonl")  # in out_dir, and most in out_dir/best
+SOURCES = ("init", "vision", "text", "tokenizer", "data_root", "data_path", "image_folder")
+
+
+def is_moved(place: Path, folder: Path) -> bool:
+    """Whether `move_old_run` would move this file or folder, or something in it, away."""
+    # links may lead there under another name
+    place = place.resolve()
+    folder = folder.resolve()
+    if place == folder or folder / "best" in (place, *place.parents):
+        return True
+    return place.parent == folder and place.name in FILES
+
+
+def move_old_run(folder: Path) -> Path | None:
+    """Move the files of a run into the first free folder/before-N, and return it; None: no files.
+
+    A death on the way leaves some files here and some there. The next --fresh moves the rest.
+    """
+    # the training state first: without it nobody takes the rest for a run to go on with
+    present = [name for name in (*FILES, "best") if os.path.lexists(folder / name)]
+    if not present:
+        return None
+    # a number that no earlier --fresh has taken, whatever lies there
+    number = 1
+    while os.path.lexists(folder / f"before-{number}"):
+        number += 1
+    target = folder / f"before-{number}"
+    target.mkdir()
+    # renames: nothing is copied, and nothing can be lost
+    for name in present:
+        os.rename(folder / name, target / name)
+    return target
 
 
 # ---------------------------------------------------------------- the config of a run
@@ -79,12 +128,13 @@ class RunConfig:
     )
     on_bad_sample: str = option(
         "error",
-        "a sample that cannot be read ends the run, or is skipped and counted",
+        "a sample that cannot be read ends the run, or is skipped and counted; held-out ones are "
+        "never skipped",
         choices=("error", "skip"),
     )
     # optimisation
     max_steps: int = option(600, "optimizer updates", least=1)
-    batch_size: int = option(64, "rows of an update, over all processes", least=1)
+    batch_size: int = option(64, "rows of an update, over all processes", least=1, most=2**20)
     micro_batch_size: int = option(64, "most rows of a process in one backward pass", least=1)
     learning_rate: float = option(1e-3, "highest learning rate", least=0)
     weight_decay: float = option(0.01, "of AdamW", least=0)
@@ -102,7 +152,9 @@ class RunConfig:
     save_every: int = option(200, "steps between two checkpoints", least=1)
     eval_every: int = option(300, "steps between two evaluations; 0 = only at the end", least=0)
     eval_size: int = option(512, "held-out samples", least=1)
-    num_workers: int = option(0, "processes that load data, for each training process", least=0)
+    num_workers: int = option(
+        0, "processes that load data, for each training process", least=0, most=MOST_WORKERS
+    )
     precision: str = option(
         "auto", "auto = bf16 on CUDA, fp32 elsewhere", choices=("auto", "fp32", "bf16", "fp16")
     )
@@ -111,16 +163,37 @@ class RunConfig:
     checkpointing: bool = option(
         False, "compute activations again in the backward pass: less memory"
     )
-    fresh: bool = option(False, "start anew instead of resuming")
+    fresh: bool = option(
+        False, "start anew instead of resuming; the old run's files go into out_dir/before-N"
+    )
 
     def __post_init__(self) -> None:
         check_fields(self)
         for name in ("vision", "text"):
             place = getattr(self, name)
             if place and not Path(place).exists():
-                raise FieldError(f"{name} is {place!r}, which does not exist")
-        if not self.out_dir:
-            raise FieldError("out_dir is empty; it must be the folder of the run")
+                raise FieldError(f"{name} is {show(place)}, which does not exist")
+
+    def check_places(self) -> None:
+        """Raises FieldError for an out_dir that cannot be written into, before anything is loaded.
+
+        The same if --fresh would move away what the run starts from.
+        """
+        # 1. the folder of the run
+        reason = why_no_folder(self.out_dir)
+        if reason:
+            raise FieldError(f"out_dir {self.out_dir} cannot be written into: {reason}")
+        if not self.fresh:
+            return
+        # 2. what it is made of
+        for name in SOURCES:
+            place = getattr(self, name, "")
+            file = Path(place.removeprefix("official:"))  # of finetune.py's --init
+            if place and is_moved(file, Path(self.out_dir)):
+                raise FieldError(
+                    f"{name} {place} is in --out_dir {self.out_dir}, whose files --fresh moves "
+                    "away; choose another --out_dir"
+                )
 
     def model_defaults(self, model_fields: dict) -> dict:
         """The model's fields as the help page shows them."""
@@ -269,17 +342,6 @@ def make_optimizer(groups: list[dict], run: RunConfig, device: torch.device) -> 
 
 
 # ---------------------------------------------------------------- checkpoints
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
-FILES = (  # what a run writes into out_dir and out_dir/best
-    "training_state.pt",
-    "model.safetensors",
-    "config.json",
-    *TOKENIZER_FILES,
-    "answers.json",
-    "log.jsonl",
-)
-
-
 def find_tokenizer_of(run: RunConfig, find: Callable[[], Tokenizer]) -> Tokenizer:
     """The tokenizer of the checkpoint that the run goes on from; without one, find().
 
@@ -296,28 +358,121 @@ def find_tokenizer_of(run: RunConfig, find: Callable[[], Tokenizer]) -> Tokenize
     return find()
 
 
-STATE = ("step", "best", "identity", "model", "optimizer", "scaler")  # in training_state.pt
+BROKEN_STATE = (  # what torch makes of a file that is damaged, or is something else
+    pickle.UnpicklingError,
+    struct.error,
+    EOFError,
+    OSError,
+    LookupError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    RuntimeError,
+    MemoryError,
+    OverflowError,
+)
+STATE = {  # in training_state.pt
+    "step": int,
+    "best": float | int | None,
+    "identity": str,
+    "model": dict,
+    "optimizer": dict,
+    "scaler": dict,
+}
+
+
+def check_archive(file: Path) -> None:
+    """Raises ValueError for what torch.load should not be given: it believes any size."""
+    if not is_archive(file):
+        raise ValueError("it is no file of torch.save")
+    TorchFile(file).check_tensors()
 
 
 def read_training_state(file: Path) -> dict:
     """The content of a training_state.pt. Raises ValueError for anything else."""
-    reason = f"it does not hold {', '.join(STATE)}"
     try:
+        check_archive(file)
         # weights_only: a pickle from elsewhere executes nothing; mmap: no second copy in memory
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        if isinstance(state, dict) and all(name in state for name in STATE):
-            json.loads(state["identity"])
-            return state
-    except (
-        RuntimeError,
-        EOFError,
-        OSError,
-        ValueError,
-        TypeError,
-        pickle.UnpicklingError,
-    ) as error:
-        reason = str(error).partition("\n")[0]
-    raise ValueError(f"{file} is not a readable training state ({reason}); --fresh starts anew")
+        check_parts(state)
+    except BROKEN_STATE as error:
+        reason = first_line_of(error).removeprefix(f"{file} ")
+        raise ValueError(
+            f"{file} is not a readable training state ({reason}); --fresh starts anew"
+        ) from error
+    return state
+
+
+def check_parts(state: Any) -> None:
+    """Raises ValueError unless a training state has all its parts, each of its type."""
+    if not isinstance(state, dict) or not all(name in state for name in STATE):
+        raise ValueError(f"it does not hold {', '.join(STATE)}")
+    for name, declared in STATE.items():
+        # a bool is no number
+        if isinstance(state[name], bool) or not isinstance(state[name], declared):
+            raise ValueError(f"{name} is {show(state[name])}")
+    if not isinstance(json.loads(state["identity"]), dict):
+        raise ValueError(f"identity is {show(state['identity'])}")
+
+
+def first_line_of(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0][:200] or type(error).__name__
+
+
+def check_tensor(name: str, tensor: Any, like: Tensor) -> None:
+    """Raises ValueError unless it is a finite tensor of this shape and dtype."""
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"{name} is {show(tensor)}, not a tensor")
+    if tensor.shape != like.shape or tensor.dtype != like.dtype:
+        ours = f"{like.dtype} {tuple(like.shape)}"
+        raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, not {ours}")
+    if not torch.isfinite(tensor).all():
+        raise ValueError(f"{name} is not finite")
+
+
+def check_model_state(state: dict, model: nn.Module) -> None:
+    """Raises ValueError unless these are the tensors of the model."""
+    ours = model.state_dict()
+    # 1. the same names in both
+    differing = sorted(str(name) for name in state.keys() ^ ours.keys())
+    if differing:
+        raise ValueError(f"it is of another model: {show(differing)} is in one of them only")
+    # 2. the same shapes, and numbers that a run can go on with
+    for name, tensor in ours.items():
+        check_tensor(name, state[name], tensor)
+
+
+NUMBERS_OF_A_GROUP = ("lr", "peak_lr", "weight_decay", "eps")
+
+
+def check_group(group: dict) -> None:
+    """Raises ValueError unless the numbers of an optimizer's group are finite."""
+    numbers = [group[name] for name in NUMBERS_OF_A_GROUP] + list(group["betas"])
+    for number in numbers:
+        if not isinstance(number, int | float) or not math.isfinite(number):
+            raise ValueError(f"its optimizer has the number {show(number)}")
+
+
+def check_optimizer_state(state: dict, optimizer: torch.optim.Optimizer) -> None:
+    """Raises ValueError unless these are the numbers of an AdamW with the same parameters."""
+    # 1. the groups, and which parameter each number of the state stands for
+    groups = state["param_groups"]
+    if len(groups) != len(optimizer.param_groups):
+        raise ValueError(
+            f"its optimizer has {len(groups)} groups, not {len(optimizer.param_groups)}"
+        )
+    parameter_of: dict[Any, Tensor] = {}
+    for group, our_group in zip(groups, optimizer.param_groups, strict=True):
+        check_group(group)
+        if len(group["params"]) != len(our_group["params"]):
+            raise ValueError("a group of its optimizer has another number of parameters")
+        parameter_of.update(zip(group["params"], our_group["params"], strict=True))
+    # 2. AdamW's two moments of each parameter, and how many updates it had
+    for number, moments in state["state"].items():
+        for name in ("exp_avg", "exp_avg_sq"):
+            check_tensor(f"{name} of parameter {number}", moments[name], parameter_of[number])
+        check_tensor(f"step of parameter {number}", moments["step"], torch.zeros(()))
 
 
 class Checkpoint:
@@ -368,8 +523,17 @@ class Checkpoint:
                 kept = f"The last good checkpoint, of step {self.step}, is untouched"
             raise ValueError(f"cannot write {what}: {reason}. {kept}") from error
 
+    def what_is_kept(self) -> str:
+        """For a message: what is left of the run if it ends now."""
+        if self.step:
+            return f"The checkpoint of step {self.step} is kept"
+        return "There is no checkpoint yet"
+
     def make_folder(self) -> None:
         """Rank 0 makes out_dir, the others wait for it."""
+        reason = why_no_folder(self.folder)
+        if reason:
+            raise ValueError(f"--out_dir {self.folder} cannot be written into: {reason}")
         self.guard(lambda: self.folder.mkdir(parents=True, exist_ok=True), self.folder)
         # the others may look into the folder only when it is there
         self.world.barrier()
@@ -379,27 +543,66 @@ class Checkpoint:
 
         Raises ValueError if the folder holds another run, or somebody's weights.
         """
-        # 1. --fresh forgets the old run, and nothing else that lies in the folder
+        # 1. --fresh puts the old run aside, and leaves all else that lies in the folder
         if self.run.fresh:
-            self.guard(lambda: self.state_file.unlink(missing_ok=True), self.state_file)
-            self.guard(lambda: self.log_file.unlink(missing_ok=True), self.log_file)
+            self.guard(self.put_old_run_aside, self.folder)
         self.world.barrier()
-        # 2. go on, or begin in a folder that holds no weights yet
+        # 2. go on, or begin in a folder that holds no run yet
         if self.state_file.exists():
             self.load(optimizer, scaler)
         elif not self.run.fresh:
-            for name in ("config.json", "model.safetensors"):
-                if (self.folder / name).exists():
-                    raise ValueError(
-                        f"{self.folder} has a {name} but no training_state.pt to go on from; "
-                        "choose another --out_dir, or --fresh"
-                    )
+            self.refuse_foreign_files()
         # 3. now that the folder is known to be this run's, remove what a death amid a write left
         for folder in (self.folder, self.folder / "best"):
             self.guard(functools.partial(remove_temporary_files, folder, FILES), folder)
         # 4. what was logged after the state was saved will be logged again
         self.guard(self.cut_log, self.log_file)
         return self.step
+
+    def put_old_run_aside(self) -> None:
+        """Move the files of the run that lies here, and say where they are."""
+        target = move_old_run(self.folder)
+        if target:
+            print(f"--fresh: the files of the old run are in {target} now", flush=True)
+
+    def refuse_foreign_files(self) -> None:
+        """Raises ValueError if a folder without a training state holds files that a run would lose.
+
+        What a death before the first training state leaves is a log of this very run, and best/.
+        """
+        advice = "choose another --out_dir, or --fresh, which puts them aside"
+        missing = "but no training_state.pt to go on from"
+        # these come after the training state
+        for name in EXPORTED:
+            if (self.folder / name).exists():
+                raise ValueError(f"{self.folder} has a {name} {missing}; {advice}")
+        # and these before it
+        if self.log_file.exists():
+            reason = self.why_not_own_log()
+            if reason:
+                raise ValueError(f"{self.folder} has a log.jsonl {missing}: {reason}; {advice}")
+        elif any((self.folder / "best" / name).exists() for name in EXPORTED):
+            raise ValueError(f"{self.folder} has a best/ {missing}; {advice}")
+
+    def why_not_own_log(self) -> str:
+        """Why log.jsonl is not of this run before its first training state; empty if it is."""
+        try:
+            rows = read_log(self.log_file)
+        except ValueError as error:
+            return str(error)
+        # the first row says what the run was made of
+        header = rows[0].get("header") if rows else None
+        identity = header.get("identity") if isinstance(header, dict) else None
+        if not isinstance(identity, dict):
+            return "it does not begin as the log of a run does"
+        differences = different_values(identity, self.identity)
+        if differences:
+            return f"it is of another run ({'; '.join(differences[:4])})"
+        # a state is saved at save_every: if the log goes beyond, somebody has removed it
+        last = max(row["step"] for row in rows)
+        if last > self.run.save_every:
+            return f"it goes on to step {last}, so there was one"
+        return ""
 
     def load(self, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
         """Fill model, optimizer and scaler from training_state.pt. Raises ValueError."""
@@ -410,9 +613,23 @@ class Checkpoint:
                 f"{self.folder} holds another run ({'; '.join(differences[:4])}); choose another "
                 "--out_dir, or --fresh starts anew"
             )
-        self.model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
+        # all is looked at before anything is changed
+        try:
+            if not 0 < state["step"] <= self.run.max_steps:
+                raise ValueError(f"step is {state['step']} of {self.run.max_steps}")
+            check_model_state(state["model"], self.model)
+            check_optimizer_state(state["optimizer"], optimizer)
+            self.model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            scaler.load_state_dict(state["scaler"])
+        except BROKEN_STATE as error:
+            reason = first_line_of(error)
+            if isinstance(error, LookupError):
+                reason = f"its optimizer lacks {reason}"
+            raise ValueError(
+                f"{self.state_file} is not the training state of this run ({reason}); --fresh "
+                "starts anew"
+            ) from error
         # where it was
         self.best = state["best"]
         self.step = state["step"]
@@ -501,7 +718,7 @@ def different_values(theirs: dict, ours: dict) -> list[str]:
         if isinstance(value, dict) and isinstance(theirs[name], dict):
             differences += different_values(theirs[name], value)
         else:
-            differences.append(f"{name} was {theirs[name]!r}, is {value!r}")
+            differences.append(f"{name} was {show(theirs[name])}, is {show(value)}")
     return differences
 
 
@@ -651,7 +868,7 @@ def check_finite(
         samples += f" and {len(names) - 16} more"
     raise ValueError(
         f"the loss is not finite at step {step}: {numbers}. Samples: {samples}. "
-        f"The checkpoint of step {checkpoint.step} is kept"
+        f"{checkpoint.what_is_kept()}"
     )
 
 
@@ -662,7 +879,7 @@ def check_weights(model: nn.Module, step: int, checkpoint: Checkpoint) -> None:
         if not torch.isfinite(parameter).all():
             raise ValueError(
                 f"the weights are not finite after step {step}: {name}. Is --learning_rate too "
-                f"high? The checkpoint of step {checkpoint.step} is kept"
+                f"high? {checkpoint.what_is_kept()}"
             )
 
 
@@ -715,6 +932,11 @@ def fit(
     evaluate(): metrics on held-out data, computed by all ranks; "score" (higher is better) decides
     what is kept in best/. Returns False if the run was ended early, by SIGTERM.
     """
+    if run.max_steps < 1:
+        raise ValueError(
+            f"--max_steps is {run.max_steps}; it must be from 1 on, and there must be rows to "
+            "train on"
+        )
     # one run a folder: rank 0 holds its lock until the end
     checkpoint.make_folder()
     with folder_lock(checkpoint.folder, needed=world.rank == 0):
@@ -735,10 +957,17 @@ def fit(
         bar = tqdm(
             total=run.max_steps, initial=start, unit="step", disable=world.rank > 0, mininterval=1
         )
-        with bar:  # closed before an error is said
-            done = run_steps(
-                run, task, loader, evaluate, checkpoint, world, optimizer, scaler, start, bar
-            )
+        previous = signal.getsignal(signal.SIGTERM)
+        try:
+            with bar:  # closed before an error is said
+                done = run_steps(
+                    run, task, loader, evaluate, checkpoint, world, optimizer, scaler, start, bar
+                )
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"interrupted. {checkpoint.what_is_kept()}") from None
+        finally:
+            # what comes after the steps may be ended at once again
+            signal.signal(signal.SIGTERM, previous or signal.SIG_DFL)
     if done < run.max_steps:
         world.print(
             f"SIGTERM: saved step {done} in {run.out_dir}; the same command goes on from there."
@@ -767,7 +996,7 @@ def run_steps(
     # at after each step
     terminated = torch.zeros(1, device=world.device)
     signal.signal(signal.SIGTERM, lambda *_: terminated.fill_(1))
-    began = time.time()
+    began = time.monotonic()  # a clock that nobody sets
     made = 0  # updates; only fp16 may leave one out
     skipped = 0  # updates left out in a row
     for step in range(start, run.max_steps):
@@ -789,7 +1018,7 @@ def run_steps(
         check_scale(skipped, start + made, done == run.max_steps)
         # 4. show and log
         loss = sum(losses.values())
-        speed = (done - start) * run.batch_size / (time.time() - began)
+        speed = (done - start) * run.batch_size / (time.monotonic() - began)
         bar.set_postfix_str(f"loss {loss:.3f}, lr {rate:.1e}, {speed:.0f} samples/s", refresh=False)
         bar.update()
         if done == 1 or is_due(done, run.log_every, run.max_steps):

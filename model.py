@@ -550,7 +550,7 @@ class ContrastiveHead(nn.Module):
         self.text = nn.Linear(config.text_width, config.contrastive_size)
         self.image = nn.Linear(config.vision_width, config.contrastive_size)
         # the divisor itself, not its logarithm as in CLIP
-        self.temperature = nn.Parameter(torch.tensor(config.temperature))
+        self.temperature = nn.Parameter(torch.tensor(float(config.temperature)))
 
     def forward(self, text: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
         text_vectors = F.normalize(self.text(text), dim=-1)

@@ -20,19 +20,30 @@ import os
 import re
 import struct
 import tarfile
-import typing
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import NoneType
 from typing import Any, NamedTuple
 
 from PIL import Image
 from tqdm import tqdm
 
-from fields import FlagError, option, parse_flags, show
-from files import read_json, read_json_lines, write_atomically, write_json, write_json_lines
+from fields import FlagError, check_fields, option, parse_flags, show
+from files import (
+    MOST_BYTES,
+    MOST_BYTES_OF_DATA,
+    is_of_kind,
+    need,
+    read_bounded,
+    read_json,
+    read_json_lines,
+    read_text,
+    why_no_folder,
+    write_atomically,
+    write_json,
+    write_json_lines,
+)
 from images import load_image
 from metrics import answer_score, normalize_answer
 from tasks import load_answers
@@ -43,79 +54,19 @@ Splits = dict[str, list[dict[str, Any]]]  # split -> the rows of its manifest
 
 
 # ---------------------------------------------------------------- raw records
-KIND_NAMES = {
-    str: "a text",
-    int: "a whole number",
-    bool: "true or false",
-    list: "a list",
-    NoneType: "null",
-}
-
-
-def kinds_of(declared: Any) -> tuple[type, ...]:
-    """`str | int` -> (str, int); `str` -> (str,)."""
-    return typing.get_args(declared) or (declared,)
-
-
-def is_of_kind(value: Any, declared: Any) -> bool:
-    """Whether a value of a raw file has its declared type. A bool is no number."""
-    if isinstance(value, bool):
-        return bool in kinds_of(declared)
-    return isinstance(value, declared)
-
-
-def wrong_kind(place: str, value: Any, declared: Any) -> ValueError:
-    """The error for a value of another type; place: the file, the entry and the key."""
-    wanted = " or ".join(KIND_NAMES[kind] for kind in kinds_of(declared))
-    return ValueError(f"{place} is {show(value)}; it must be {wanted}")
-
-
-def need(place: str, record: Any, key: str, declared: Any) -> Any:
-    """The value of a key of a raw record. Raises ValueError, with place and key, for another type.
-
-    declared: str, int, list ... or several (`str | int`). A key that may be null may be absent too.
-    """
-    if not isinstance(record, dict):
-        raise ValueError(f"{place} has no field {key!r}: {show(record)}")
-    value = record.get(key)
-    if is_of_kind(value, declared):
-        if isinstance(value, str) and not value.isascii():
-            require_characters(f"{place}: {key}", value)
-        return value
-    if key not in record:
-        raise ValueError(f"{place} has no field {key!r}: {show(record)}")
-    raise wrong_kind(f"{place}: {key}", value, declared)
-
-
-def require_characters(place: str, text: str) -> None:
-    """Raises ValueError for half a character ("\\ud83d" alone), which no UTF-8 file can hold."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ValueError(f"{place} is {show(text)}; it has half a character") from None
-
-
 def entries_with(
     place: str, records: Iterable, kinds: dict[str, Any]
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """(place, record) of each record of a list, once the types of its keys are tested.
 
-    kinds: key -> type, as `need` takes them.
+    kinds: key -> type, as `files.need` takes them.
     place: where the list stands; the place of a record is "{place}, entry {number from 0}".
     """
     for number, record in enumerate(records):
         record_place = f"{place}, entry {number}"
         for key, declared in kinds.items():
-            need(record_place, record, key, declared)
+            need(record, key, declared, record_place)
         yield record_place, record
-
-
-def read_raw_text(path: Path) -> str:
-    """A UTF-8 file without its byte order mark. Raises ValueError with its name."""
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8: {error}") from None
 
 
 def dedupe(texts: Iterable[str]) -> list[str]:
@@ -177,35 +128,49 @@ class Raw:
             if candidates:
                 paths[file] = candidates[0]
             else:
-                absent.append(f"  {file}   from {origin}")
+                absent.append(f"{file} from {origin}")
         if self.bases and not absent:
             return paths
         looked_in = ", ".join(str(base) for base in self.bases)
         if not self.bases:
             looked_in = f"{self.root}: no such folder; {self.spec.images}"
-        sentence = f"files of {self.name} are missing (looked in {looked_in})"
-        raise ValueError("\n".join([sentence, *absent]))
+        listed = f": {'; '.join(absent)}" if absent else ""
+        raise ValueError(f"files of {self.name} are missing (looked in {looked_in}){listed}")
 
     def entries(
-        self, file: str, kinds: dict[str, Any], under: str = "", lines: bool = False
+        self,
+        file: str,
+        kinds: dict[str, Any],
+        under: str = "",
+        lines: bool = False,
+        unique: str = "",
     ) -> Iterator[tuple[str, dict[str, Any]]]:
         """`entries_with` of a raw file: a JSON list, the list `under` a key, or JSON Lines.
 
-        An empty list is an error: it is what a broken download leaves.
+        unique: a key whose value no two entries share. An empty list is an error: it is what a
+        broken download leaves.
         """
         path = self.paths[file]
-        records = read_json_lines(path) if lines else read_json(path)
-        wanted = "a list of entries"
+        if lines:
+            records = read_json_lines(path)
+        else:
+            records = read_json(path, most_bytes=MOST_BYTES_OF_DATA)
         if under:
-            wanted += f" under {under!r}"
-            records = records.get(under) if isinstance(records, dict) else None
+            records = need(records, under, list, str(path))
         if not isinstance(records, list):
-            raise ValueError(f"{path}: expected {wanted}, found {type(records).__name__}")
+            raise ValueError(f"{path} is {show(records)}; it must be a list of entries")
         if not records:
-            raise ValueError(f"{path}: expected {wanted}, found none; download it again")
+            raise ValueError(f"{path}: expected a list of entries, found none; download it again")
         is_short = len(records) < 1000
         bar = tqdm(records, desc=path.name, unit_scale=True, leave=False, disable=is_short)
-        yield from entries_with(str(path), bar, kinds)
+        places: dict[Any, str] = {}  # value of the unique key -> where it stands
+        for place, record in entries_with(str(path), bar, kinds):
+            if unique:
+                value = record[unique]
+                if value in places:
+                    raise ValueError(f"{place}: {unique!r} is {show(value)}, as in {places[value]}")
+                places[value] = place.rpartition(", ")[2]
+            yield place, record
 
     def list_folder(self, folder: str) -> dict[str, str]:
         """{name: path} of what a folder holds: one listing instead of a system call a picture."""
@@ -259,8 +224,19 @@ def describe_split(rows: list[dict], published: str) -> str:
     return f"{len(pictures):,} images, {num_texts:,} texts (published: {published})"
 
 
+def check_out(out: Path) -> None:
+    """Raises ValueError if nothing can be written into --out, before the work begins."""
+    reason = why_no_folder(out)
+    if reason:
+        raise ValueError(f"--out {out} cannot be written into: {reason}")
+
+
 def prepare_dataset(name: str, root: Path, out: Path) -> None:
-    """Write the manifests of one dataset into `out`; print what they hold. Raises ValueError."""
+    """Write the manifests of one dataset into `out`; print what they hold.
+
+    Raises ValueError; for a manifest that would be empty at the end, when the others are written.
+    """
+    check_out(out)
     raw = Raw(name, root, out)
     out.mkdir(parents=True, exist_ok=True)
     splits = raw.spec.build(raw)
@@ -268,16 +244,25 @@ def prepare_dataset(name: str, root: Path, out: Path) -> None:
     if not raw.found:
         example = f", e.g. {missing[0]}" if missing else ""
         raise ValueError(f"no image of {name} is in {root}{example}; get them: {raw.spec.images}")
+    empty = []
     for split, rows in splits.items():
         published = raw.spec.published.get(split, "-")
         print(f"{name}_{split}: {describe_split(rows, published)}")
-        if rows:  # an empty manifest is not written
+        if rows:
             write_json_lines(out / f"{name}_{split}.jsonl", rows)
+        else:
+            empty.append(f"{name}_{split}")
     for what, number in raw.left_out.items():
         print(f"left out: {number:,} {what}")
     if missing:
         examples = ", ".join(missing[:3])
         print(f"left out: {len(missing):,} missing images: {examples} ... ({raw.spec.images})")
+    if empty:
+        reason = f"none of its pictures is in {root}" if missing else "there are too few pictures"
+        raise ValueError(
+            f"{', '.join(empty)} would be empty and is not written, as {reason}; all other "
+            "manifests are written"
+        )
 
 
 # ---------------------------------------------------------------- VQAv2
@@ -304,7 +289,9 @@ def read_annotations(raw: Raw) -> tuple[dict[int, Annotation], Counter]:
     annotations = {}
     majority: Counter[str] = Counter()
     for file in ("v2_mscoco_train2014_annotations.json", "v2_mscoco_val2014_annotations.json"):
-        for place, entry in raw.entries(file, ANNOTATION_KINDS, under="annotations"):
+        for place, entry in raw.entries(
+            file, ANNOTATION_KINDS, under="annotations", unique="question_id"
+        ):
             majority[normalize_answer(entry["multiple_choice_answer"])] += 1
             counts: Counter[str] = Counter()
             for _, answer in entries_with(f"{place}, answers", entry["answers"], {"answer": str}):
@@ -346,8 +333,10 @@ def build_vqav2(raw: Raw) -> Splits:
     return splits
 
 
-def questions_file(split: str) -> str:
-    return f"v2_OpenEnded_mscoco_{split}_questions.json"
+def questions_of(raw: Raw, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(place, entry) of each question of a split."""
+    file = f"v2_OpenEnded_mscoco_{split}_questions.json"
+    return raw.entries(file, QUESTION_KINDS, under="questions", unique="question_id")
 
 
 def annotated_questions(
@@ -355,7 +344,7 @@ def annotated_questions(
 ) -> list[dict]:
     """The rows of train2014 or val2014. Questions with no answer of the vocabulary are left out."""
     by_image: dict[int, list[dict]] = {}
-    for place, entry in raw.entries(questions_file(split), QUESTION_KINDS, under="questions"):
+    for place, entry in questions_of(raw, split):
         question_id = entry["question_id"]
         if question_id not in annotations:
             raise ValueError(
@@ -378,7 +367,7 @@ def annotated_questions(
 def unanswered_questions(raw: Raw, split: str) -> list[dict]:
     """The rows of test2015 or test-dev2015, whose answers are not published."""
     by_image: dict[int, list[dict]] = {}
-    for _, entry in raw.entries(questions_file(split), QUESTION_KINDS, under="questions"):
+    for _, entry in questions_of(raw, split):
         question = {"id": entry["question_id"], "question": entry["question"]}
         by_image.setdefault(entry["image_id"], []).append(question)
     return vqa_rows(raw, "test2015", by_image)  # test-dev is a part of test's pictures
@@ -400,7 +389,9 @@ def read_vocabulary(folder: Path) -> list[str]:
     answers = load_answers(folder)
     for number, answer in enumerate(answers):
         if not is_of_kind(answer, str):
-            raise wrong_kind(f"{folder}/answers.json, entry {number}", answer, str)
+            raise ValueError(
+                f"{folder}/answers.json, entry {number} is {show(answer)}; it must be a text"
+            )
     if not answers:
         raise ValueError(f"{folder}/answers.json is empty; it must be the answers of a vocabulary")
     return answers
@@ -409,14 +400,14 @@ def read_vocabulary(folder: Path) -> list[str]:
 def read_karpathy_images(path: Path) -> set[int]:
     """COCO's ids of listed pictures. A line: val2014/COCO_val2014_000000391895.jpg 391895."""
     ids = set()
-    for number, line in enumerate(read_raw_text(path).split("\n"), 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
-        name = re.search(r"(\d+)\.jpg", line)
+        name = re.search(r"([0-9]{1,15})\.jpg", line)
         if name is None:
             raise ValueError(
                 f"{path}, line {number}: expected a picture like COCO_val2014_000000391895.jpg, "
-                f"found {line[:80]!r}"
+                f"found {show(line)}"
             )
         ids.add(int(name[1]))
     if not ids:
@@ -456,14 +447,18 @@ def build_vgqa(raw: Raw) -> Splits:
     for file in ("karpathy_val_images.txt", "karpathy_test_images.txt"):
         held_out.update(read_karpathy_images(raw.paths[file]))
     coco_ids = {}
-    for _, entry in raw.entries("image_data.json", {"image_id": int, "coco_id": int | None}):
+    image_kinds = {"image_id": int, "coco_id": int | None}
+    for _, entry in raw.entries("image_data.json", image_kinds, unique="image_id"):
         coco_ids[entry["image_id"]] = entry.get("coco_id")
-    questions_of = {}
-    for place, entry in raw.entries("question_answers.json", {"id": int, "qas": list}):
-        questions_of[entry["id"]] = unambiguous_questions(raw, place, entry["qas"], vocabulary)
+    questions_by_image = {}
+    entry_kinds = {"id": int, "qas": list}
+    for place, entry in raw.entries("question_answers.json", entry_kinds, unique="id"):
+        questions_by_image[entry["id"]] = unambiguous_questions(
+            raw, place, entry["qas"], vocabulary
+        )
 
     splits: Splits = {"coco_train": [], "coco_val": [], "train": [], "val": []}
-    for image_id, questions in questions_of.items():
+    for image_id, questions in questions_by_image.items():
         if not questions:
             continue
         image = raw.image(f"VG_100K/{image_id}.jpg", f"VG_100K_2/{image_id}.jpg")
@@ -491,11 +486,11 @@ def build_nlvr2(raw: Raw) -> Splits:
     }
     splits: Splits = {"train": [], "dev": [], "test1": []}
     for split, rows in splits.items():
-        for place, entry in raw.entries(f"{split}.json", kinds, lines=True):
+        for place, entry in raw.entries(f"{split}.json", kinds, lines=True, unique="identifier"):
             identifier = entry["identifier"]
             label = str(entry["label"])
             if label not in ("True", "False"):
-                raise ValueError(f"{place}: label {label!r} of {identifier} is not True or False")
+                raise ValueError(f"{place}: 'label' is {show(label)}; it must be True or False")
             folder = split
             if entry.get("directory") is not None:
                 folder = f"{split}/{entry['directory']}"
@@ -533,7 +528,7 @@ def build_snli_ve(raw: Raw) -> Splits:
                 f"flickr30k-images/{image_id}.jpg", f"flickr30k_images/{image_id}.jpg"
             )
             if label not in ("contradiction", "neutral", "entailment"):
-                raw.left_out[f"rows of {split} with label {label!r}"] += 1
+                raw.left_out[f"rows of {split} with label {show(label)}"] += 1
             elif image:
                 row = {
                     "image": image,
@@ -571,11 +566,11 @@ class KarpathyImage(NamedTuple):
 
 def karpathy_images(raw: Raw, file: str, manifests_of: KarpathySplits) -> Iterator[KarpathyImage]:
     """The pictures of a dataset_*.json. Raises ValueError for a split not in `manifests_of`."""
-    for place, entry in raw.entries(file, KARPATHY_KINDS, under="images"):
+    for place, entry in raw.entries(file, KARPATHY_KINDS, under="images", unique="filename"):
         split = entry["split"]
         if split not in manifests_of:
             expected = ", ".join(manifests_of)
-            raise ValueError(f"{place}: split is {split!r}; it must be one of {expected}")
+            raise ValueError(f"{place}: 'split' is {show(split)}; it must be one of {expected}")
         captions = []
         sentences_place = f"{place}, sentences"
         for _, sentence in entries_with(sentences_place, entry["sentences"], {"raw": str}):
@@ -588,9 +583,9 @@ def build_coco(raw: Raw) -> Splits:
     splits: Splits = {"train": [], "val": [], "test": []}
     for image in karpathy_images(raw, "dataset_coco.json", COCO_SPLITS):
         parts = Path(image.name).stem.split("_")  # COCO, val2014, 000000391895
-        if len(parts) != 3 or not parts[2].isdecimal():
+        if len(parts) != 3 or not re.fullmatch("[0-9]{1,15}", parts[2]):
             raise ValueError(
-                f"{image.place}: filename is {image.name!r}; "
+                f"{image.place}: 'filename' is {show(image.name)}; "
                 "it must be like COCO_val2014_000000391895.jpg"
             )
         rows = raw.captioned(int(parts[2]), image.captions, f"{parts[1]}/{image.name}")
@@ -631,19 +626,19 @@ def build_vg(raw: Raw) -> Splits:
 
 def need_texts(path: Path, record: Any, key: str) -> list[str]:
     """The list of texts under a key of a raw file."""
-    texts = need(str(path), record, key, list)
+    texts = need(record, key, list, str(path))
     for number, text in enumerate(texts):
         if not is_of_kind(text, str):
-            raise wrong_kind(f"{path}, entry {number} of {key}", text, str)
-        if not text.isascii():
-            require_characters(f"{path}, entry {number} of {key}", text)
+            raise ValueError(
+                f"{path}, entry {number} of {key!r} is {show(text)}; it must be a text"
+            )
     return texts
 
 
 def build_sbu(raw: Raw) -> Splits:
     """One caption a picture, called as the last part of its URL."""
     path = raw.paths["sbu-captions-all.json"]
-    content = read_json(path)
+    content = read_json(path, most_bytes=MOST_BYTES_OF_DATA)
     captions = need_texts(path, content, "captions")
     urls = need_texts(path, content, "image_urls")
     if len(captions) != len(urls):
@@ -664,13 +659,12 @@ def build_cc3m(raw: Raw) -> Splits:
     splits: Splits = {"train": [], "val": []}
     for split, rows in splits.items():
         path = raw.paths[file_of[split]]
-        lines = read_raw_text(path).rstrip("\n").split("\n")
+        lines = read_text(path, MOST_BYTES_OF_DATA).rstrip("\n").split("\n")
         for i, line in enumerate(tqdm(lines, desc=path.name, unit_scale=True, leave=False)):
             caption, tab, _ = line.partition("\t")
             if not tab:
                 raise ValueError(
-                    f"{path}, line {i + 1}: expected a caption, a tab and a URL, "
-                    f"found {line[:80]!r}"
+                    f"{path}, line {i + 1}: expected a caption, a tab and a URL, found {show(line)}"
                 )
             candidates = (f"{split}/{i}.jpg", f"{split}/{i}", f"images_{split}/{i}.jpg")
             rows += raw.captioned(str(i), [caption], *candidates)
@@ -680,6 +674,7 @@ def build_cc3m(raw: Raw) -> Splits:
 # ---------------------------------------------------------------- texts of Openclipart
 MOST_USES = 25  # a title or description of more drawings is the name of a collection, no caption
 MOST_KEYWORDS = 6
+MOST_CHARACTERS = 4000  # of a text, before its entities and its white space are made plain
 
 # in a title, a description or a keyword: somebody's advertising, a licence, a converter's remark
 BOILERPLATE = re.compile(
@@ -689,12 +684,13 @@ BOILERPLATE = re.compile(
 )
 # keywords that say where a drawing is filed, not what it shows
 DULL_KEYWORD = re.compile(
-    r".*(sym|national|travel)|.*\d.*|hash|unsorted|signs?( and symbols)?|symbols?|shapes?|icons?"
-    r"|united nations member|recreation|geometry|menu|equipment|activities|miscellany|computer"
+    r".*(sym|national|travel)|(?=.*\d).*|hash|unsorted|signs?( and symbols)?|symbols?|shapes?"
+    r"|icons?|united nations member|recreation|geometry|menu|equipment|activities|miscellany"
+    r"|computer"
 )
 # " by Jane Doe", " di ...", the authors who sign without it, and a number at the end
 AUTHOR_OR_NUMBER = re.compile(
-    r"\s(by|di)\s[A-Z].*|\s*(?i:architetto|rollandin)\b.*|(?<=[a-z])[\s#]*\d{1,3}$"
+    r"\s(by|di)\s[A-Z].*|(?<!\s)\s*(?i:architetto|rollandin)\b.*|(?<=[a-z])[\s#]*\d{1,3}$"
 )
 FILE_SUFFIX = re.compile(r"\.(svg|png)\b", re.IGNORECASE)
 
@@ -785,10 +781,11 @@ def read_drawings(root: Path) -> list[Drawing]:
     """The drawings below root/png, with the texts of their twins below root/svg."""
     drawings = []
     for path in sorted((root / "png").rglob("*.png")):
-        if path.is_symlink():
+        if path.is_symlink() or not path.is_file():
             continue
         twin = root / "svg" / path.relative_to(root / "png").with_suffix(".svg")
-        svg = twin.read_text(encoding="utf-8", errors="replace") if twin.is_file() else ""
+        content = read_bounded(twin, MOST_BYTES) if twin.is_file() else b""
+        svg = content.decode("utf-8", errors="replace")
         if links_a_picture(svg):
             continue
         metadata = metadata_of(svg)
@@ -800,7 +797,12 @@ def read_drawings(root: Path) -> list[Drawing]:
 
 
 def unescape(text: str) -> str:
-    """A text of an SVG: its entities (many are escaped twice) and its white space made plain."""
+    """A text of an SVG: its entities (many are escaped twice) and its white space made plain.
+
+    What is too long for a caption anyway is dropped: it may hold numbers of a million digits.
+    """
+    if len(text) > MOST_CHARACTERS:
+        return ""
     return " ".join(html.unescape(html.unescape(text)).split())
 
 
@@ -875,10 +877,10 @@ def build_tuxpaint(raw: Raw) -> Splits:
     """Stamps with the first, English line of the .txt beside them."""
     pictures = []
     for path in sorted(raw.root.rglob("*.png")):
-        if SKIPPED_STAMPS.search(path.as_posix()):
+        if SKIPPED_STAMPS.search(path.as_posix()) or not path.is_file():
             continue
         text_file = path.with_suffix(".txt")
-        text = read_raw_text(text_file) if text_file.is_file() else ""
+        text = read_text(text_file) if text_file.is_file() else ""
         pictures.append((path, [text.partition("\n")[0]]))
     return split_pictures(raw, pictures)
 
@@ -948,6 +950,9 @@ def fit_pictures(raw: Raw, pictures: list[tuple[Path, list[str]]]) -> list[tuple
         captions = distinct_captions(texts)
         if not captions:
             raw.left_out["images without a caption"] += 1
+            continue
+        if path.stat().st_size > MOST_BYTES:
+            raw.left_out["images above 64 MiB"] += 1
             continue
         content = path.read_bytes()
         digest = hashlib.sha1(content).digest()
@@ -1023,6 +1028,9 @@ class DatasetConfig:
     root: str = option(help="folder of the raw files and the pictures")
     out: str = option(help="folder to write the manifests to")
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+
 
 @dataclass(kw_only=True)
 class OpenclipartConfig(DatasetConfig):
@@ -1042,6 +1050,13 @@ class WeightsConfig:
     out: str = option(help="folder to write to")
     tokenizer: str = option("", "tokenizer.json, *.model or a folder, to go along")
     answers: str = option("", "folder with answers.json, to go along with a VQA model")
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+# what `weights` writes
+WRITTEN = ("model.safetensors", "config.json", "answers.json", "tokenizer.json", "tokenizer.model")
 
 
 @dataclass(frozen=True)
@@ -1188,10 +1203,30 @@ def describe_dataset(name: str) -> str:
     return "\n".join(lines)
 
 
+def check_not_overwritten(config: WeightsConfig) -> None:
+    """Raises ValueError if --out is the folder of a run, or of what is converted."""
+    out = Path(config.out)
+    if (out / "training_state.pt").exists():
+        raise ValueError(f"--out {out} is the folder of a run; choose another one")
+    for flag in ("source", "tokenizer"):
+        place = Path(getattr(config, flag))
+        folder = place if place.is_dir() else place.parent
+        if not getattr(config, flag) or not out.exists() or not folder.exists():
+            continue
+        present = [name for name in WRITTEN if (out / name).exists()]
+        if present and os.path.samefile(folder, out):
+            raise ValueError(
+                f"--out {out} is where --{flag} lies, whose {present[0]} would be overwritten; "
+                "choose another folder"
+            )
+
+
 def prepare_weights(argv: list[str]) -> None:
     """The command `weights`."""
     description = "Official weights -> a checkpoint folder, without executing them."
     config = parse_flags(WeightsConfig, argv, description, "weights")
+    check_out(Path(config.out))
+    check_not_overwritten(config)
     answers = read_vocabulary(Path(config.answers)) if config.answers else None
     tokenizer = Path(config.tokenizer) if config.tokenizer else None
     convert_weights(Path(config.source), Path(config.out), tokenizer, answers)
@@ -1210,7 +1245,7 @@ def main(argv: list[str]) -> None:
     else:
         commands = ", ".join(["weights", *DATASETS])
         raise FlagError(
-            f"the first word is {command!r}; it must be one of {commands}; "
+            f"the first word is {show(command)}; it must be one of {commands}; "
             "`python prepare.py -h` says what they are"
         )
 

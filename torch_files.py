@@ -135,6 +135,7 @@ class Machine:
         self.stack: list[Any] = []
         self.stacks_below: list[list[Any]] = []  # one for each MARK that is open
         self.memo: dict[int, Any] = {}
+        self.calls: list[Inert] = []  # every call that was noted
         self.actions: dict[str, Callable[[Any], None]] = {
             "PROTO": self.check_protocol,
             "FRAME": self.ignore,
@@ -336,7 +337,9 @@ class Machine:
         if not isinstance(args, tuple):
             raise ValueError(f"its pickle calls something, but the arguments are {kind_of(args)}")
         name = function.name if function.args is None else ""
-        self.stack.append(Inert(name, args))
+        note = Inert(name, args)
+        self.calls.append(note)
+        self.stack.append(note)
 
     def call(self, _: Any) -> None:
         args = self.pop()
@@ -479,10 +482,19 @@ def view_of(node: Inert) -> View:
         )
     if metadata and as_dict(metadata[0]):
         raise ValueError("it is a conjugated or negated view; save resolve_conj().resolve_neg()")
+    check_hooks(args[5:6])
     storage, offset, size, stride = args[:4]
     view = View(storage, offset, size, stride, dtype)
     view.check()
     return view
+
+
+def check_hooks(hooks: tuple) -> None:
+    """Raises ValueError unless a tensor has the empty dict of hooks that torch.save writes."""
+    for value in hooks:
+        is_made = isinstance(value, Inert) and value.args == ()
+        if not is_made or value.name != "collections.OrderedDict" or value:
+            raise ValueError("it has hooks, which are functions; save it without them")
 
 
 def dtype_of(node: Any) -> torch.dtype:
@@ -490,6 +502,19 @@ def dtype_of(node: Any) -> torch.dtype:
     if name not in DTYPES:
         raise ValueError(f"its dtype {show(name)} is not known")
     return DTYPES[name]
+
+
+def storage_of(view: View) -> tuple[str, torch.dtype, int]:
+    """(key, dtype, number of elements) of the storage of a view, as the pickle names it."""
+    if not isinstance(view.storage, tuple) or len(view.storage) < 5:
+        raise ValueError("its storage is not named as torch.save does")
+    mark, storage_class, key, _, length = view.storage[:5]
+    if mark != "storage" or not isinstance(key, str) or type(length) is not int:
+        raise ValueError("its storage is not named as torch.save does")
+    class_name = getattr(storage_class, "name", "")
+    if class_name not in STORAGES:
+        raise ValueError(f"numbers in {show(class_name)} are not supported")
+    return key, STORAGES[class_name], length
 
 
 class Place(NamedTuple):
@@ -549,7 +574,9 @@ class TorchFile:
             self.folder = self.find_folder()
             self.check_byte_order()
             content = self.read_member("data.pkl", MOST_BYTES_OF_A_PICKLE)
-            self.tree = Machine().run(content)
+            machine = Machine()
+            self.tree = machine.run(content)
+            self.calls = machine.calls
         except BROKEN as error:
             raise ValueError(f"{path} is not a readable PyTorch file: {words_of(error)}") from error
 
@@ -609,6 +636,30 @@ class TorchFile:
                 position += len(chunk)
         return content
 
+    def check_tensors(self) -> None:
+        """Raises ValueError for a tensor that does not lie in its storage, before any is read.
+
+        torch.load would let the storage grow to whatever size the tensor claims.
+        """
+        for node in self.calls:
+            if not is_tensor(node):
+                continue
+            try:
+                self.check_view(view_of(node))
+            except BROKEN as error:
+                raise ValueError(
+                    f"{self.path} is not a readable PyTorch file: {words_of(error)}"
+                ) from error
+
+    def check_view(self, view: View) -> None:
+        key, stored_dtype, _ = storage_of(view)
+        num_bytes = self.zip.getinfo(f"{self.folder}data/{key}").file_size
+        dtype = view.dtype or stored_dtype
+        if view.end() * dtype.itemsize > num_bytes:
+            raise ValueError(
+                f"shape {show(view.size)} is larger than its storage of {num_bytes} bytes"
+            )
+
     def tensor(self, node: Inert) -> Tensor:
         """The tensor that a noted call would make."""
         view = view_of(node)
@@ -635,15 +686,7 @@ class TorchFile:
 
     def storage(self, view: View) -> tuple[str, Tensor]:
         """(key, flat tensor) of the numbers that several tensors may share."""
-        if not isinstance(view.storage, tuple) or len(view.storage) < 5:
-            raise ValueError("its storage is not named as torch.save does")
-        mark, storage_class, key, _, length = view.storage[:5]
-        if mark != "storage" or not isinstance(key, str) or type(length) is not int:
-            raise ValueError("its storage is not named as torch.save does")
-        class_name = getattr(storage_class, "name", "")
-        if class_name not in STORAGES:
-            raise ValueError(f"numbers in {show(class_name)} are not supported")
-        stored_dtype = STORAGES[class_name]
+        key, stored_dtype, length = storage_of(view)
         if key not in self.storages:
             self.storages[key] = self.read_member(f"data/{key}", self.most_bytes)
         content = self.storages[key]

@@ -7,29 +7,48 @@ Everything here works without torchrun too: one process is a world of size 1.
 import contextlib
 import os
 import random
+import select
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from tqdm import tqdm
 
-from fields import FlagError
+from fields import FlagError, show
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 PATIENCE = 10.0  # seconds that other processes give rank 0 to say what is wrong
+# Processes that load data, for each training process. More help no training, and thousands of them
+# take minutes and all memory before the first batch.
+MOST_WORKERS = 256
+
+
+def environment_number(name: str, default: int) -> int:
+    """A number that torchrun puts into the environment. Raises ValueError for anything else."""
+    text = os.environ.get(name, str(default))
+    if not (text.isascii() and text.isdigit()):
+        raise ValueError(f"the environment variable {name} is {show(text)}; torchrun sets a number")
+    return int(text)
 
 
 class World:
     """Rank, size and device of this process; it joins the others that torchrun started."""
 
     def __init__(self, device: str = "auto"):
-        self.rank = int(os.environ.get("RANK", 0))
-        self.size = int(os.environ.get("WORLD_SIZE", 1))
-        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        self.rank = environment_number("RANK", 0)
+        self.size = environment_number("WORLD_SIZE", 1)
+        local_rank = environment_number("LOCAL_RANK", 0)
+        if self.rank >= self.size or (self.size > 1 and "RANK" not in os.environ):
+            raise ValueError(
+                f"the environment variables say process {os.environ.get('RANK', 'none')} of "
+                f"{self.size}; start several processes with torchrun, or unset RANK and WORLD_SIZE"
+            )
         self.device = choose_device(device, local_rank)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
@@ -61,8 +80,8 @@ def choose_device(name: str, local_rank: int) -> torch.device:
     if name == "cpu":
         return torch.device("cpu")
     kind, _, number = name.partition(":")
-    if kind != "cuda" or (number and not number.isdigit()):
-        raise ValueError(f"--device is {name!r}; it must be auto, cpu, cuda or cuda:N")
+    if kind != "cuda" or name == "cuda:" or (number and not is_device_number(number)):
+        raise ValueError(f"--device is {show(name)}; it must be auto, cpu, cuda or cuda:N")
     if not has_cuda:
         raise ValueError(f"--device {name}, but torch sees no CUDA device here")
     index = int(number) if number else local_rank
@@ -71,6 +90,11 @@ def choose_device(name: str, local_rank: int) -> torch.device:
             f"--device {name}: device {index} of {torch.cuda.device_count()} CUDA devices"
         )
     return torch.device(f"cuda:{index}")
+
+
+def is_device_number(text: str) -> bool:
+    """Whether this is a short decimal number."""
+    return text.isascii() and text.isdigit() and len(text) < 5
 
 
 # ---------------------------------------------------------------- over all processes
@@ -185,72 +209,188 @@ def evaluating(model: nn.Module) -> Iterator[torch.device]:
 
 
 # ---------------------------------------------------------------- how a script ends
-def sentence_of(error: Exception) -> str:
+INTERRUPTED = 128 + signal.SIGINT  # the exit status after Ctrl-C, as shells have it
+CLOSED = 128 + signal.SIGPIPE  # ... and when nobody reads the output any more
+
+LOST = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
+ALLOCATION = (
+    "allocate memory",
+    "not enough memory",
+    "out of memory",
+    "ALLOC_FAILED",
+    "Storage size calculation overflowed",
+)
+WORKER_DIED = ("exited unexpectedly", "is killed by signal")  # what torch says of a DataLoader's
+
+
+def sentence_of(error: BaseException) -> str:
     """The message of an error.
 
     Of one that a DataLoader worker sent, with its traceback, the last line.
     """
-    lines = str(error).strip().splitlines()
-    if lines and "DataLoader worker" in lines[0]:
+    lines = str(error).strip().split("\n")
+    if "DataLoader worker" in lines[0]:
         return lines[-1].partition(": ")[2] or lines[-1]
-    return "\n".join(lines)
+    return "\n".join(lines) or type(error).__name__
 
 
-LOST = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
-
-
-def is_lost_connection(error: RuntimeError) -> bool:
+def is_lost_connection(error: BaseException) -> bool:
     """Whether a collective failed because another process ended; that one says why."""
-    return dist.is_initialized() and any(words in str(error) for words in LOST)
+    return (
+        isinstance(error, RuntimeError)
+        and dist.is_initialized()
+        and any(words in str(error) for words in LOST)
+    )
 
 
-ALLOCATION = ("allocate memory", "out of memory", "Storage size calculation overflowed")
-
-
-def sentence_of_allocation(error: Exception) -> str | None:
+def sentence_of_allocation(error: BaseException) -> str | None:
     """What to say of sizes that do not fit into memory or into a number; None for other errors."""
-    first_line = str(error).strip().partition("\n")[0]
+    first_line = sentence_of(error).partition("\n")[0]
     if isinstance(error, MemoryError | OverflowError):
-        return f"the sizes that were asked for are too large ({first_line or 'out of memory'})"
+        return f"the sizes that were asked for are too large ({first_line})"
     if any(words in first_line for words in ALLOCATION):
         return f"there is not enough memory for the sizes that were asked for ({first_line})"
     return None
 
 
+def sentence_of_system(error: BaseException) -> str | None:
+    """What to say of memory, processes and packages that fail; None for a fault of the program."""
+    first_line = str(error).strip().partition("\n")[0]
+    if isinstance(error, ImportError):
+        return sentence_of_import(error)
+    if isinstance(error, RecursionError):
+        return f"something in the input is nested too deeply ({first_line})"
+    if "DataLoader worker" in first_line and any(words in first_line for words in WORKER_DIED):
+        return (
+            "a process that loads data was killed, perhaps as the memory is full: "
+            f"try fewer --num_workers ({first_line})"
+        )
+    if isinstance(error, dist.DistError):
+        return f"the processes do not reach one another ({first_line})"
+    return sentence_of_allocation(error)
+
+
+def sentence_of_import(error: ImportError) -> str | None:
+    """What to say of a package that is missing, or is too old; None for a file of the project."""
+    package = (error.name or "").partition(".")[0]
+    if not package or Path(__file__).with_name(f"{package}.py").exists():
+        return None
+    return (
+        f"this needs the package {package}, which is not there or is another version ({error}): "
+        "pip install -r requirements-dev.txt"
+    )
+
+
+def printable(sentence: str) -> str:
+    """Without the characters that move a terminal's cursor, which a file's name may hold."""
+    characters = []
+    for character in sentence:
+        is_safe = character.isprintable() or character == "\n"
+        characters.append(character if is_safe else character.encode("unicode_escape").decode())
+    return "".join(characters)
+
+
+def is_first_process() -> bool:
+    """Whether this is rank 0, or no torchrun is there."""
+    rank = os.environ.get("RANK", "0")
+    return not rank.isdigit() or int(rank) == 0
+
+
+def flush_output() -> bool:
+    """Write what is printed. False if nobody reads it any more; then the rest is dropped."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        drop_output()
+        return False
+    except OSError as error:
+        drop_output()
+        raise ValueError(f"the output cannot be written: {error.strerror}") from error
+    return True
+
+
+def is_output_closed() -> bool:
+    """Whether nobody reads what is printed: `... | head -1`."""
+    poll = select.poll()
+    try:
+        poll.register(sys.stdout.fileno(), 0)
+    except (OSError, ValueError):  # the stream of a test has no descriptor
+        return False
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def drop_output() -> None:
+    """From now on nothing is printed, so that the interpreter's own last flush does not fail."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def prepare_streams() -> None:
+    """Let printing never end a script: characters that a terminal lacks are shown as escapes."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by the shell
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def say_error(sentence: str) -> None:
     """The last line on stderr. Of several processes rank 0 says it."""
-    if int(os.environ.get("RANK", 0)) > 0:
+    if not is_first_process():
         # Nearly always all processes meet the same error. Rank 0 says it and ends, and torchrun
         # then ends this one too. If this one is still here after a while, only it knows.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(PATIENCE)
-    sys.stdout.flush()
-    print(f"error: {sentence}", file=sys.stderr, flush=True)
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()  # else the sentence would stand behind it
+    with contextlib.suppress(ValueError):
+        flush_output()
+    print(f"error: {printable(sentence)}", file=sys.stderr, flush=True)
+
+
+def end_of(error: BaseException) -> tuple[int, str] | None:
+    """(exit status, what to say) after an error; None for a fault of the program.
+
+    What to say is empty where another process says it, or nobody listens.
+    """
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED, str(error) or "interrupted"
+    if isinstance(error, FlagError):
+        return 2, sentence_of(error)
+    if isinstance(error, BrokenPipeError) and is_output_closed():
+        drop_output()
+        return CLOSED, ""
+    if is_lost_connection(error):
+        return 1, ""
+    if isinstance(error, ValueError):
+        return 1, sentence_of(error)
+    sentence = sentence_of_system(error)
+    if sentence is None and isinstance(error, OSError):
+        sentence = sentence_of(error)
+    return None if sentence is None else (1, sentence)
 
 
 def one_sentence(main: Callable[[list[str]], Any]) -> None:
     """Run main with the command line. What is wrong with the user's input is said in one sentence.
 
-    Exit status 1; 2 for a command line that cannot be read.
+    Exit status 1; 2 for a command line that cannot be read; 130 after Ctrl-C.
     """
-    if int(os.environ.get("RANK", 0)) > 0 and ("-h" in sys.argv or "--help" in sys.argv):
+    if not is_first_process() and ("-h" in sys.argv or "--help" in sys.argv):
         sys.exit(0)  # rank 0 prints the page
+    prepare_streams()
     try:
         main(sys.argv[1:])
-    except FlagError as error:
-        say_error(sentence_of(error))
-        sys.exit(2)
-    except (ValueError, OSError) as error:
-        say_error(sentence_of(error))
-        sys.exit(1)
-    except (MemoryError, OverflowError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and is_lost_connection(error):
-            sys.exit(1)  # the process that ended says why
-        sentence = sentence_of_allocation(error)
-        if sentence is None:
-            raise  # a fault of the program, which a traceback helps to find
-        say_error(sentence)
-        sys.exit(1)
+        if not flush_output():
+            sys.exit(CLOSED)
+    except (Exception, KeyboardInterrupt) as error:
+        end = end_of(error)
+        if end is None:
+            raise  # a traceback helps to find it
+        status, sentence = end
+        if sentence:
+            say_error(sentence)
+        sys.exit(status)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

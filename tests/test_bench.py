@@ -167,6 +167,8 @@ def test_a_flag_or_a_comparison_that_there_is_not_is_refused(tmp_path):
             bench.main(argv)
     with pytest.raises(ValueError, match="--json .* cannot be written"):
         bench.main(["--json", str(tmp_path / "none" / "x.json")])
+    with pytest.raises(ValueError, match="--json /proc/x.json cannot be written: no file can be"):
+        bench.main(["retrieval", "--json", "/proc/x.json"])
 
 
 def test_help_lists_all_flags(capsys):

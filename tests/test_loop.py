@@ -584,15 +584,391 @@ def test_weights_that_are_not_finite_are_never_saved(small, tmp_path):
     assert not (tmp_path / "best").exists()
 
 
-@pytest.mark.parametrize("content", [b"", b"no", [1], {}, {"identity": None}, torch.zeros(2)])
-def test_what_is_no_training_state_is_refused(small, tmp_path, content):
-    run_small(small, "--max_steps", 1, "--out_dir", tmp_path)
+@pytest.fixture(scope="module")
+def finished(small, tmp_path_factory):
+    """The folder of a run of two steps, to be copied."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    run_small(small, "--max_steps", 2, "--save_every", 1, "--out_dir", folder)
+    return folder
+
+
+def digests(folder):
+    """Every file below a folder -> its content."""
+    contents = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name != "run.lock":
+            contents[str(path.relative_to(folder))] = path.read_bytes()
+    return contents
+
+
+class Executed:
+    """A pickle that would make a folder."""
+
+    def __init__(self, folder):
+        self.folder = str(folder)
+
+    def __reduce__(self):
+        return os.mkdir, (self.folder,)
+
+
+def with_part(name, value):
+    def change(state, folder):
+        state[name] = value
+
+    return change
+
+
+def without_part(name):
+    def change(state, folder):
+        del state[name]
+
+    return change
+
+
+def with_weight(function):
+    def change(state, folder):
+        name = next(iter(state["model"]))
+        state["model"][name] = function(state["model"][name])
+
+    return change
+
+
+def with_moment(function):
+    def change(state, folder):
+        moments = state["optimizer"]["state"][0]
+        moments["exp_avg"] = function(moments["exp_avg"])
+
+    return change
+
+
+def with_group(**changes):
+    def change(state, folder):
+        state["optimizer"]["param_groups"][0].update(changes)
+
+    return change
+
+
+def without_a_group(state, folder):
+    state["optimizer"]["param_groups"].pop()
+
+
+def without_a_moment(state, folder):
+    del state["optimizer"]["state"][0]["exp_avg_sq"]
+
+
+def with_code(state, folder):
+    state["best"] = Executed(folder / "executed")
+
+
+READABLE = "training_state.pt is not a readable training state"
+OF_THIS_RUN = "training_state.pt is not the training state of this run"
+
+
+@pytest.mark.parametrize(
+    "change,words",
+    [
+        *[(without_part(name), READABLE) for name in loop.STATE],
+        (with_part("step", "2"), READABLE),
+        (with_part("step", True), READABLE),
+        (with_part("step", -1), OF_THIS_RUN),
+        (with_part("step", 99), OF_THIS_RUN),
+        (with_part("best", [1]), READABLE),
+        (with_part("identity", {}), READABLE),
+        (with_part("identity", "[]"), READABLE),
+        (with_part("identity", "["), READABLE),
+        (with_part("model", {}), OF_THIS_RUN),
+        (with_part("model", {1: torch.ones(2)}), OF_THIS_RUN),
+        (with_part("optimizer", {}), OF_THIS_RUN),
+        (with_part("optimizer", {"state": [], "param_groups": 5}), OF_THIS_RUN),
+        (with_weight(lambda x: x * math.nan), OF_THIS_RUN),
+        (with_weight(lambda x: x.half()), OF_THIS_RUN),
+        (with_weight(lambda x: x.flatten()[:1]), OF_THIS_RUN),
+        (with_weight(lambda x: "x"), OF_THIS_RUN),
+        (with_moment(lambda x: x * math.inf), OF_THIS_RUN),
+        (with_moment(lambda x: x.flatten()[:1]), OF_THIS_RUN),
+        (with_moment(lambda x: None), OF_THIS_RUN),
+        (with_group(params=[0]), OF_THIS_RUN),
+        (with_group(peak_lr=None), OF_THIS_RUN),
+        (with_group(lr=math.nan), OF_THIS_RUN),
+        (with_group(betas=0.5), OF_THIS_RUN),
+        (without_a_group, OF_THIS_RUN),
+        (without_a_moment, OF_THIS_RUN),
+        (with_code, READABLE),
+    ],
+)
+@pytest.mark.parametrize("old_format", [False, True])
+def test_a_state_from_elsewhere_is_refused_and_kept(
+    small, finished, tmp_path, change, words, old_format
+):
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    file = out / "training_state.pt"
+    state = torch.load(file, weights_only=True)
+    change(state, tmp_path)
+    torch.save(state, file, _use_new_zipfile_serialization=not old_format)
+    before = digests(out)
+    with pytest.raises(ValueError, match=READABLE if old_format else words) as error:
+        run_small(small, "--max_steps", 2, "--save_every", 1, "--out_dir", out)
+    assert len(str(error.value).splitlines()) == 1
+    assert len(str(error.value)) < 600
+    assert " object at 0x" not in str(error.value)
+    assert digests(out) == before
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"no", b"\x80\x02(", [1], {}, torch.zeros(2), "half"])
+def test_what_is_no_training_state_is_refused(small, finished, tmp_path, content):
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    file = out / "training_state.pt"
+    if content == "half":
+        content = file.read_bytes()[: file.stat().st_size // 2]
     if isinstance(content, bytes):
-        (tmp_path / "training_state.pt").write_bytes(content)
+        file.write_bytes(content)
     else:
-        torch.save(content, tmp_path / "training_state.pt")
-    with pytest.raises(ValueError, match="training_state.pt is not a readable training state"):
-        run_small(small, "--max_steps", 1, "--out_dir", tmp_path)
+        torch.save(content, file)
+    before = digests(out)
+    with pytest.raises(ValueError, match=READABLE):
+        run_small(small, "--max_steps", 2, "--save_every", 1, "--out_dir", out)
+    assert digests(out) == before
+
+
+def test_a_folder_called_training_state_is_refused(small, finished, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    (out / "training_state.pt").unlink()
+    (out / "training_state.pt").mkdir()
+    with pytest.raises(ValueError, match=READABLE):
+        run_small(small, "--max_steps", 2, "--save_every", 1, "--out_dir", out)
+
+
+# ---------------------------------------------------------------- --fresh, and what is not ours
+FRESH = ("--max_steps", 2, "--save_every", 1, "--fresh", "--out_dir")
+
+
+def test_fresh_puts_the_old_run_aside_and_keeps_all_else(small, finished, tmp_path, capsys):
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    old = digests(out)
+    foreign = {"notes.txt": b"mine", "before-2": b"mine", "sub/log.jsonl": b"mine"}
+    for name, content in foreign.items():
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_bytes(content)
+    (out / "best" / "thoughts.txt").write_bytes(b"mine")
+    for number in (1, 3):  # somebody has a before-2
+        capsys.readouterr()
+        run_small(small, *FRESH, out)
+        said = f"--fresh: the files of the old run are in {out}/before-{number} now\n"
+        assert capsys.readouterr().out.count(said) == 1
+    assert digests(out / "before-1") == {**old, "best/thoughts.txt": b"mine"}
+    assert digests(out / "before-3") == old
+    for name in old:
+        assert (out / name).read_bytes() == old[name], name
+    for name, content in foreign.items():
+        assert (out / name).read_bytes() == content
+
+
+def test_fresh_in_a_folder_without_a_run_moves_nothing(small, tmp_path, capsys):
+    (tmp_path / "notes.txt").write_text("mine")
+    run_small(small, *FRESH, tmp_path)
+    assert "--fresh: " not in capsys.readouterr().out
+    assert not list(tmp_path.glob("before-*"))
+
+
+def test_after_a_death_between_two_renames_nothing_is_lost(small, finished, tmp_path, monkeypatch):
+    """At each of the renames; then the same command again, and without --fresh."""
+    number = len(loop.FILES) - 1  # one of the two tokenizers, no answers; but best/
+    rename = os.rename
+    for last in range(number - 1):
+        out = tmp_path / f"run{last}"
+        shutil.copytree(finished, out)
+        old = digests(out)
+        calls = []
+
+        def dies(source, target, calls=calls, last=last):
+            if len(calls) == last:
+                raise KeyboardInterrupt
+            calls.append(source)
+            rename(source, target)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(loop.os, "rename", dies)
+            with pytest.raises(KeyboardInterrupt):
+                run_small(small, *FRESH, out)
+        if last:  # the training state is aside, so the rest is nobody's
+            with pytest.raises(ValueError, match="no training_state.pt to go on from"):
+                run_small(small, *FRESH[:4], "--out_dir", out)
+        run_small(small, *FRESH, out)
+        found = {**digests(out / "before-2"), **digests(out / "before-1")}
+        assert found == old
+        assert {name: content for name, content in digests(out).items() if name in old} == old
+
+
+@pytest.mark.parametrize("flag", ["--vision", "--text", "--tokenizer", "--data_root"])
+@pytest.mark.parametrize(
+    "place",
+    ["run", "run/best", "link", "run/../run/best", "run/best/model.safetensors", "run/config.json"],
+)
+def test_fresh_is_refused_where_it_would_move_what_the_run_starts_from(
+    small, finished, tmp_path, monkeypatch, flag, place
+):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(finished, "run")
+    (tmp_path / "link").symlink_to("run")
+    before = digests(tmp_path)
+    with pytest.raises(ValueError, match=f"{flag} {place} is in --out_dir run, whose files"):
+        run_small(small, *FRESH, "run", flag, place)
+    assert digests(tmp_path) == before
+
+
+def test_what_fresh_does_not_move_may_lie_in_the_folder(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    for place in ("run/before-1", "run/data", "elsewhere", ".", "run/notes.txt", "run/sub/best"):
+        assert not loop.is_moved(tmp_path / place, tmp_path / "run"), place
+
+
+@pytest.mark.parametrize("name", loop.EXPORTED)
+def test_files_without_a_training_state_are_kept(small, tmp_path, name):
+    (tmp_path / name).write_text("precious")
+    with pytest.raises(ValueError, match=f"has a {name} but no training_state.pt .*--fresh"):
+        run_small(small, *FRESH[:4], "--out_dir", tmp_path)
+    assert (tmp_path / name).read_text() == "precious"
+    run_small(small, *FRESH, tmp_path)
+    assert (tmp_path / "before-1" / name).read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "precious\n",
+        '{"step": 0}\n',
+        '{"step": 0, "header": 5}\n',
+        '{"step": 0, "header": {"identity": {"seed": 5}}}\n',
+        '{"loss": 1}\n',
+    ],
+)
+def test_a_foreign_log_is_kept(small, tmp_path, content):
+    (tmp_path / "log.jsonl").write_text(content)
+    with pytest.raises(ValueError, match="log.jsonl but no training_state.pt .*--fresh"):
+        run_small(small, *FRESH[:4], "--out_dir", tmp_path)
+    assert (tmp_path / "log.jsonl").read_text() == content
+    assert digests(tmp_path) == {"log.jsonl": content.encode()}
+
+
+def test_what_is_left_without_its_training_state_is_kept(small, finished, tmp_path):
+    """Somebody removed the large file, and all that comes with it but best/ or the log."""
+    for kept in ("best", "log.jsonl"):
+        out = tmp_path / kept
+        shutil.copytree(finished, out)
+        for name in set(loop.FILES) - {kept}:
+            (out / name).unlink(missing_ok=True)
+        if kept != "best":
+            shutil.rmtree(out / "best")
+        before = digests(out)
+        with pytest.raises(ValueError, match="but no training_state.pt to go on from"):
+            run_small(small, *FRESH[:4], "--out_dir", out)
+        assert digests(out) == before
+
+
+def test_a_run_that_died_before_its_first_save_begins_again(small, finished, tmp_path):
+    """It left a log and best/."""
+    flags = [*small, "--max_steps", 2, "--save_every", 2, "--eval_every", 1, "--out_dir"]
+    run_small(flags, tmp_path / "whole")
+    out = tmp_path / "died"
+    shutil.copytree(tmp_path / "whole", out)
+    for name in ("training_state.pt", *loop.EXPORTED):
+        (out / name).unlink(missing_ok=True)
+    run_small(flags, out)
+    assert digests(out) == digests(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    "name,words",
+    [
+        ("file", "it is a file, not a folder"),
+        ("file/x", "is a file, not a folder"),
+        ("dangling", "it is a link to nowhere, which does not exist"),
+        ("y" * 300, "File name too long"),
+    ],
+)
+@pytest.mark.parametrize("fresh", ["true", "false"])
+def test_a_folder_that_cannot_be_is_said_before_the_work(
+    small, tmp_path, monkeypatch, name, words, fresh
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    monkeypatch.setattr(train, "pretrain", None)  # it must not come so far
+    with pytest.raises(ValueError, match=f"--out_dir {name} cannot be written into: .*{words}"):
+        run_small(small, "--out_dir", name, "--fresh", fresh)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_link_to_a_folder_is_a_folder(small, tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "folder")
+    for _ in range(2):
+        run_small(small, *FRESH, tmp_path / "link")
+    assert (tmp_path / "folder" / "before-1" / "training_state.pt").is_file()
+    assert (tmp_path / "link").is_symlink()
+
+
+def test_somebodys_own_run_lock_is_kept(small, tmp_path):
+    (tmp_path / "run.lock").write_text("precious")
+    with pytest.raises(ValueError, match="run.lock is not the lock of a run"):
+        run_small(small, *FRESH, tmp_path)
+    assert digests(tmp_path) == {} and (tmp_path / "run.lock").read_text() == "precious"
+
+
+# ---------------------------------------------------------------- how a run ends early
+class Interrupt(Terminate):
+    """A dataset of which a row is read when Ctrl-C is pressed."""
+
+    def __getitem__(self, key):
+        self.left -= 1
+        if self.left == 0:
+            raise KeyboardInterrupt
+        return self.dataset[key]
+
+
+@pytest.mark.parametrize(
+    "save_every,words", [(1, "The checkpoint of step 2 is kept"), (9, "There is no checkpoint yet")]
+)
+def test_ctrl_c_says_what_is_kept(small, tmp_path, monkeypatch, save_every, words):
+    flags = [*small, "--max_steps", "6", "--save_every", save_every, "--out_dir", str(tmp_path)]
+    with monkeypatch.context() as patch:
+        original = loop.fit
+        patch.setattr(
+            train, "fit", lambda run, task, rows, *args: original(run, task, Interrupt(rows), *args)
+        )
+        with pytest.raises(KeyboardInterrupt, match=f"interrupted. {words}"):
+            run_small(flags)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    run_small(flags)
+    assert [r["step"] for r in log_rows(tmp_path, "loss")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_clock_that_goes_back_disturbs_nothing(small, finished, tmp_path, monkeypatch):
+    times = iter(range(10**9, 0, -1000))
+    monkeypatch.setattr(time, "time", lambda: next(times))
+    run_small(small, "--max_steps", 2, "--save_every", 1, "--out_dir", tmp_path)
+    assert digests(tmp_path) == digests(finished)
+
+
+def test_a_run_without_a_step_is_none(tmp_path):
+    for steps in (0, -1):
+        run = TrainConfig(out_dir=str(tmp_path / "x"))
+        run.max_steps = steps
+        with pytest.raises(ValueError, match=f"--max_steps is {steps}; it must be from 1 on"):
+            loop.fit(run, None, None, None, None, None, None)
+    with pytest.raises(ValueError, match="--max_steps is 0"):
+        train.main(["--recipe", "llava_demo", "--max_steps", "0", "--out_dir", str(tmp_path / "x")])
+    assert not (tmp_path / "x").exists()
+
+
+def test_most_workers(small, tmp_path):
+    with pytest.raises(ValueError, match="--num_workers is 100000; .* from 0 to 256"):
+        run_small(small, "--num_workers", 100000, "--out_dir", tmp_path / "x")
 
 
 @pytest.mark.parametrize("row", ["5", "[1]", '{"step": "a"}', '{"step": null}', "{", '{"loss": 1}'])
@@ -602,10 +978,3 @@ def test_a_row_of_the_log_that_is_none_is_named(small, tmp_path, row):
         file.write(row + "\n")
     with pytest.raises(ValueError, match=r"log.jsonl, line \d+"):
         run_small(small, "--max_steps", 1, "--out_dir", tmp_path)
-
-
-def test_somebody_elses_weights_are_not_overwritten(small, tmp_path):
-    (tmp_path / "model.safetensors").write_text("precious")
-    with pytest.raises(ValueError, match="has a model.safetensors but no training_state.pt"):
-        run_small(small, "--max_steps", 1, "--out_dir", tmp_path)
-    assert (tmp_path / "model.safetensors").read_text() == "precious"

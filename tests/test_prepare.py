@@ -5,9 +5,11 @@ What a checkpoint's file may hold is tested in test_weights.py.
 
 import json
 import os
+import re
 import subprocess
 import sys
-from itertools import combinations
+import time
+from itertools import combinations, product
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from helpers import ROOT
 from PIL import Image
 from safetensors.torch import load_file
 
+import files
 import prepare
 from fields import FlagError
 from images import load_image
@@ -206,8 +209,17 @@ def test_vqav2_errors(tmp_path):
     one = {**content, "annotations": content["annotations"][:1]}
     for broken, word in (
         (one, "entry 1: question 1001 is not in the annotations"),
-        ({"annotations": [{"question_id": 1}]}, "entry 0 has no field 'multiple_choice_answer'"),
-        ({"other": 1}, "expected a list of entries"),
+        (
+            {"annotations": [{"question_id": 1}]},
+            "entry 0: there is no 'multiple_choice_answer' in {'question_id': 1}",
+        ),
+        ({"other": 1}, "there is no 'annotations' in {'other': 1}"),
+        ({"annotations": 5}, "'annotations' is 5; it must be a list"),
+        ([], "[] is not an object with the key 'annotations'"),
+        (
+            {"annotations": [*content["annotations"], content["annotations"][3]]},
+            "entry 8: 'question_id' is 1003, as in entry 3",
+        ),
         ({"annotations": []}, "found none"),
         ("{", "is not JSON"),
     ):
@@ -235,7 +247,7 @@ def test_vqav2_refuses_what_is_no_text(tmp_path, key, value):
     place = entries[3]["answers"][5] if key == "answer" else entries[3]
     place[key] = value
     put(tmp_path / file, content)
-    where = "entry 3, answers, entry 5: answer is" if key == "answer" else f"entry 3: {key} is"
+    where = f"entry 3, answers, entry 5: {key!r} is" if key == "answer" else f"entry 3: {key!r} is"
     refuses("vqav2", tmp_path, file, where, "it must be a text")
 
 
@@ -247,7 +259,7 @@ def test_vqav2_refuses_what_is_no_whole_number(tmp_path, key, value):
     content = json.loads(file.read_text())
     content["questions"][2][key] = value
     put(file, content)
-    refuses("vqav2", tmp_path, f"{file}, entry 2: {key} is", "it must be a whole number")
+    refuses("vqav2", tmp_path, f"{file}, entry 2: {key!r} is", "it must be a whole number")
 
 
 def test_half_a_character_is_refused_where_it_stands(tmp_path):
@@ -256,7 +268,7 @@ def test_half_a_character_is_refused_where_it_stands(tmp_path):
     content = json.loads(file.read_text())
     content["questions"][2]["question"] = "What is \ud83d?"
     put(file, content)
-    refuses("vqav2", tmp_path, "entry 2: question is", "half a character")
+    refuses("vqav2", tmp_path, f"{file} has half a character, in", "What is")
 
 
 # ---------------------------------------------------------------- questions of Visual Genome
@@ -340,14 +352,17 @@ def test_vgqa_refuses_answers_and_lists_of_another_type(tmp_path):
     entries = json.loads((tmp_path / "question_answers.json").read_text())
     entries[4]["qas"][2]["answer"] = 2
     put(tmp_path / "question_answers.json", entries)
-    refuses("vgqa", tmp_path, "question_answers.json, entry 4, qas, entry 2: answer is 2")
+    refuses("vgqa", tmp_path, "question_answers.json, entry 4, qas, entry 2: 'answer' is 2")
     entries[4]["qas"] = None
     put(tmp_path / "question_answers.json", entries)
-    refuses("vgqa", tmp_path, "entry 4: qas is None; it must be a list")
+    refuses("vgqa", tmp_path, "entry 4: 'qas' is None; it must be a list")
     images = json.loads((tmp_path / "image_data.json").read_text())
     images[0]["coco_id"] = "391895"
     put(tmp_path / "image_data.json", images)
-    refuses("vgqa", tmp_path, "image_data.json, entry 0: coco_id is '391895'", "or null")
+    refuses("vgqa", tmp_path, "image_data.json, entry 0: 'coco_id' is '391895'", "or null")
+    images[0]["coco_id"] = 391895
+    put(tmp_path / "image_data.json", [*images, {"image_id": 2, "coco_id": None}])
+    refuses("vgqa", tmp_path, "image_data.json, entry 59: 'image_id' is 2, as in entry 1")
 
 
 # ---------------------------------------------------------------- NLVR2 and SNLI-VE
@@ -382,7 +397,7 @@ def test_nlvr2(tmp_path, capsys, place):
     assert "86,373" in capsys.readouterr().out
     dev = root / place / "data" / "dev.json"
     put_lines(dev, [{**entry, "label": "maybe"}])
-    refuses("nlvr2", root, "dev.json, entry 0: label 'maybe' of test1-3-2-1")
+    refuses("nlvr2", root, "dev.json, entry 0: 'label' is 'maybe'; it must be True or False")
     put(dev, json.dumps(entry) + "\n{\n")
     refuses("nlvr2", root, "dev.json, line 2", "is not JSON")
 
@@ -395,9 +410,9 @@ def test_nlvr2_refuses_an_empty_file_and_other_types(tmp_path):
         refuses("nlvr2", tmp_path, "dev.json: expected a list of entries, found none")
     for key, value in (("sentence", None), ("identifier", 3), ("label", 1), ("directory", [4])):
         put_lines(dev, [entry, {**entry, key: value}])
-        refuses("nlvr2", tmp_path, f"dev.json, entry 1: {key} is {value!r}; it must be ")
+        refuses("nlvr2", tmp_path, f"dev.json, entry 1: {key!r} is {value!r}; it must be ")
     put_lines(dev, [entry, "a text"])
-    refuses("nlvr2", tmp_path, "dev.json, entry 1 has no field 'sentence'")
+    refuses("nlvr2", tmp_path, "dev.json, entry 1: 'a text' is not an object with the key")
 
 
 def test_snli_ve(tmp_path, capsys):
@@ -431,7 +446,7 @@ def test_snli_ve(tmp_path, capsys):
     for key in ("sentence2", "gold_label", "Flickr30K_ID"):
         put_lines(tmp_path / "snli_ve_dev.jsonl", [entry, {**entry, key: None}])
         refuses(
-            "snli_ve", tmp_path, f"snli_ve_dev.jsonl, entry 1: {key} is None; it must be a text"
+            "snli_ve", tmp_path, f"snli_ve_dev.jsonl, entry 1: {key!r} is None; it must be a text"
         )
 
 
@@ -481,18 +496,18 @@ def test_coco_and_flickr30k_follow_karpathys_splits(tmp_path, capsys):
         root / "karpathy" / "dataset_coco.json",
         {"images": [{"filename": "x.jpg", "split": "train"}]},
     )
-    refuses("coco", root, "entry 0 has no field 'sentences'")
+    refuses("coco", root, "entry 0: there is no 'sentences' in")
 
 
 @pytest.mark.parametrize(
     ("key", "value", "words"),
     [
-        ("split", "trian", "entry 2: split is 'trian'; it must be one of train, "),
-        ("split", None, "entry 2: split is None; it must be a text"),
-        ("sentences", "A dog.", "entry 2: sentences is 'A dog.'; it must be a list"),
-        ("sentences", [{"raw": "A dog."}, {"raw": 5}], "entry 2, sentences, entry 1: raw is 5"),
-        ("sentences", ["A dog."], "entry 2, sentences, entry 0 has no field 'raw'"),
-        ("filename", ["x.jpg"], "entry 2: filename is ['x.jpg']; it must be a text"),
+        ("split", "trian", "entry 2: 'split' is 'trian'; it must be one of train, "),
+        ("split", None, "entry 2: 'split' is None; it must be a text"),
+        ("sentences", "A dog.", "entry 2: 'sentences' is 'A dog.'; it must be a list"),
+        ("sentences", [{"raw": "A dog."}, {"raw": 5}], "entry 2, sentences, entry 1: 'raw' is 5"),
+        ("sentences", ["A dog."], "entry 2, sentences, entry 0: 'A dog.' is not an object"),
+        ("filename", ["x.jpg"], "entry 2: 'filename' is ['x.jpg']; it must be a text"),
     ],
 )
 @pytest.mark.parametrize("name", ["coco", "flickr30k"])
@@ -509,10 +524,10 @@ def test_the_name_of_a_coco_picture_holds_its_folder_and_its_number(tmp_path):
     karpathy_tree(tmp_path)
     file = tmp_path / "karpathy" / "dataset_coco.json"
     content = json.loads(file.read_text())
-    for name in ("1.jpg", "COCO_val2014_x.jpg", ""):
+    for name in ("1.jpg", "COCO_val2014_x.jpg", "", "COCO_val2014_\u0663.jpg"):
         content["images"][1]["filename"] = name
         put(file, content)
-        refuses("coco", tmp_path, f"entry 1: filename is {name!r}; it must be like COCO_")
+        refuses("coco", tmp_path, f"entry 1: 'filename' is {name!r}; it must be like COCO_")
 
 
 def caption_tree(root):
@@ -567,17 +582,17 @@ def test_vg_and_sbu_refuse_other_types(tmp_path):
     for key, value in (("phrase", None), ("phrase", ["a"]), ("image_id", "5")):
         broken = {**entries[0]["regions"][1], key: value}
         put(file, [entries[1], {"regions": [entries[0]["regions"][0], broken]}])
-        where = f"{file}, entry 1, regions, entry 1: {key} is {value!r}"
+        where = f"{file}, entry 1, regions, entry 1: {key!r} is {value!r}"
         refuses("vg", tmp_path, where)
     put(file, {"regions": []})
-    refuses("vg", tmp_path, "expected a list of entries, found dict")
+    refuses("vg", tmp_path, "{'regions': []}; it must be a list of entries")
     file = tmp_path / "sbu-captions-all.json"
     for content, word in (
-        ({"captions": ["one", 2], "image_urls": ["a", "b"]}, "entry 1 of captions is 2"),
-        ({"captions": ["one"], "image_urls": [None]}, "entry 0 of image_urls is None"),
-        ({"captions": "one", "image_urls": []}, "captions is 'one'; it must be a list"),
-        ({"captions": []}, "has no field 'image_urls'"),
-        ([], "has no field 'captions'"),
+        ({"captions": ["one", 2], "image_urls": ["a", "b"]}, "entry 1 of 'captions' is 2"),
+        ({"captions": ["one"], "image_urls": [None]}, "entry 0 of 'image_urls' is None"),
+        ({"captions": "one", "image_urls": []}, "'captions' is 'one'; it must be a list"),
+        ({"captions": []}, "there is no 'image_urls'"),
+        ([], "[] is not an object with the key 'captions'"),
     ):
         put(file, content)
         refuses("sbu", tmp_path, str(file), word)
@@ -602,8 +617,12 @@ def test_files_that_are_not_utf8_are_named_and_a_byte_order_mark_is_dropped(tmp_
         before = run(name, tmp_path, tmp_path / "out")
         path.write_bytes(b"\xef\xbb\xbf" + content)
         assert run(name, tmp_path, tmp_path / "out") == before
+        path.write_bytes(content.replace(b"\n", b"\r\n"))
+        assert run(name, tmp_path, tmp_path / "out") == before
         path.write_bytes(content + b"caf\xe9\n")
-        refuses(name, tmp_path, path.name)
+        refuses(name, tmp_path, path.name, "the byte 0xe9 is not UTF-8")
+        path.write_bytes(content.decode().encode("utf-16"))
+        refuses(name, tmp_path, path.name, "is UTF-16 or UTF-32; it must be UTF-8")
         path.write_bytes(content)
 
 
@@ -751,7 +770,8 @@ def test_tuxpaint(tmp_path, capsys):
         Image.new("LA", (40 + i, 40)).save(root / f"{name}.png")
         if name != "plants/untold":
             put(root / f"{name}.txt", f"A {Path(name).name}.\nde.utf8=Etwas.\n")
-    run("tuxpaint", root, out)
+    message = refused("tuxpaint", "--root", root, "--out", out)
+    assert "would be empty and is not written, as there are too few pictures" in message
     rows = []
     for path in sorted(out.glob("*.jsonl")):
         rows += rows_of(path)
@@ -761,7 +781,7 @@ def test_tuxpaint(tmp_path, capsys):
     ]
     assert "1 images without a caption" in capsys.readouterr().out
     (root / "animals/cat.txt").write_bytes(b"caf\xe9\n")
-    refuses("tuxpaint", root, "cat.txt is not UTF-8")
+    refuses("tuxpaint", root, "cat.txt, line 1: the byte 0xe9 is not UTF-8")
 
 
 # ---------------------------------------------------------------- weights
@@ -789,3 +809,137 @@ def test_weights_become_a_folder(tmp_path):
         if answers:
             command += ["--answers", tmp_path / answers]
         assert word in refused(*command)
+
+
+# ---------------------------------------------------------------- outputs, and what is not written
+@pytest.mark.parametrize("name", [*prepare.DATASETS, "weights"])
+def test_an_out_that_cannot_be_is_said_before_the_work(tmp_path, name, monkeypatch):
+    """Whatever the raw files are: nothing is read."""
+    monkeypatch.setattr(prepare, "Raw", None)
+    monkeypatch.setattr(prepare, "convert_weights", None)
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    source = "--source" if name == "weights" else "--root"
+    for place, words in (
+        ("file", "it is a file, not a folder"),
+        ("file/x/y", "file is a file, not a folder"),
+        ("dangling", "it is a link to nowhere, which does not exist"),
+    ):
+        said = refused(name, source, tmp_path, "--out", tmp_path / place)
+        assert said.startswith(f"--out {tmp_path / place} cannot be written into: "), said
+        assert words in said
+    assert (tmp_path / "file").read_text() == "mine"
+    for flag in ("--out", source):
+        other = source if flag == "--out" else "--out"
+        assert f"{flag} is empty" in refused(name, other, tmp_path, f"{flag}=")
+
+
+def test_a_manifest_that_would_be_empty_is_an_error_and_the_others_are_written(tmp_path):
+    nlvr2_tree(tmp_path)
+    for picture in (tmp_path / "images" / "dev").iterdir():
+        picture.unlink()
+    said = refused("nlvr2", "--root", tmp_path, "--out", tmp_path / "out")
+    assert said.startswith("nlvr2_dev would be empty and is not written")
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"nlvr2_train.jsonl", "nlvr2_test1.jsonl"}
+
+
+def test_entries_that_stand_twice_are_refused(tmp_path):
+    nlvr2_tree(tmp_path)
+    file = tmp_path / "data" / "dev.json"
+    first = json.loads(file.read_text().splitlines()[0])
+    with open(file, "a") as lines:
+        lines.write(json.dumps(first) + "\n")
+    refuses("nlvr2", tmp_path, f"{file}, entry 2: 'identifier' is 'dev-7-1-1', as in entry 0")
+    karpathy_tree(tmp_path)
+    file = tmp_path / "karpathy" / "dataset_flickr30k.json"
+    content = json.loads(file.read_text())
+    content["images"].append({**content["images"][2], "split": "train"})  # a test picture
+    put(file, content)
+    refuses("flickr30k", tmp_path, f"{file}, entry 3: 'filename' is '2.jpg', as in entry 2")
+
+
+def test_a_whole_dataset_may_be_larger_than_a_config(tmp_path, monkeypatch):
+    caption_tree(tmp_path)
+    file = tmp_path / "sbu-captions-all.json"
+    file.write_text(file.read_text() + " " * (files.MOST_BYTES + 1))
+    run("sbu", tmp_path, tmp_path / "out")
+    monkeypatch.setattr(prepare, "MOST_BYTES_OF_DATA", 1000)
+    refuses("sbu", tmp_path, f"{file} has 64 MiB; it must be at most")
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, '{"a": 1' + "0" * 5000 + "}", "", "null"])
+def test_what_is_no_json_is_named(tmp_path, content):
+    caption_tree(tmp_path)
+    for name, file in (
+        ("sbu", "sbu-captions-all.json"),
+        ("vg", "annotations/region_descriptions.json"),
+    ):
+        put(tmp_path / file, content)
+        said = refused(name, "--root", tmp_path, "--out", tmp_path / "out")
+        assert said.startswith(str(tmp_path / file)) and len(said) < 400 + len(str(tmp_path))
+
+
+def test_texts_of_drawings_that_could_take_forever_are_read_at_once():
+    start = time.monotonic()
+    size = 300_000
+    hostile = [
+        "_" * size,
+        "a" + " " * size + "architett",
+        "a" + "#" * size,
+        "1" * size + "\n",
+        "&#" + "1" * size + ";",
+        "&" * size,
+        "by A" * size,
+        "clip " * size,
+    ]
+    for text in hostile:
+        for part in (text, text[: prepare.MOST_CHARACTERS]):
+            assert isinstance(prepare.tidy_title(part), str)
+            prepare.tidy(part)
+            prepare.tidy_keywords([part, f"x{part}"], "a caption")
+            prepare.DULL_KEYWORD.fullmatch(part)
+            prepare.AUTHOR_OR_NUMBER.sub("", part)
+    assert time.monotonic() - start < 20
+
+
+def test_the_linear_expressions_match_as_the_plain_ones():
+    """What they were before: quadratic in digits before a line break, and in white space."""
+    plain_digits = re.compile(r".*\d.*")
+    linear_digits = re.compile(r"(?=.*\d).*")
+    plain_author = re.compile(r"\s*(?i:architetto|rollandin)\b.*")
+    linear_author = re.compile(r"(?<!\s)\s*(?i:architetto|rollandin)\b.*")
+    pieces = ("a", "1", " ", "  ", "\n", "architetto", "Rollandin", "xarchitetto", "architettos")
+    for parts in product(pieces, repeat=4):
+        text = "".join(parts)
+        assert bool(plain_digits.fullmatch(text)) == bool(linear_digits.fullmatch(text)), text
+        if "\n" not in text:  # a title has no line breaks any more
+            assert plain_author.sub("", text) == linear_author.sub("", text), text
+
+
+def test_what_is_called_a_picture_and_is_none_is_left_out(tmp_path):
+    root = tmp_path / "raw"
+    (root / "folder.png").mkdir(parents=True)
+    os.mkfifo(root / "pipe.png")
+    for i in range(60):
+        Image.new("L", (40 + i, 40)).save(root / f"{i}.png")
+        put(root / f"{i}.txt", f"Number {i}.")
+    run("tuxpaint", root, tmp_path / "out")
+
+
+def test_weights_overwrite_neither_a_run_nor_what_they_are_made_of(tmp_path):
+    source = tmp_path / "clip"
+    put(source / "pytorch_model.bin", "weights")
+    put(source / "config.json", "{}")
+    (tmp_path / "link").symlink_to(source)
+    put(tmp_path / "run" / "training_state.pt", "state")
+    cases = [
+        (source, source, "--source lies, whose config.json would be overwritten"),
+        (source / "pytorch_model.bin", tmp_path / "link", "--source lies"),
+        (tmp_path / "clip" / "pytorch_model.bin", tmp_path / "run", "is the folder of a run"),
+    ]
+    for place, out, words in cases:
+        assert words in refused("weights", "--source", place, "--out", out)
+    other = ("--source", tmp_path / "other.bin", "--tokenizer", source, "--out", source)
+    assert "--tokenizer lies" in refused("weights", *other)
+    assert (source / "config.json").read_text() == "{}"

@@ -3,16 +3,19 @@ how a script ends: one sentence, exit status 1 or 2.
 """
 
 import json
+import os
 import signal
+import subprocess
 import sys
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
-from helpers import free_port, join, run_script, run_small
+from helpers import ROOT, free_port, join, run_script, run_small
 from torch import nn
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 
 import world
 from fields import FlagError
@@ -254,6 +257,33 @@ def end_of(main, monkeypatch, capsys, argv=()):
             1,
             "error: 'utf-8' codec can't decode byte 0xff in position 0: invalid start byte",
         ),
+        (ValueError(), 1, "error: ValueError"),
+        (ValueError("a\x1b[2Jb\rc"), 1, "error: a\\x1b[2Jb\\rc"),
+        (KeyboardInterrupt(), 130, "error: interrupted"),
+        (KeyboardInterrupt("interrupted. All is kept"), 130, "error: interrupted. All is kept"),
+        (
+            RecursionError("maximum recursion depth exceeded"),
+            1,
+            "error: something in the input is nested too deeply (maximum recursion depth exceeded)",
+        ),
+        (
+            ModuleNotFoundError("No module named 'pyarrow'", name="pyarrow.ipc"),
+            1,
+            "error: this needs the package pyarrow, which is not there or is another version (No "
+            "module named 'pyarrow'): pip install -r requirements-dev.txt",
+        ),
+        (
+            RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "),
+            1,
+            "error: a process that loads data was killed, perhaps as the memory is full: try fewer "
+            "--num_workers (DataLoader worker (pid 7) is killed by signal: Killed.)",
+        ),
+        (
+            dist.DistNetworkError("The client socket has timed out"),
+            1,
+            "error: the processes do not reach one another (The client socket has timed out)",
+        ),
+        (BrokenPipeError(32, "Broken pipe"), 1, "error: [Errno 32] Broken pipe"),  # not of stdout
     ],
 )
 def test_what_is_wrong_is_the_last_line(error, status, sentence, monkeypatch, capsys):
@@ -270,12 +300,102 @@ def test_a_script_gets_its_flags_and_may_end_well(monkeypatch, capsys):
     assert seen == [["--a", "5"]]
 
 
-def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "error",
+    [
+        ZeroDivisionError(),
+        KeyError("x"),
+        AssertionError("x"),
+        RuntimeError("shapes differ"),
+        RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nRuntimeError: shapes"),
+        ImportError("cannot import name 'x' from 'loop'", name="loop"),
+    ],
+)
+def test_a_fault_of_the_program_keeps_its_traceback(error, monkeypatch, capsys):
     def main(argv):
-        raise ZeroDivisionError
+        raise error
 
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(type(error)):
         end_of(main, monkeypatch, capsys)
+
+
+def test_a_bar_is_closed_before_the_sentence(monkeypatch, capsys):
+    bars = []
+
+    def main(argv):
+        bars.append(tqdm(range(9), mininterval=0))
+        next(iter(bars[0]))
+        raise ValueError("a is 5")
+
+    status, lines = end_of(main, monkeypatch, capsys)
+    assert status == 1
+    assert lines[-1] == "error: a is 5"
+
+
+SCRIPT = """
+import sys
+sys.path.insert(0, {root!r})
+from world import one_sentence
+
+def main(argv):
+    {body}
+
+one_sentence(main)
+"""
+
+
+def run_main(body, shell, **environment):
+    """A script with this body under /bin/sh, its output through `shell`."""
+    script = SCRIPT.format(root=str(ROOT), body=body)
+    return subprocess.run(
+        ["/bin/sh", "-c", f'"$0" -c "$1" {shell}', sys.executable, script],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "", **environment},
+    )
+
+
+MANY = "[print(i, flush=i % 2 == 0) for i in range(100_000)]"
+
+
+@pytest.mark.parametrize("body", [MANY, "[print(i) for i in range(3)]"])
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_goes_away_is_no_error(body, unbuffered):
+    ended = run_main(body, "| true", PYTHONUNBUFFERED=unbuffered)
+    assert ended.stderr == ""
+
+
+def test_what_a_terminal_lacks_is_shown_as_an_escape():
+    ended = run_main("print('caf\u00e9 \u2028')", "", PYTHONIOENCODING="ascii")
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert ended.stdout == "caf\\xe9 \\u2028\n"
+    ended = run_main("raise ValueError('caf\u00e9')", "", PYTHONIOENCODING="ascii")
+    assert (ended.returncode, ended.stderr) == (1, "error: caf\\xe9\n")
+
+
+def test_closed_and_full_streams_are_no_traceback():
+    assert run_main("print(5)", ">&-").returncode == 0
+    assert run_main("print(5); raise ValueError('x')", ">&- 2>&-").returncode == 1
+    ended = run_main("print(5)", ">/dev/full")
+    assert ended.returncode == 1
+    assert ended.stderr == "error: the output cannot be written: No space left on device\n"
+
+
+@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE", "LOCAL_RANK"])
+@pytest.mark.parametrize("value", ["x", "-1", "", "\u0663", "1.0"])
+def test_a_broken_environment_is_named(name, value, monkeypatch):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=f"environment variable {name} is "):
+        World("cpu")
+
+
+@pytest.mark.parametrize("values", [{"WORLD_SIZE": "4"}, {"RANK": "1"}, {"RANK": "4"}])
+def test_an_environment_that_is_not_torchruns_is_refused(values, monkeypatch):
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="start several processes with torchrun, or unset RANK"):
+        World("cpu")
 
 
 class Broken:
@@ -360,7 +480,8 @@ def test_only_rank_0_prints_the_help_page(flag, monkeypatch, capsys):
 def test_exit_status_and_last_line_of_a_script(tmp_path):
     result = run_script("train.py", "--data_root", tmp_path / "nowhere", "--out_dir", tmp_path)
     assert result.returncode == 1
-    assert result.stderr.splitlines()[-1].startswith(f"error: {tmp_path / 'nowhere'} has no")
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("error: ") and str(tmp_path / "nowhere") in last
     assert "Traceback" not in result.stderr
 
 
@@ -372,6 +493,8 @@ def test_exit_status_and_last_line_of_a_script(tmp_path):
         OverflowError("int too large to convert to float"),
         RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes"),
         RuntimeError("CUDA out of memory. Tried to allocate 20.00 GiB"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
         RuntimeError("Storage size calculation overflowed with sizes=[1000000000000, 96]"),
     ],
 )
