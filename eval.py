@@ -26,13 +26,13 @@ from torch.nn import functional as F
 
 from data import HELD_OUT, PairDataset, Source, batches, tolerate
 from fields import FlagError, check_fields, option, parse_flags, show
-from files import MOST_BYTES_OF_DATA, BadSample, need, read_json, save_json
+from files import MOST_BYTES_OF_DATA, BadSample, need, read_json, save_json, why_no_folder
 from metrics import mean_by, official_vqa_accuracy, recall
 from model import ManagerTower
 from objectives import class_logits
 from tasks import TASKS, check_names, find_task, load_answers, open_sets, open_split
 from weights import Loaded, load_two_tower
-from world import collect, evaluating, one_sentence, ranks, to_device
+from world import MOST_WORKERS, collect, evaluating, one_sentence, ranks, to_device
 
 MOVED = {  # commands of the first edition -> where they are now
     "ask": "ask.py question",
@@ -65,7 +65,9 @@ class EvalConfig:
     batch_size: int = option(64, "rows of a batch", least=1)
     k_test: int = option(128, "retrieval: candidates to re-rank", least=1)
     memory_gb: float = option(16.0, "retrieval: host memory of a process for experts", least=0)
-    num_workers: int = option(0, "processes that load data, for each process", least=0)
+    num_workers: int = option(
+        0, "processes that load data, for each process", least=0, most=MOST_WORKERS
+    )
     out: str = option("", "file of the metrics; none = eval.json in the folder of the model")
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
 
@@ -113,8 +115,12 @@ def check_output(flag: str, path: str) -> None:
         return
     if Path(path).is_dir():
         raise ValueError(f"{flag} {path} cannot be written: it is a folder, not a file")
-    if not Path(path).parent.is_dir():
-        raise ValueError(f"{flag} {path} cannot be written: there is no folder {Path(path).parent}")
+    folder = Path(path).parent
+    if not folder.is_dir():
+        raise ValueError(f"{flag} {path} cannot be written: there is no folder {folder}")
+    reason = why_no_folder(folder)
+    if reason:
+        raise ValueError(f"{flag} {path} cannot be written: {reason}")
 
 
 # ---------------------------------------------------------------- classification

@@ -44,7 +44,7 @@ from model import ManagerTower
 from multigrid import ImageTiles, count_image_tokens, grid_geometry, preprocess_image
 from tasks import find_task, task_of_heads
 from weights import is_mllm, load_llava, load_mllm, load_two_tower
-from world import evaluating, one_sentence
+from world import MOST_WORKERS, evaluating, one_sentence
 
 
 # ---------------------------------------------------------------- drawing
@@ -309,7 +309,7 @@ class ManagersOptions:
     image: list[str] = option((), "a picture for the MLLM")
     limit: int = option(512, "most rows of the data", least=1)
     batch_size: int = option(32, "rows of a batch", least=1)
-    num_workers: int = option(0, "processes that load data", least=0)
+    num_workers: int = option(0, "processes that load data", least=0, most=MOST_WORKERS)
     out: str = option("", "file of the figure; none = managers.png in the folder of the model")
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
 

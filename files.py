@@ -277,6 +277,11 @@ KIND_NAMES = {
 }
 
 
+def as_dict(value: Any) -> dict:
+    """A value that should be an object; an empty one for anything else."""
+    return value if isinstance(value, dict) else {}
+
+
 def is_of_kind(value: Any, declared: Any) -> bool:
     """Whether a value of a file has its declared type: str, int, str | None ...
 

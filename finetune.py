@@ -44,7 +44,7 @@ from tasks import TASKS, DownstreamTask, baselines, load_answers, open_sets
 from tokenizer import Tokenizer, check_tokenizer, load_tokenizer
 from train import find_tokenizer, make_model
 from weights import convert_weights, is_mllm_config, load_model, read_config_values
-from world import World, one_sentence, seed_all
+from world import MOST_WORKERS, World, one_sentence, seed_all
 
 OFFICIAL = "official:"
 
@@ -80,7 +80,9 @@ class FinetuneConfig(TowerRunConfig):
     lr_mult_cross_modal: float = option(
         5.0, "learning rate of the cross-modal part, in units of learning_rate", least=0
     )
-    num_workers: int = option(8, "processes that load data, for each training process", least=0)
+    num_workers: int = option(
+        8, "processes that load data, for each training process", least=0, most=MOST_WORKERS
+    )
     save_every: int = option(500, "steps between two checkpoints", least=1)
     eval_every: int = option(0, "steps between two evaluations; 0 = only at the end", least=0)
 

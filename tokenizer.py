@@ -21,7 +21,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
 from fields import show
-from files import read_json, write_atomically
+from files import as_dict, read_json, write_atomically
 
 ROBERTA_SPECIALS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
 # the names that a special token has in different vocabularies; the first one that is there counts
@@ -41,6 +41,7 @@ ROLES = {
 TOWER_ROLES = ("pad", "cls", "sep")  # what a two-tower model needs
 MLM_ROLES = ("pad", "cls", "sep", "mask")
 CHAT_ROLES = ("im_start", "im_end")  # what LLaVA-OV-Manager needs
+MOST_IDS = 10**7  # as many as a vocabulary may have
 
 
 def first_id(ids: dict[str, int], names: Sequence[str]) -> int | None:
@@ -257,7 +258,9 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """
     file = tokenizer_file(Path(path))
     if file.suffix == ".json":
-        check_model(read_json(file, dict).get("model"), file)
+        content = read_json(file, dict)
+        check_ids(content, file)
+        check_model(content.get("model"), file)
     try:
         with silent_libraries():
             tokenizer = open_tokenizer(file)
@@ -276,6 +279,20 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             )
         return Tokenizer(byte_level(tokenizer.backend.model, ROBERTA_SPECIALS))
     return tokenizer
+
+
+def check_ids(content: dict, file: Path) -> None:
+    """Raises ValueError for ids that no embedding has: the library would count up to them."""
+    vocabulary = content  # of a vocab.json
+    if "model" in content:
+        vocabulary = as_dict(as_dict(content["model"]).get("vocab"))
+    ids = list(vocabulary.values())
+    added = content.get("added_tokens")
+    for token in added if isinstance(added, list) else []:
+        ids.append(as_dict(token).get("id"))
+    for i in ids:
+        if isinstance(i, int) and i >= MOST_IDS:
+            raise ValueError(f"{file}: a token has the id {i}; it must be below {MOST_IDS}")
 
 
 def check_model(model: Any, file: Path) -> None:

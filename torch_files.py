@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from fields import show
+from files import as_dict
 
 State = dict[str, Tensor]
 
@@ -92,10 +93,6 @@ class Inert(dict):
     def __repr__(self) -> str:
         """Short: the items may be millions."""
         return self.name[:60] if self.args is None else f"a call of {self.name[:60]}"
-
-
-def as_dict(value: Any) -> dict:
-    return value if isinstance(value, dict) else {}
 
 
 PUSHED = frozenset(  # opcodes that put their argument on the stack

@@ -43,7 +43,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fields import show
-from files import VERSION, read_json, write_atomically, write_json, write_text
+from files import VERSION, as_dict, read_json, write_atomically, write_json, write_text
 from images import image_transform
 from llava_manager import (
     OFFICIAL_FIELDS,
@@ -54,7 +54,7 @@ from llava_manager import (
 )
 from model import HEADS, ManagerTower, ManagerTowerConfig
 from tokenizer import CHAT_ROLES, check_roles, check_tokenizer, load_tokenizer
-from torch_files import TorchFile, as_dict
+from torch_files import TorchFile
 from world import World
 
 State = dict[str, Tensor]
@@ -683,8 +683,14 @@ def weight_files(path: str | Path) -> list[Path]:
     weight_map = read_json(index_file, dict).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index_file} has no weight_map: it must say which file has which key")
-    names = sorted({str(name) for name in weight_map.values()})
-    return [index_file.parent / name for name in names]
+    for name in weight_map.values():
+        is_file_name = isinstance(name, str) and Path(name).name == name and len(name) < 256
+        if not is_file_name or not name.endswith(".safetensors"):
+            raise ValueError(
+                f"{index_file}: weight_map has {show(name)}; it must be the name of a .safetensors "
+                "file beside it"
+            )
+    return [index_file.parent / name for name in sorted(set(weight_map.values()))]
 
 
 def read_shards(path: str | Path) -> State:

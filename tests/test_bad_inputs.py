@@ -164,6 +164,19 @@ def without_token(name):
     return change
 
 
+def with_id_of_pad(i):
+    """A tokenizer.json with another id of <pad>."""
+
+    def change(path):
+        values = json.loads(path.read_text())
+        for token in values["added_tokens"]:
+            if token["content"] == "<pad>":
+                token["id"] = i
+        path.write_text(json.dumps(values))
+
+    return change
+
+
 def with_row(number, text):
     """JSON Lines in which one line, counted from 1, is another one."""
 
@@ -652,6 +665,21 @@ CHECKPOINTS = [
     ("static/tokenizer.json", with_values(added_tokens=[]), CHAT, "im_start"),
     (f"{TRAIN.split()[0]}.json", content("{}"), f"{TRAIN} --tokenizer train.json", "train.json"),
     ("vqa/tokenizer.json", without_token("<mask>"), f"{TRAIN} --tokenizer vqa", "<mask>"),
+    ("vqa/tokenizer.json", with_id_of_pad(2**31 - 1), QUESTION, "2147483647"),
+    *[
+        (
+            "own/model.safetensors.index.json",
+            content(text),
+            f"{TRAIN} --vision own --text own --tokenizer vqa --vocab_size 400",
+            words,
+        )
+        for text, words in (
+            ("{}", "weight_map"),
+            ('{"weight_map": {"a": {"b": 1}}}', "weight_map has {'b': 1}"),
+            ('{"weight_map": {"a": "../vqa/model.safetensors"}}', "weight_map has '../vqa"),
+            ('{"weight_map": {"a": "none.safetensors"}}', "none.safetensors"),
+        )
+    ],
     # other files of a run
     ("run/log.jsonl", content('{"step": 1, "loss": "x"}\n'), "figures curves --run run", "loss"),
     ("run/log.jsonl", content('{"step": 1.5}\n'), "figures curves --run run", "line 1"),

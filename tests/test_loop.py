@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections import OrderedDict
 from pathlib import Path
 
 import pytest
@@ -618,6 +619,28 @@ def with_part(name, value):
     return change
 
 
+class Claims:
+    """Pickled as a tensor with this size, over a storage of four bytes."""
+
+    def __init__(self, size, hooks):
+        self.size = size
+        self.hooks = hooks
+
+    def __reduce__(self):
+        storage = torch.zeros(1).storage()
+        arguments = (storage, 0, (self.size,), (1,), False, self.hooks)
+        return torch._utils._rebuild_tensor_v2, arguments
+
+
+def with_huge_tensor(state, folder):
+    """torch.load would make its storage grow to 8 GB."""
+    state["scaler"] = {"x": Claims(2**31, OrderedDict())}
+
+
+def with_hooks(state, folder):
+    state["scaler"] = {"x": Claims(1, OrderedDict)}
+
+
 def without_part(name):
     def change(state, folder):
         del state[name]
@@ -673,6 +696,8 @@ OF_THIS_RUN = "training_state.pt is not the training state of this run"
         (with_part("step", -1), OF_THIS_RUN),
         (with_part("step", 99), OF_THIS_RUN),
         (with_part("best", [1]), READABLE),
+        (with_huge_tensor, READABLE),
+        (with_hooks, READABLE),
         (with_part("identity", {}), READABLE),
         (with_part("identity", "[]"), READABLE),
         (with_part("identity", "["), READABLE),
