@@ -5,6 +5,7 @@ the disk and renamed. What cannot be read is an error that names the file.
 """
 
 import contextlib
+import errno
 import fcntl
 import functools
 import io
@@ -51,9 +52,11 @@ def write_atomically(path: str | Path, write: Callable[[Path], Any]) -> None:
         RuntimeError,
         SafetensorError,
     ) as error:  # what torch.save and save_file make of a full disk
-        free = shutil.disk_usage(path.parent).free / 2**20
+        free = shutil.disk_usage(path.parent).free
+        if free < 2**20:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
         first_line = str(error).partition("\n")[0]
-        raise OSError(f"{first_line} ({free:.0f} MiB are free there)") from error
+        raise OSError(f"{first_line} ({size_in_words(free)} are free there)") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -395,6 +398,7 @@ LOCK_START = '{"process": '  # how a lock begins, whole or cut short
 
 def is_lock(content: str) -> bool:
     """Whether this is what `take_lock` writes, or the beginning of it."""
+    content = content.strip("\0")  # what a power failure may leave
     return content.startswith(LOCK_START) or LOCK_START.startswith(content)
 
 

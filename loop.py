@@ -50,6 +50,7 @@ from world import (
     MOST_WORKERS,
     World,
     autocast,
+    is_worker_death,
     resolve_precision,
     seed_all,
     seed_of,
@@ -958,13 +959,32 @@ def fit(
             total=run.max_steps, initial=start, unit="step", disable=world.rank > 0, mininterval=1
         )
         previous = signal.getsignal(signal.SIGTERM)
+        terminated = torch.zeros(1, device=world.device)  # 1 once a SIGTERM has arrived
         try:
             with bar:  # closed before an error is said
                 done = run_steps(
-                    run, task, loader, evaluate, checkpoint, world, optimizer, scaler, start, bar
+                    run,
+                    task,
+                    loader,
+                    evaluate,
+                    checkpoint,
+                    world,
+                    optimizer,
+                    scaler,
+                    start,
+                    bar,
+                    terminated,
                 )
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"interrupted. {checkpoint.what_is_kept()}") from None
+        except RuntimeError as error:
+            # a signal to the whole group of processes ends those that load data at once
+            if terminated.item() == 0 or not is_worker_death(error):
+                raise
+            raise ValueError(
+                f"SIGTERM ended the processes that load data. {checkpoint.what_is_kept()}; the "
+                "same command goes on"
+            ) from error
         finally:
             # what comes after the steps may be ended at once again
             signal.signal(signal.SIGTERM, previous or signal.SIG_DFL)
@@ -986,15 +1006,17 @@ def run_steps(
     scaler: torch.amp.GradScaler,
     start: int,
     bar: tqdm,
+    terminated: Tensor,
 ) -> int:
-    """The steps from `start` on. Returns how many are done: all, or those before a SIGTERM."""
+    """The steps from `start` on. Returns how many are done: all, or those before a SIGTERM, which
+    sets `terminated` to 1.
+    """
     # what stays the same in all steps
     module = wrap(task, run, world)
     batches = iter(loader)
     micro_steps = len(make_plan(run, world).sizes)
     # SIGTERM, which clusters send before they take a machine away, sets a flag that the loop looks
     # at after each step
-    terminated = torch.zeros(1, device=world.device)
     signal.signal(signal.SIGTERM, lambda *_: terminated.fill_(1))
     began = time.monotonic()  # a clock that nobody sets
     made = 0  # updates; only fp16 may leave one out

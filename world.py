@@ -5,6 +5,7 @@ Everything here works without torchrun too: one process is a world of size 1.
 """
 
 import contextlib
+import errno
 import os
 import random
 import select
@@ -220,6 +221,7 @@ ALLOCATION = (
     "ALLOC_FAILED",
     "Storage size calculation overflowed",
 )
+OUTPUT_ERRORS = (errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EFBIG)
 WORKER_DIED = ("exited unexpectedly", "is killed by signal")  # what torch says of a DataLoader's
 
 
@@ -253,6 +255,23 @@ def sentence_of_allocation(error: BaseException) -> str | None:
     return None
 
 
+def is_worker_death(error: BaseException) -> bool:
+    """Whether a process that loads data ended without a word."""
+    message = str(error)
+    return "DataLoader worker" in message and any(words in message for words in WORKER_DIED)
+
+
+def sentence_of_os(error: OSError) -> str:
+    """What the system said, of which file; without a file it was said of the output."""
+    if not error.strerror:
+        return sentence_of(error)
+    if error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    if error.errno in OUTPUT_ERRORS:
+        return f"the output cannot be written: {error.strerror}"
+    return str(error.strerror)
+
+
 def sentence_of_system(error: BaseException) -> str | None:
     """What to say of memory, processes and packages that fail; None for a fault of the program."""
     first_line = str(error).strip().partition("\n")[0]
@@ -260,7 +279,7 @@ def sentence_of_system(error: BaseException) -> str | None:
         return sentence_of_import(error)
     if isinstance(error, RecursionError):
         return f"something in the input is nested too deeply ({first_line})"
-    if "DataLoader worker" in first_line and any(words in first_line for words in WORKER_DIED):
+    if is_worker_death(error):
         return (
             "a process that loads data was killed, perhaps as the memory is full: "
             f"try fewer --num_workers ({first_line})"
@@ -367,7 +386,7 @@ def end_of(error: BaseException) -> tuple[int, str] | None:
         return 1, sentence_of(error)
     sentence = sentence_of_system(error)
     if sentence is None and isinstance(error, OSError):
-        sentence = sentence_of(error)
+        sentence = sentence_of_os(error)
     return None if sentence is None else (1, sentence)
 
 

@@ -62,7 +62,7 @@ def test_a_failing_write_leaves_the_old_file_and_no_temporary_one(raised, seen, 
     if seen is OSError and not isinstance(raised, OSError):
         first_line = str(raised).splitlines()[0]
         assert str(error.value).startswith(first_line)
-        assert "MiB are free there" in str(error.value)
+        assert "iB are free there" in str(error.value)
         assert len(str(error.value).splitlines()) == 1
 
 

@@ -251,7 +251,7 @@ def end_of(main, monkeypatch, capsys, argv=()):
         (ValueError("a is 5; it must be 6"), 1, "error: a is 5; it must be 6"),
         (BadSample("x.jsonl, line 3: no"), 1, "error: x.jsonl, line 3: no"),
         (FlagError("unrecognized arguments: --x"), 2, "error: unrecognized arguments: --x"),
-        (FileNotFoundError(2, "No such file", "a"), 1, "error: [Errno 2] No such file: 'a'"),
+        (FileNotFoundError(2, "No such file", "a"), 1, "error: a: No such file"),
         (
             UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"),
             1,
@@ -283,7 +283,7 @@ def end_of(main, monkeypatch, capsys, argv=()):
             1,
             "error: the processes do not reach one another (The client socket has timed out)",
         ),
-        (BrokenPipeError(32, "Broken pipe"), 1, "error: [Errno 32] Broken pipe"),  # not of stdout
+        (BrokenPipeError(32, "Broken pipe"), 1, "error: Broken pipe"),  # not of stdout
     ],
 )
 def test_what_is_wrong_is_the_last_line(error, status, sentence, monkeypatch, capsys):
