@@ -26,7 +26,15 @@ from torch.nn import functional as F
 
 from data import HELD_OUT, PairDataset, Source, batches, tolerate
 from fields import FlagError, check_fields, option, parse_flags, show
-from files import MOST_BYTES_OF_DATA, BadSample, need, read_json, save_json, why_no_folder
+from files import (
+    MOST_BYTES_OF_DATA,
+    BadSample,
+    as_dict,
+    need,
+    read_json,
+    save_json,
+    why_no_folder,
+)
 from metrics import mean_by, official_vqa_accuracy, recall
 from model import ManagerTower
 from objectives import class_logits
@@ -77,6 +85,18 @@ class EvalConfig:
         if self.submit or self.annotations:
             self.check_questions()
         check_data_flags(self.data, self.data_root)
+        self.check_split()
+
+    def check_split(self) -> None:
+        """Raises ValueError where --split and the data do not go together."""
+        if self.data and self.split:
+            raise ValueError(f"--split {self.split} means nothing with --data {self.data}")
+        is_one_split = bool(self.split) and "," not in self.split
+        if Path(self.data_root).is_file() and not is_one_split:
+            raise ValueError(
+                f"--data_root {self.data_root} is a file, which holds one split: say which by "
+                "--split NAME"
+            )
 
     def check_questions(self) -> None:
         """Raises ValueError where there are no questions, or where one file is to hold the answers
@@ -113,14 +133,41 @@ def check_output(flag: str, path: str) -> None:
     """
     if not path:
         return
-    if Path(path).is_dir():
-        raise ValueError(f"{flag} {path} cannot be written: it is a folder, not a file")
+    if Path(path).exists() and not Path(path).is_file():
+        kind = "a folder" if Path(path).is_dir() else "a device"
+        raise ValueError(f"{flag} {path} cannot be written: it is {kind}, not a file")
     folder = Path(path).parent
     if not folder.is_dir():
         raise ValueError(f"{flag} {path} cannot be written: there is no folder {folder}")
     reason = why_no_folder(folder)
     if reason:
         raise ValueError(f"{flag} {path} cannot be written: {reason}")
+
+
+def is_result(path: Path) -> bool:
+    """Whether a file is one that --out or --submit has written."""
+    try:
+        content = read_json(path)
+    except (ValueError, OSError):
+        return False
+    if isinstance(content, dict):
+        return {"checkpoint", "task", "splits"} <= content.keys()
+    keys = {"question_id", "answer"}
+    return isinstance(content, list) and all(as_dict(row).keys() == keys for row in content)
+
+
+def check_results(config: EvalConfig) -> None:
+    """Raises ValueError for outputs that cannot be written, or would replace another file."""
+    outputs = (("--out", config.out), ("--submit", config.submit))
+    for flag, path in outputs:
+        check_output(flag, path)
+        if path and Path(path).exists() and not is_result(Path(path)):
+            raise ValueError(
+                f"{flag} {path} is there and is no result of eval.py, so it is kept; choose "
+                "another name"
+            )
+    if config.out and Path(config.out).resolve() == Path(config.submit).resolve():
+        raise ValueError(f"--out and --submit are the same file, {config.out}")
 
 
 # ---------------------------------------------------------------- classification
@@ -498,6 +545,21 @@ def load_vocabulary(checkpoint: str, model: ManagerTower) -> list[str]:
     return answers
 
 
+def check_vocabulary(source: Source, answers: list[str]) -> None:
+    """Raises ValueError if the questions have answers, but none that the vocabulary knows."""
+    known = set(answers)
+    for row in source.iterate_texts():
+        scores = row["answers"]
+        if scores is None:
+            return  # a test set
+        if any(score > 0 and answer in known for answer, score in scores.items()):
+            return
+    raise ValueError(
+        f"no question of {source.parts[0].path} has an answer that is in the vocabulary, "
+        f"{show(answers)}: answers.json belongs to other data"
+    )
+
+
 def flatten(metrics: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """(name, number) of all metrics, those of an inner dict under "outer inner"."""
     for name, value in metrics.items():
@@ -532,6 +594,8 @@ def open_task(
     answers = None
     if task.kind == "questions" and task.heads[0] in model.heads:
         answers = load_vocabulary(checkpoint, model)
+        if source is not None:
+            check_vocabulary(source, answers)
     return open_split(
         name,
         split,
@@ -595,8 +659,7 @@ def measure_split(
 
 def run_task(config: EvalConfig) -> None:
     """Evaluate all splits. All processes take part, and rank 0 prints and writes."""
-    check_output("--out", config.out)
-    check_output("--submit", config.submit)
+    check_results(config)
     annotations = read_annotations(config.annotations) if config.annotations else None
     task = find_task(config.task)
     sources = open_sources(config, annotations)

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from data import PairDataset, Source
-from eval import evaluate
+from eval import check_vocabulary, evaluate
 from fields import make_parser, option, parse_recipe
 from files import write_json
 from images import image_transform
@@ -243,6 +243,8 @@ def finetune(name: str, run: FinetuneConfig, fields: dict, world: World) -> None
     answers = find_answers(run, task)
     # all texts are read before the model is
     files = None if run.data else open_files(run, name)
+    if files and answers:
+        check_vocabulary(files[0], answers)
     model_fields: dict[str, Any] = {**fields, "heads": task.heads}
     if answers:
         model_fields["num_answers"] = len(answers)

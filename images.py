@@ -408,5 +408,5 @@ def image_transform(name: str, image_size: int, train: bool) -> Transform:
     """A function (picture, rng) -> (3, S, S), S = image_size. ValueError: an unknown name."""
     transforms = TRAINING_TRANSFORMS if train else EVALUATION_TRANSFORMS
     if name not in transforms:
-        raise ValueError(f"unknown image transform {name!r}: one of {', '.join(transforms)}")
+        raise ValueError(f"unknown image transform {show(name)}: one of {', '.join(transforms)}")
     return functools.partial(transforms[name], image_size)

@@ -184,9 +184,15 @@ class RunConfig:
         reason = why_no_folder(self.out_dir)
         if reason:
             raise FieldError(f"out_dir {self.out_dir} cannot be written into: {reason}")
+        # 2. the data: training and measuring take different rows of it
+        if Path(self.data_root).is_file():
+            raise FieldError(
+                f"data_root {self.data_root} is a file; it must be the folder of the splits to "
+                "train and to measure on"
+            )
         if not self.fresh:
             return
-        # 2. what it is made of
+        # 3. what the run is made of
         for name in SOURCES:
             place = getattr(self, name, "")
             file = Path(place.removeprefix("official:"))  # of finetune.py's --init

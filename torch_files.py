@@ -634,15 +634,18 @@ class TorchFile:
         return content
 
     def check_tensors(self) -> None:
-        """Raises ValueError for a tensor that does not lie in its storage, before any is read.
+        """Raises ValueError for a tensor that does not lie in its storage, and for anything else
+        than dicts of tensors and simple values, before any is read.
 
-        torch.load would let the storage grow to whatever size the tensor claims.
+        torch.load lets a storage grow to whatever size a tensor claims, and allocates a bytearray
+        of any size.
         """
         for node in self.calls:
-            if not is_tensor(node):
-                continue
             try:
-                self.check_view(view_of(node))
+                if is_tensor(node):
+                    self.check_view(view_of(node))
+                elif node.name != "collections.OrderedDict":
+                    raise ValueError(f"it calls {show(node.name)}, which makes no tensor")
             except BROKEN as error:
                 raise ValueError(
                     f"{self.path} is not a readable PyTorch file: {words_of(error)}"

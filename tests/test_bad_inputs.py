@@ -400,7 +400,14 @@ FLAGS = [
     (f"{SEARCH} --out nowhere/x.png", "--out nowhere/x.png"),
     ("figures grid --image data/a.png --out nowhere/x.png", "--out nowhere/x.png"),
     ("bench towers --json nowhere/x.json", "--json nowhere/x.json"),
+    (f"{EVAL} --out vqa/config.json", "config.json is there and is no result of eval.py"),
+    (f"{EVAL} --submit data/vqav2_val.jsonl --split val", "vqav2_val.jsonl is there and is no"),
+    (f"{EVAL} --out x.json --submit x.json --split val", "are the same file, x.json"),
+    (f"{EVAL} --out /dev/null", "--out /dev/null cannot be written: it is a device"),
     # what does not go together
+    ("eval --checkpoint vqa --task vqav2 --data demo --split val", "--split val means nothing"),
+    (EVAL.replace("root data", "root data/vqav2_val.jsonl"), "which holds one split"),
+    (TRAIN.replace("root data", "root data/coco_train.jsonl"), "--data_root data/coco_train.jsonl"),
     ("train --recipe llava_demo --data_path chats/chat.json", "--data_path means nothing"),
     ("train --recipe llava_stage2 --init static", "--data_path"),
     (f"{STAGE} --vision vqa", "--init"),
@@ -472,6 +479,7 @@ RECORDS = [
     ("data/answers.json", content("[]"), VQA, "answers.json"),
     ("data/answers.json", content("{}"), VQA, "answers.json"),
     ("data/answers.json", removed, VQA, "answers.json"),
+    ("data/answers.json", content('["foo", "bar"]'), VQA, "answers.json belongs to other data"),
     ("vqa/answers.json", content('["yes"]'), QUESTION, "answers.json"),
     ("vqa/answers.json", content('[["yes"]]'), QUESTION, "answers.json"),
     (
