@@ -28,7 +28,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from chat import IMAGE_TAG, encode_prompt
-from eval import check_output, load_vocabulary, retrieval_scores, unit_vectors
+from eval import check_finite, check_picture_output, load_vocabulary, retrieval_scores, unit_vectors
 from fields import FlagError, check_fields, option, parse_flags, show
 from files import BadSample, save_picture
 from images import Transform, load_image, name_of
@@ -177,6 +177,7 @@ def question(options: QuestionOptions) -> list[tuple[str, float]]:
     answers = load_vocabulary(options.checkpoint, model)
     with evaluating(model):
         logits = class_logits(model, head, batch)[0].float()  # (answers,)
+        check_finite(logits)
         best = logits.sigmoid().topk(min(options.top, len(answers)))
     result = []
     for probability, index in zip(best.values.tolist(), best.indices.tolist(), strict=True):
@@ -217,6 +218,7 @@ def match(options: MatchOptions) -> list[tuple[str, float, float]]:
         texts = model.encode_text(batch["input_ids"], mask)  # (B, N, L, D)
         images = model.encode_image(batch["pixels"]).expand(len(texts), -1, -1, -1)
         logits = model.heads["itm"](model.fuse(texts, images, mask).pooled).float()  # (B, 2)
+        check_finite(logits)
         probabilities = logits.softmax(-1)[:, 1].tolist()
         if has_itc:
             text_vectors = unit_vectors(model, "text", texts)  # (B, C)
@@ -339,19 +341,8 @@ class FoundPictures:
 
 
 def is_old_sheet(file: Path, sheet: str) -> bool:
-    """Whether a file is the contact sheet of an earlier search, which is written anew.
-
-    Raises ValueError if another picture lies there.
-    """
-    if not os.path.isfile(sheet) or not os.path.isfile(file) or not os.path.samefile(file, sheet):
-        return False
-    try:
-        width, height = load_image(file).size
-    except BadSample:
-        return False
-    if width % SIDE or height % (SIDE + LINE_HEIGHT):
-        raise ValueError(f"--out {name_of(sheet)} is a picture in the folder; it would be lost")
-    return True
+    """Whether a file is the contact sheet of an earlier search, which is written anew."""
+    return os.path.isfile(sheet) and os.path.isfile(file) and os.path.samefile(file, sheet)
 
 
 def fit_into(picture: Image.Image, side: int) -> Image.Image:
@@ -397,7 +388,7 @@ def draw_sheet(found: list[tuple[float, Path]]) -> Image.Image:
 
 def search(options: SearchOptions) -> list[tuple[float, Path]]:
     """(ITM score, file) of the best pictures, the best one first."""
-    check_output("--out", options.out)
+    check_picture_output("--out", options.out)
     check_folder(options.folder)
     check_text(options.text)
     model, tokenizer, transform = load_two_tower(options.checkpoint, "itm", options.device)

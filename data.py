@@ -182,11 +182,20 @@ def parse_hypothesis(record: Any) -> Parsed:
 
 
 # ---------------------------------------------------------------- records of conversations -> rows
+NOTHING: tuple = (None, "", [])  # is as absent, as in tables that were made of several sets
+
+
 def need_chat_pictures(record: dict) -> list:
     """The pictures of a conversation: none, one or a list of them."""
     pictures = record.get("image")
-    # what is null or empty is absent, as in tables that were made of several sets
-    if pictures is None or pictures == "":
+    if pictures in NOTHING:
+        # without this the model would never see the pictures, and nobody would know
+        for key in ("images", "Image"):
+            if record.get(key) not in NOTHING:
+                raise BadSample(
+                    f"there is no 'image', but {key!r} is {show(record[key])}; the key of the "
+                    "pictures must be 'image'"
+                )
         return []
     if not isinstance(pictures, list):
         pictures = [pictures]
@@ -211,6 +220,24 @@ def check_tags(turns: list[tuple[str, str]], start: int, num_pictures: int) -> N
     )
 
 
+def check_roles(turns: list[tuple[str, str]], conversation: list) -> None:
+    """Raises BadSample unless there is a human turn, and behind it one of gpt to train on."""
+    roles = [role for role, _ in turns]
+    if "user" not in roles:
+        raise BadSample(f"there is no human turn in the conversation {show(conversation)}")
+    if "assistant" not in roles[roles.index("user") :]:
+        raise BadSample(
+            f"there is no gpt turn after a human one in the conversation {show(conversation)}"
+        )
+
+
+def is_tagged_without_picture(row: dict) -> bool:
+    """Whether the row of a conversation has tags that stay ordinary text, for want of a picture."""
+    if row["length"] > 0:  # it has a picture
+        return False
+    return any(IMAGE_TAG in turn["value"] for turn in row["conversation"])
+
+
 def parse_chat(record: Any) -> Parsed:
     """{"conversations": [{"from", "value"}, ...], "image": none, one or a list} -> one row.
 
@@ -221,10 +248,10 @@ def parse_chat(record: Any) -> Parsed:
     conversation = need(record, "conversations", list, filled=True)
     turns = read_turns(conversation)
     start = num_untrained(turns)
-    if start == len(turns):
-        raise BadSample(f"there is no human turn in the conversation {show(conversation)}")
-    if record.get("video") not in (None, "", []):
-        raise BadSample(f"'video' is {show(record['video'])}; videos are not read")
+    check_roles(turns, conversation)
+    for key in ("video", "videos"):
+        if record.get(key) not in NOTHING:
+            raise BadSample(f"{key!r} is {show(record[key])}; videos are not read")
     pictures = need_chat_pictures(record)
 
     # each picture needs a tag, the place where its tokens will stand; without a picture a tag is
@@ -277,8 +304,16 @@ def zip_columns(arrow_row: dict, *names: str) -> list[tuple]:
     return list(zip(*columns, strict=True))
 
 
+def need_arrow_name(arrow_row: dict, key: str) -> Any:
+    """As `need_name`. pandas makes 5.0 of 5 where others of the column are missing; 5 is meant."""
+    value = arrow_row.get(key)
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return need_name(arrow_row, key)
+
+
 def arrow_captions(arrow_row: dict) -> list[dict]:
-    image_id = need_name(arrow_row, "image_id")
+    image_id = need_arrow_name(arrow_row, "image_id")
     rows = []
     for text in need(arrow_row, "caption", list, filled=True):
         need({"caption": text}, "caption", str, filled=True)
@@ -287,13 +322,17 @@ def arrow_captions(arrow_row: dict) -> list[dict]:
 
 
 def arrow_questions(arrow_row: dict) -> list[dict]:
-    image_id = need_name(arrow_row, "image_id")
+    image_id = need_arrow_name(arrow_row, "image_id")
     rows = []
     for text, question_id in zip_columns(arrow_row, "questions", "question_id"):
         need({"question": text}, "question", str, filled=True)
-        need_name({"question_id": question_id}, "question_id")
-        row = {"text": text, "question_id": question_id, "answers": None, "question_type": None}
-        row["image_id"] = image_id
+        row = {
+            "text": text,
+            "question_id": need_arrow_name({"question_id": question_id}, "question_id"),
+            "answers": None,
+            "question_type": None,
+            "image_id": image_id,
+        }
         rows.append(row)
     # the answers of test files are null or empty
     if arrow_row["answers"]:
@@ -309,14 +348,18 @@ def scored_answers(answers: list, scores: list | None) -> dict[str, float]:
     pairs = zip_columns({"answers": answers, "answer_scores": scores}, "answers", "answer_scores")
     for answer, _ in pairs:
         need({"answer": answer}, "answer", str)
-    scored = dict(pairs)
+    scored = {}
+    for answer, score in pairs:
+        if answer in scored:
+            raise BadSample(f"'answers' holds {show(answer)} twice for one question")
+        scored[answer] = score
     check_answers(scored)
     return scored
 
 
 def arrow_statements(arrow_row: dict) -> list[dict]:
-    identifier = need_name(arrow_row, "identifier")
-    image_id = need_name(arrow_row, "image_id")
+    identifier = need_arrow_name(arrow_row, "identifier")
+    image_id = need_arrow_name(arrow_row, "image_id")
     rows = []
     for text, answer in zip_columns(arrow_row, "questions", "answers"):
         need({"sentence": text}, "sentence", str, filled=True)
@@ -328,7 +371,7 @@ def arrow_statements(arrow_row: dict) -> list[dict]:
 
 
 def arrow_hypotheses(arrow_row: dict) -> list[dict]:
-    image_id = need_name(arrow_row, "image_id")
+    image_id = need_arrow_name(arrow_row, "image_id")
     rows = []
     for pair, label in zip_columns(arrow_row, "sentences", "labels"):
         if not isinstance(pair, list) or len(pair) != 2:
@@ -374,6 +417,12 @@ ARROW_KINDS = {
 }
 
 
+# the names of pyarrow's types; older versions have no tests for some of them
+ARROW_LISTS = ("list", "large_list", "fixed_size_list", "list_view", "large_list_view")
+ARROW_TEXTS = ("string", "large_string", "string_view")
+ARROW_BYTES = ("binary", "large_binary", "binary_view")
+
+
 def is_of_arrow_type(declared: Any, wanted: str) -> bool:
     """Whether a pyarrow type is bytes, text, number, anything, or "list of" one of them, as wanted.
 
@@ -385,14 +434,38 @@ def is_of_arrow_type(declared: Any, wanted: str) -> bool:
         return True
     if types.is_dictionary(declared):
         return is_of_arrow_type(declared.value_type, wanted)
+    type_name = str(declared).partition("<")[0]  # list<item: string> is a list
     if wanted.startswith("list of "):
-        is_list = types.is_list(declared) or types.is_large_list(declared)
+        is_list = type_name in ARROW_LISTS
         return is_list and is_of_arrow_type(declared.value_type, wanted.removeprefix("list of "))
     if wanted == "number":
         return types.is_integer(declared) or types.is_floating(declared)
     if wanted == "text":
-        return types.is_string(declared) or types.is_large_string(declared)
-    return types.is_binary(declared) or types.is_large_binary(declared)
+        return type_name in ARROW_TEXTS
+    return type_name in ARROW_BYTES
+
+
+ARROW_FILE_START = b"ARROW1"
+ARROW_STREAM_END = b"\xff\xff\xff\xff\0\0\0\0"
+
+
+def open_arrow(path: str) -> Any:
+    """A pyarrow.Table of a file in the file format, or in the stream format of `datasets`.
+
+    Raises what pyarrow raises.
+    """
+    import pyarrow
+
+    mapped = pyarrow.memory_map(path)
+    size = mapped.size()
+    if mapped.read_at(min(size, len(ARROW_FILE_START)), 0) == ARROW_FILE_START:
+        return pyarrow.ipc.open_file(mapped).read_all()
+    table = pyarrow.ipc.open_stream(mapped).read_all()
+    # pyarrow takes the end of the file for the end of the stream, and rows would be lost
+    end_size = min(size, len(ARROW_STREAM_END))
+    if mapped.read_at(end_size, size - end_size) != ARROW_STREAM_END:
+        raise ValueError("it is cut short, as the mark at its end is missing")
+    return table
 
 
 @functools.cache
@@ -403,8 +476,8 @@ def arrow_table(path: str) -> Any:
     except ImportError:
         raise ValueError(f"reading {path} needs pyarrow: pip install pyarrow") from None
     try:
-        return pyarrow.ipc.open_file(pyarrow.memory_map(path)).read_all()
-    except (ValueError, OSError) as error:  # pyarrow.ArrowInvalid is a ValueError
+        return open_arrow(path)
+    except (ValueError, OSError, pyarrow.ArrowException) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{path} is not an Arrow file: {reason[:200]}") from None
 
@@ -413,6 +486,8 @@ def check_columns(path: str, table: Any, wanted_types: dict[str, str]) -> None:
     """Raises ValueError for a column that is missing, is there twice, has another type, or is
     damaged. wanted_types: name -> type, in the words of `is_of_arrow_type`.
     """
+    from pyarrow import ArrowException
+
     names = table.column_names
     missing = sorted(set(wanted_types) - set(names))
     if missing:
@@ -426,7 +501,7 @@ def check_columns(path: str, table: Any, wanted_types: dict[str, str]) -> None:
         try:
             # texts that are UTF-8, lists that end where they must; pictures are not looked at
             table.column(name).validate(full=True)
-        except ValueError as error:
+        except (ValueError, ArrowException) as error:
             reason = " ".join(str(error).split())
             raise ValueError(f"{path}: the column {name!r} is damaged: {reason[:200]}") from None
 
@@ -460,6 +535,10 @@ def is_json(path: str) -> bool:
     return path.lower().endswith(".json")
 
 
+def is_yaml(path: str) -> bool:
+    return path.lower().endswith((".yaml", ".yml"))
+
+
 def too_long(name: str, size: int) -> str:
     """What to say of a record that is longer than any record is."""
     most = MOST_BYTES_OF_A_LINE / 2**20
@@ -473,6 +552,9 @@ def locate(path: str) -> tuple[str, int, int]:
     change. Raises ValueError for what is no file.
     """
     file, _, member = path.partition("::")
+    if os.path.isfile(path):  # a file may have such a name
+        file = path
+        member = ""
     if os.path.isdir(file):
         raise ValueError(f"{path} is a folder; it must be a file")
     if not os.path.exists(file):
@@ -873,6 +955,7 @@ class Source:
         # rows of each record, words of each conversation: packed, as there may be millions
         counts = array("i")
         lengths = array("i")
+        tagged = 0  # conversations with a tag, but without a picture
         digest = hashlib.sha256()
         for part in parts:
             if part.rows_each is not None:
@@ -884,8 +967,19 @@ class Source:
                 for rows in self.scan(part):
                     digest.update(digest_rows(rows))
                     counts.append(len(rows))
-                    lengths.extend([row["length"] for row in rows if "length" in row])
+                    for row in rows:
+                        if "length" in row:
+                            lengths.append(row["length"])
+                            tagged += is_tagged_without_picture(row)
                     bar.update()
+        if tagged:
+            logging.warning(
+                "%s: %d of %d conversations have %s but no picture; the tag stays text",
+                ", ".join(part.path for part in parts),
+                tagged,
+                len(lengths),
+                IMAGE_TAG,
+            )
         self.digest = digest.hexdigest()
         self.lengths = np.array(lengths, dtype=np.int32)
         # the number of the record after the last one of each part: (parts,)
@@ -982,7 +1076,8 @@ def open_source(kind: str, files: Sequence[Path], on_bad_sample: str = HELD_OUT)
     """.jsonl manifests and .arrow files as one source."""
     parts: list[Part] = []
     for file in files:
-        parts.append(ArrowFile(kind, file) if file.suffix == ".arrow" else Manifest(file))
+        is_arrow = file.suffix.lower() == ".arrow"
+        parts.append(ArrowFile(kind, file) if is_arrow else Manifest(file))
     return Source(kind, parts, on_bad_sample)
 
 
@@ -1062,7 +1157,7 @@ def read_yaml(path: str) -> Any:
 
 def read_entries(path: str) -> Any:
     """What should be the list `datasets` of a mixture; None for a file that is none."""
-    if path.endswith((".yaml", ".yml")):
+    if is_yaml(path):
         content = read_yaml(path)
         # a list alone is taken too
         return content.get("datasets") if isinstance(content, dict) else content
@@ -1106,7 +1201,7 @@ def read_mixture(path: str) -> list[dict]:
     such a file, else as it stands.
     """
     entries = read_entries(path)
-    if entries is None and not path.endswith((".yaml", ".yml")):
+    if entries is None and not is_yaml(path):
         return [{"json_path": path}]
     if not isinstance(entries, list) or not entries:
         raise ValueError(f"{path} has no list `datasets`, found {show(entries)}")
@@ -1120,7 +1215,11 @@ def read_mixture(path: str) -> list[dict]:
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """ "/p/{a,b}.json" -> "/p/a.json", "/p/b.json"; without braces the path alone."""
+    """ "/p/{a,b}.json" -> "/p/a.json", "/p/b.json"; without braces the path alone, and so where a
+    file is called like that.
+    """
+    if os.path.isfile(pattern.partition("::")[0]):
+        return [pattern]
     match = re.fullmatch(r"([^{}]*)\{([^{}]*)\}([^{}]*)", pattern)
     if match is None:
         return [pattern]

@@ -15,6 +15,7 @@ a caption and an image, S side of an image.
 
 import functools
 import math
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ from files import (
     MOST_BYTES_OF_DATA,
     BadSample,
     as_dict,
+    is_our_picture,
     need,
     read_json,
     save_json,
@@ -144,6 +146,18 @@ def check_output(flag: str, path: str) -> None:
         raise ValueError(f"{flag} {path} cannot be written: {reason}")
 
 
+def check_picture_output(flag: str, path: str | Path) -> None:
+    """Raises ValueError if a figure cannot be written there, or would replace another file."""
+    check_output(flag, str(path))
+    name = show(str(path))
+    if Path(path).suffix.lower() != ".png":
+        raise ValueError(f"{flag} is {name}; it must end in .png")
+    if os.path.exists(path) and not is_our_picture(path):
+        raise ValueError(
+            f"{flag} {name} is there and is no figure of ours, so it is kept; choose another name"
+        )
+
+
 def is_result(path: Path) -> bool:
     """Whether a file is one that --out or --submit has written."""
     try:
@@ -180,6 +194,12 @@ class Prediction(NamedTuple):
     question_type: str | None = None
 
 
+def check_finite(scores: Tensor) -> None:
+    """Raises ValueError for scores that say nothing, however finite the weights are."""
+    if not scores.isfinite().all():
+        raise ValueError("the model's scores are not finite: its weights are damaged or too large")
+
+
 def predict(
     model: ManagerTower, dataset: Any, task: str, batch_size: int = 64, num_workers: int = 0
 ) -> list[Prediction]:
@@ -191,6 +211,7 @@ def predict(
     with evaluating(model) as device:
         for rows, batch in batches(dataset, batch_size, num_workers):
             logits = class_logits(model, head, to_device(batch, device)).float()  # (B, classes)
+            check_finite(logits)
             choices = logits.argmax(-1).cpu()
             scores = score_choices(choices, batch)
             missing = [None] * len(rows)
@@ -491,6 +512,7 @@ def retrieval_scores(
 
         # second pass: the ITM head
         scores = score_chosen(model, texts, images, chosen, batch_size)
+        check_finite(scores)
         return torch.full(shape, -100.0).masked_scatter_(chosen, scores)
 
 

@@ -34,7 +34,7 @@ from torch.utils.data import Subset
 
 from ask import Command, encode_turns, run_command
 from data import batches
-from eval import check_data_flags, check_output, open_task
+from eval import check_data_flags, check_picture_output, open_task
 from fields import check_fields, option, show
 from files import read_log, save_json, save_picture
 from images import load_image, name_of
@@ -394,10 +394,6 @@ def check_pair(picture: Path) -> None:
     A JSON file without its figure is not ours: `--out CHECKPOINT/config.png`.
     """
     numbers = picture.with_suffix(".json")
-    if numbers == picture:
-        raise ValueError(
-            f"--out {name_of(picture)} is the file of a figure, so not .json, but .png"
-        )
     if numbers.exists() and not picture.exists():
         raise ValueError(
             f"--out {name_of(picture)}: the numbers beside it would overwrite {name_of(numbers)}; "
@@ -407,8 +403,8 @@ def check_pair(picture: Path) -> None:
 
 def managers(options: ManagersOptions) -> dict[str, Any]:
     """Draw the figure; the numbers in it are returned, and written beside it as JSON."""
-    check_output("--out", options.out)
     out = Path(options.out or f"{options.checkpoint}/managers.png")
+    check_picture_output("--out", out)
     check_pair(out)
     check_is_no_input(out, options.image)
     load_matplotlib()
@@ -515,7 +511,7 @@ def curves(options: CurvesOptions) -> dict[str, dict]:
     """Draw the figure. Returns what is drawn: "losses", {run: (steps, losses)}, and "metrics",
     {"run: metric": (steps, values)}.
     """
-    check_output("--out", options.out)
+    check_picture_output("--out", options.out)
     load_matplotlib()
     losses: Curves = {}
     metrics: Curves = {}
@@ -600,7 +596,7 @@ def grid_numbers(
 
 def grid(options: GridOptions) -> dict[str, tuple[int, ...]]:
     """Draw the figure; returns the numbers beside it, sizes as (width, height)."""
-    check_output("--out", options.out)
+    check_picture_output("--out", options.out)
     picture = load_image(options.image, upright=True)
     check_is_no_input(options.out, [options.image])
     config = LlavaManagerConfig()

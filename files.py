@@ -12,6 +12,7 @@ import io
 import json
 import math
 import os
+import posixpath
 import re
 import shutil
 import socket
@@ -23,6 +24,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
+from PIL import Image, PngImagePlugin
 from safetensors import SafetensorError
 
 from fields import show
@@ -133,9 +135,23 @@ def save_json(path: str | Path, value: Any) -> None:
     save_result(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
+PICTURE_MARK = "drawn by ask.py or figures.py"  # in the comment of our pictures
+
+
 def save_picture(path: str | Path, picture: Any) -> None:
-    """A Pillow image as PNG."""
-    save_result(path, lambda temporary: picture.save(temporary, "PNG"))
+    """A Pillow image as PNG, marked as ours."""
+    comment = PngImagePlugin.PngInfo()
+    comment.add_text("Comment", PICTURE_MARK)
+    save_result(path, lambda temporary: picture.save(temporary, "PNG", pnginfo=comment))
+
+
+def is_our_picture(path: str | Path) -> bool:
+    """Whether a file is one that `save_picture` has written."""
+    try:
+        with Image.open(path, formats=("PNG",)) as picture:
+            return picture.info.get("Comment") == PICTURE_MARK
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return False
 
 
 # ---------------------------------------------------------------- reading
@@ -150,22 +166,66 @@ def read_at(path: str, offset: int, size: int) -> bytes:
     return os.pread(open_once(path).fileno(), size, offset)
 
 
-BROKEN_TAR = (tarfile.TarError, ValueError, OverflowError, MemoryError, RecursionError, EOFError)
+BROKEN_TAR = (
+    tarfile.TarError,
+    ValueError,
+    OverflowError,
+    MemoryError,
+    RecursionError,
+    EOFError,
+    OSError,
+)
+MOST_LINKS = 40  # from a member to a file, as on Linux; links may run in a circle
+
+
+def link_target(member: tarfile.TarInfo) -> str:
+    """The member that a link means: a symlink is relative to its own folder, a hard link is not."""
+    if member.issym():
+        folder = posixpath.dirname(member.name)
+        return posixpath.normpath(posixpath.join(folder, member.linkname))
+    return posixpath.normpath(member.linkname)
+
+
+def add_links(index: dict[str, tuple[int, int]], links: dict[str, str]) -> None:
+    """Add to the index of files the links that end at one of them. links: name -> target."""
+    places = {}
+    for name, first_target in links.items():
+        target = first_target
+        for _ in range(MOST_LINKS):
+            if target in index:
+                break
+            target = links.get(target, "")
+        if target in index:
+            places[name] = index[target]
+    for name, place in places.items():
+        index.setdefault(name, place)
 
 
 @functools.cache
 def tar_index(path: str) -> dict[str, tuple[int, int]]:
-    """Of each member of an uncompressed tar archive its (offset, size)."""
+    """Of each member of an uncompressed tar archive its (offset, size).
+
+    A link to another member is a member too. What is called ./b.png is found as b.png as well.
+    """
     size = os.path.getsize(path)
-    index = {}
+    index: dict[str, tuple[int, int]] = {}
+    links: dict[str, str] = {}
     try:
         with tarfile.open(path, "r:") as archive:
             for member in archive:
                 if member.isfile() and not member.issparse():
                     index[member.name] = (member.offset_data, member.size)
+                elif member.issym() or member.islnk():
+                    target = link_target(member)
+                    # the first one counts: GNU tar writes what it meets again as a link to itself
+                    links.setdefault(member.name, target)
+                    links.setdefault(posixpath.normpath(member.name), target)
     except BROKEN_TAR as error:
         reason = str(error) or type(error).__name__
         raise BadSample(f"{path} is not an uncompressed tar archive: {reason}") from None
+    for name in list(index):
+        index.setdefault(posixpath.normpath(name), index[name])
+    add_links(index, links)
     for name, (offset, length) in index.items():
         if length < 0 or offset + length > size:
             raise BadSample(f"{path} is cut short: it does not hold all of {show(name)}")
@@ -175,12 +235,12 @@ def tar_index(path: str) -> dict[str, tuple[int, int]]:
 def read_bytes(path: str | Path) -> bytes:
     """The content of a file, or of `archive.tar::member`. Raises BadSample if there is none."""
     archive, _, member = str(path).partition("::")
+    if os.path.isfile(path):  # a file may have such a name
+        return Path(path).read_bytes()
     if os.path.isdir(archive):
         raise BadSample(f"{path} is a folder, not a file")
-    if not os.path.isfile(archive):
+    if not member or not os.path.isfile(archive):
         raise BadSample(f"{path}: no such file or archive member")
-    if not member:
-        return Path(path).read_bytes()
     if member not in tar_index(archive):
         raise BadSample(f"{path}: no such file or archive member")
     offset, size = tar_index(archive)[member]
@@ -352,6 +412,7 @@ def json_lines(content: bytes, name: str) -> Iterator[tuple[int, Any]]:
     for number, line in enumerate(io.BytesIO(content), 1):
         place = f"{name}, line {number},"
         check_line_length(len(line), place)
+        decode_text(line, name, number)  # else the line would be named twice
         if line.removeprefix(BYTE_ORDER_MARK).strip():
             yield number, parse_json(line, place)
 
@@ -393,13 +454,23 @@ def is_alive(process_id: int) -> bool:
     return True
 
 
-LOCK_START = '{"process": '  # how a lock begins, whole or cut short
+LOCK_START = '{"process": '  # then a number
+LOCK_MIDDLE = ', "host": "'  # then a name, and "}
+LOCK = re.compile(re.escape(LOCK_START) + "[0-9]+" + re.escape(LOCK_MIDDLE) + '[^"]*"}')
 
 
 def is_lock(content: str) -> bool:
     """Whether this is what `take_lock` writes, or the beginning of it."""
     content = content.strip("\0")  # what a power failure may leave
-    return content.startswith(LOCK_START) or LOCK_START.startswith(content)
+    if LOCK.fullmatch(content) or LOCK_START.startswith(content):
+        return True
+    if not content.startswith(LOCK_START):
+        return False
+    # cut short by a death
+    rest = content.removeprefix(LOCK_START).lstrip("0123456789")
+    if LOCK_MIDDLE.startswith(rest):
+        return True
+    return rest.startswith(LOCK_MIDDLE) and '"' not in rest.removeprefix(LOCK_MIDDLE)[:-1]
 
 
 def lock_owner(content: str) -> tuple[int, str] | None:

@@ -17,6 +17,8 @@ The recipes and everything else that a task needs are in tasks.py.
 
 import dataclasses
 import functools
+import hashlib
+import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +27,7 @@ from typing import Any, ClassVar
 from data import PairDataset, Source
 from eval import check_vocabulary, evaluate
 from fields import make_parser, option, parse_recipe
-from files import write_json
+from files import write_json, write_text
 from images import image_transform
 from loop import (
     Checkpoint,
@@ -132,9 +134,18 @@ def find_init_tokenizer(run: FinetuneConfig) -> Tokenizer:
 def convert_official(run: FinetuneConfig, world: World) -> Path:
     """The authors' checkpoint of --init as a folder of ours, below out_dir."""
     folder = Path(run.out_dir) / "official"
+    source = run.init.removeprefix(OFFICIAL)
+    mark = folder / "converted_from.txt"  # so that only our own folder is written anew
     if world.rank == 0:
+        if folder.exists() and not mark.exists():
+            raise ValueError(
+                f"{folder} is there, and was not made by --init {OFFICIAL}; move it away, or "
+                "choose another --out_dir"
+            )
         try:
-            convert_weights(Path(run.init.removeprefix(OFFICIAL)), folder)
+            folder.mkdir(parents=True, exist_ok=True)
+            write_text(mark, f"{source}\n")
+            convert_weights(Path(source), folder)
         except OSError as error:
             raise ValueError(f"--init {run.init}: {error}") from error
     world.barrier()
@@ -275,6 +286,9 @@ def finetune(name: str, run: FinetuneConfig, fields: dict, world: World) -> None
         "tokenizer": tokenizer.digest(),
         "training_texts": source.digest,
     }
+    if answers:
+        # the classes stand for them in their order
+        identity["answers"] = hashlib.sha256(json.dumps(answers).encode()).hexdigest()[:16]
     checkpoint = Checkpoint(
         run, model, functools.partial(save_extras, tokenizer, answers), identity, world
     )

@@ -1327,7 +1327,10 @@ class LlavaManager(nn.Module):
         ended = torch.zeros(num_rows, dtype=torch.bool, device=device)
         tokens: list[Tensor] = []
         for step in range(max_new_tokens):
-            token = sample(self.llm.logits(hidden), temperature, top_p, generator)
+            logits = self.llm.logits(hidden)
+            if not logits.isfinite().all():
+                raise ValueError("the model's logits are not finite: its weights are damaged")
+            token = sample(logits, temperature, top_p, generator)
             tokens.append(torch.where(ended, eos[0], token) if len(eos) else token)
             ended = ended | torch.isin(token, eos)
             if ended.all() or step == max_new_tokens - 1:

@@ -181,9 +181,10 @@ class RunConfig:
         The same if --fresh would move away what the run starts from.
         """
         # 1. the folder of the run
-        reason = why_no_folder(self.out_dir)
-        if reason:
-            raise FieldError(f"out_dir {self.out_dir} cannot be written into: {reason}")
+        for folder in (self.out_dir, f"{self.out_dir}/best"):
+            reason = why_no_folder(folder)
+            if reason:
+                raise FieldError(f"out_dir {folder} cannot be written into: {reason}")
         # 2. the data: training and measuring take different rows of it
         if Path(self.data_root).is_file():
             raise FieldError(
@@ -391,6 +392,8 @@ STATE = {  # in training_state.pt
 
 def check_archive(file: Path) -> None:
     """Raises ValueError for what torch.load should not be given: it believes any size."""
+    if not file.is_file():
+        raise ValueError("it is a folder, a device or a pipe")
     if not is_archive(file):
         raise ValueError("it is no file of torch.save")
     TorchFile(file).check_tensors()
@@ -419,7 +422,10 @@ def check_parts(state: Any) -> None:
         # a bool is no number
         if isinstance(state[name], bool) or not isinstance(state[name], declared):
             raise ValueError(f"{name} is {show(state[name])}")
-    if not isinstance(json.loads(state["identity"]), dict):
+    if state["best"] is not None and not math.isfinite(state["best"]):
+        raise ValueError(f"best is {state['best']}")
+    identity = json.loads(state["identity"])
+    if not isinstance(identity, dict) or not {"max_steps", "batch_size", "seed"} <= identity.keys():
         raise ValueError(f"identity is {show(state['identity'])}")
 
 
@@ -450,15 +456,29 @@ def check_model_state(state: dict, model: nn.Module) -> None:
         check_tensor(name, state[name], tensor)
 
 
-NUMBERS_OF_A_GROUP = ("lr", "peak_lr", "weight_decay", "eps")
+# what a group of parameters is updated with, besides the learning rate of the step
+SETTINGS_OF_A_GROUP = (
+    "peak_lr",
+    "weight_decay",
+    "eps",
+    "betas",
+    "amsgrad",
+    "maximize",
+    "differentiable",
+)
 
 
-def check_group(group: dict) -> None:
-    """Raises ValueError unless the numbers of an optimizer's group are finite."""
-    numbers = [group[name] for name in NUMBERS_OF_A_GROUP] + list(group["betas"])
-    for number in numbers:
-        if not isinstance(number, int | float) or not math.isfinite(number):
-            raise ValueError(f"its optimizer has the number {show(number)}")
+def check_group(group: dict, our_group: dict) -> None:
+    """Raises ValueError unless a group of an optimizer has the settings of ours."""
+    if not math.isfinite(group["lr"]):
+        raise ValueError(f"its optimizer has the learning rate {group['lr']}")
+    for name in SETTINGS_OF_A_GROUP:
+        theirs = group[name]
+        ours = our_group[name]
+        if isinstance(theirs, list):
+            theirs = tuple(theirs)
+        if theirs != ours:
+            raise ValueError(f"{name} of its optimizer is {show(theirs)}, not {show(ours)}")
 
 
 def check_optimizer_state(state: dict, optimizer: torch.optim.Optimizer) -> None:
@@ -471,7 +491,7 @@ def check_optimizer_state(state: dict, optimizer: torch.optim.Optimizer) -> None
         )
     parameter_of: dict[Any, Tensor] = {}
     for group, our_group in zip(groups, optimizer.param_groups, strict=True):
-        check_group(group)
+        check_group(group, our_group)
         if len(group["params"]) != len(our_group["params"]):
             raise ValueError("a group of its optimizer has another number of parameters")
         parameter_of.update(zip(group["params"], our_group["params"], strict=True))
@@ -1071,7 +1091,7 @@ def summarize(
 ) -> None:
     """Show held-out metrics beside the baselines', where the checkpoint is, what to type next."""
     log = read_log(checkpoint.log_file)
-    evaluations = [row["eval"] for row in log if "eval" in row]
+    evaluations = [row["eval"] for row in log if isinstance(row.get("eval"), dict)]
     metrics = evaluations[-1] if evaluations else {}  # somebody may have removed the log
     # a run that is finished already has logged them
     if not any("baselines" in row for row in log):
@@ -1092,6 +1112,6 @@ def summarize(
 
 def format_metric(name: str, column: dict) -> str:
     """A cell of the table: a percentage, a loss as it is, or empty if the column lacks it."""
-    if name not in column:
+    if not isinstance(column.get(name), int | float):
         return " " * 12
     return f"{column[name]:12.4f}" if name == "loss" else f"{column[name]:12.1%}"

@@ -29,10 +29,12 @@ from typing import Any, NamedTuple
 from PIL import Image
 from tqdm import tqdm
 
+from data import PARSERS
 from fields import FlagError, check_fields, option, parse_flags, show
 from files import (
     MOST_BYTES,
     MOST_BYTES_OF_DATA,
+    BadSample,
     is_of_kind,
     need,
     read_bounded,
@@ -80,6 +82,16 @@ def dedupe(texts: Iterable[str]) -> list[str]:
         if clean:
             distinct[clean] = True
     return list(distinct)
+
+
+def is_url(text: str) -> bool:
+    """Whether a text is an address of the web. One that a line end cuts in two is none."""
+    return re.fullmatch(r"https?://[^\t\r\n]+", text, re.IGNORECASE) is not None
+
+
+def is_filled_file(path: str) -> bool:
+    """Whether this is a file of more than 0 bytes, directly or by a link."""
+    return os.path.isfile(path) and os.path.getsize(path) > 0
 
 
 # ---------------------------------------------------------------- the downloads of one dataset
@@ -188,7 +200,10 @@ class Raw:
             if folder not in self.listings:
                 self.listings[folder] = self.list_folder(folder)
             path = self.listings[folder].get(file)
-            if path:
+            if path and not is_filled_file(path):
+                del self.listings[folder][file]  # it is counted once, and then as missing
+                self.left_out["images that are empty, or no files"] += 1
+            elif path:
                 self.found += 1
                 return os.path.relpath(path, self.out)
         self.missing[candidates[0]] = None
@@ -231,19 +246,60 @@ def check_out(out: Path) -> None:
         raise ValueError(f"--out {out} cannot be written into: {reason}")
 
 
+# by one of these a folder is known as a checkpoint or as a run
+SIGNS_OF_A_CHECKPOINT = ("config.json", "model.safetensors", "training_state.pt")
+
+
+def check_no_checkpoint(out: Path) -> None:
+    """Raises ValueError if --out is a checkpoint or a run: answers.json there is the model's."""
+    for sign in SIGNS_OF_A_CHECKPOINT:
+        if (out / sign).exists():
+            raise ValueError(
+                f"--out {out} is the folder of a checkpoint or a run, for it has {sign}; "
+                "choose another folder"
+            )
+
+
+def check_raw_stays(raw: Raw) -> None:
+    """Raises ValueError if what will be written is the same file as a raw one."""
+    outputs = [raw.out / "answers.json", raw.out / f"{raw.name}.tar"]
+    outputs += sorted(raw.out.glob(f"{raw.name}_*.jsonl"))
+    for output in outputs:
+        for path in raw.paths.values():
+            if output.exists() and os.path.samefile(output, path):
+                raise ValueError(
+                    f"{output}, which would be written, is the raw file {path}; "
+                    "choose another folder as --out"
+                )
+
+
+def check_rows(name: str, splits: Splits) -> None:
+    """Raises ValueError for a row that training could not read again."""
+    parse = PARSERS[DATASETS[name].kind]
+    for split, rows in splits.items():
+        for number, row in enumerate(rows, 1):
+            try:
+                parse(row)
+            except BadSample as error:
+                raise ValueError(f"{name}_{split}.jsonl, line {number} would be: {error}") from None
+
+
 def prepare_dataset(name: str, root: Path, out: Path) -> None:
     """Write the manifests of one dataset into `out`; print what they hold.
 
     Raises ValueError; for a manifest that would be empty at the end, when the others are written.
     """
     check_out(out)
+    check_no_checkpoint(out)
     raw = Raw(name, root, out)
+    check_raw_stays(raw)
     out.mkdir(parents=True, exist_ok=True)
     splits = raw.spec.build(raw)
     missing = list(raw.missing)
     if not raw.found:
         example = f", e.g. {missing[0]}" if missing else ""
         raise ValueError(f"no image of {name} is in {root}{example}; get them: {raw.spec.images}")
+    check_rows(name, splits)
     empty = []
     for split, rows in splits.items():
         published = raw.spec.published.get(split, "-")
@@ -272,6 +328,7 @@ ANNOTATION_KINDS = {
     "answers": list,
     "question_type": str | None,
     "answer_type": str | None,
+    "image_id": int,
 }
 QUESTION_KINDS = {"image_id": int, "question_id": int, "question": str}
 TYPES = ("question_type", "answer_type")
@@ -280,25 +337,28 @@ TYPES = ("question_type", "answer_type")
 class Annotation(NamedTuple):
     """What the ten annotators said about one question."""
 
+    image_id: int
     counts: Counter  # normalised answer -> how many gave it
     types: dict[str, str]  # question_type and answer_type, where the file has them
 
 
-def read_annotations(raw: Raw) -> tuple[dict[int, Annotation], Counter]:
-    """({question id: annotation}, of how many questions each answer is the most frequent one)."""
+def read_annotations(raw: Raw, split: str, majority: Counter[str]) -> dict[int, Annotation]:
+    """{question id: annotation} of train2014 or val2014.
+
+    majority: of how many questions each answer is the most frequent one; it is added to.
+    """
     annotations = {}
-    majority: Counter[str] = Counter()
-    for file in ("v2_mscoco_train2014_annotations.json", "v2_mscoco_val2014_annotations.json"):
-        for place, entry in raw.entries(
-            file, ANNOTATION_KINDS, under="annotations", unique="question_id"
-        ):
-            majority[normalize_answer(entry["multiple_choice_answer"])] += 1
-            counts: Counter[str] = Counter()
-            for _, answer in entries_with(f"{place}, answers", entry["answers"], {"answer": str}):
-                counts[normalize_answer(answer["answer"])] += 1
-            types = {key: entry[key] for key in TYPES if entry.get(key) is not None}
-            annotations[entry["question_id"]] = Annotation(counts, types)
-    return annotations, majority
+    file = f"v2_mscoco_{split}_annotations.json"
+    for place, entry in raw.entries(
+        file, ANNOTATION_KINDS, under="annotations", unique="question_id"
+    ):
+        majority[normalize_answer(entry["multiple_choice_answer"])] += 1
+        counts: Counter[str] = Counter()
+        for _, answer in entries_with(f"{place}, answers", entry["answers"], {"answer": str}):
+            counts[normalize_answer(answer["answer"])] += 1
+        types = {key: entry[key] for key in TYPES if entry.get(key) is not None}
+        annotations[entry["question_id"]] = Annotation(entry["image_id"], counts, types)
+    return annotations
 
 
 def build_vqav2(raw: Raw) -> Splits:
@@ -307,14 +367,16 @@ def build_vqav2(raw: Raw) -> Splits:
     Vocabulary: the normalised multiple_choice_answer of train, then val, with count >= 9, in the
     order of first occurrence. A score is the mean over left-out annotators (`answer_score`).
     """
-    annotations, majority = read_annotations(raw)
+    majority: Counter[str] = Counter()
+    of_train = read_annotations(raw, "train2014", majority)
+    of_val = read_annotations(raw, "val2014", majority)
     vocabulary = [answer for answer, count in majority.items() if count >= 9]
     if not vocabulary:
         raise ValueError(
             "no answer stands 9 times: use whole annotation files (the images may be a subset)"
         )
-    train = annotated_questions(raw, "train2014", annotations, set(vocabulary))
-    val = annotated_questions(raw, "val2014", annotations, set(vocabulary))
+    train = annotated_questions(raw, "train2014", of_train, set(vocabulary))
+    val = annotated_questions(raw, "val2014", of_val, set(vocabulary))
 
     # rest_val is to choose a checkpoint by when training on nearly everything. It has the last
     # 1,000 pictures; in a subset of the data, their share.
@@ -336,7 +398,10 @@ def build_vqav2(raw: Raw) -> Splits:
 def questions_of(raw: Raw, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """(place, entry) of each question of a split."""
     file = f"v2_OpenEnded_mscoco_{split}_questions.json"
-    return raw.entries(file, QUESTION_KINDS, under="questions", unique="question_id")
+    entries = raw.entries(file, QUESTION_KINDS, under="questions", unique="question_id")
+    for place, entry in entries:
+        need(entry, "question", str, place, filled=True)
+        yield place, entry
 
 
 def annotated_questions(
@@ -351,6 +416,11 @@ def annotated_questions(
                 f"{place}: question {question_id} is not in the annotations of {split}"
             )
         annotation = annotations[question_id]
+        if entry["image_id"] != annotation.image_id:
+            raise ValueError(
+                f"{place}: 'image_id' is {show(entry['image_id'])}, but "
+                f"{show(annotation.image_id)} in the annotation of question {question_id}"
+            )
         answers = {}
         for answer, count in annotation.counts.items():
             if answer in vocabulary:
@@ -423,8 +493,10 @@ def unambiguous_questions(
     answers_of: dict[str, dict[str, int]] = {}  # question -> {answer: id of its first question}
     for _, pair in entries_with(f"{place}, qas", pairs, kinds):
         answer = normalize_answer(pair["answer"])
-        if answer in vocabulary:
-            question = " ".join(pair["question"].split())
+        question = " ".join(pair["question"].split())
+        if not question:
+            raw.left_out["questions without a text"] += 1
+        elif answer in vocabulary:
             answers_of.setdefault(question, {}).setdefault(answer, pair["qa_id"])
     questions = []
     for question, ids in answers_of.items():
@@ -448,11 +520,18 @@ def build_vgqa(raw: Raw) -> Splits:
         held_out.update(read_karpathy_images(raw.paths[file]))
     coco_ids = {}
     image_kinds = {"image_id": int, "coco_id": int | None}
-    for _, entry in raw.entries("image_data.json", image_kinds, unique="image_id"):
-        coco_ids[entry["image_id"]] = entry.get("coco_id")
+    for place, entry in raw.entries("image_data.json", image_kinds, unique="image_id"):
+        if "coco_id" not in entry:
+            raise ValueError(f"{place}: there is no 'coco_id'; it must be a whole number or null")
+        coco_ids[entry["image_id"]] = entry["coco_id"]
     questions_by_image = {}
     entry_kinds = {"id": int, "qas": list}
     for place, entry in raw.entries("question_answers.json", entry_kinds, unique="id"):
+        if entry["id"] not in coco_ids:  # it may be a test picture of COCO
+            raise ValueError(
+                f"{place}: image {show(entry['id'])} is not in {raw.paths['image_data.json']}, "
+                "which says whether it is in COCO; use files of one version"
+            )
         questions_by_image[entry["id"]] = unambiguous_questions(
             raw, place, entry["qas"], vocabulary
         )
@@ -465,7 +544,7 @@ def build_vgqa(raw: Raw) -> Splits:
         if not image:
             continue
         row = {"image": image, "image_id": image_id, "questions": questions}
-        coco_id = coco_ids.get(image_id)
+        coco_id = coco_ids[image_id]
         if coco_id:
             split = "val" if coco_id in held_out else "train"
             splits[f"coco_{split}"].append(row)
@@ -487,6 +566,7 @@ def build_nlvr2(raw: Raw) -> Splits:
     splits: Splits = {"train": [], "dev": [], "test1": []}
     for split, rows in splits.items():
         for place, entry in raw.entries(f"{split}.json", kinds, lines=True, unique="identifier"):
+            need(entry, "sentence", str, place, filled=True)
             identifier = entry["identifier"]
             label = str(entry["label"])
             if label not in ("True", "False"):
@@ -521,7 +601,7 @@ def build_snli_ve(raw: Raw) -> Splits:
     kinds = {"Flickr30K_ID": str | int, "sentence2": str, "gold_label": str}
     splits: Splits = {"train": [], "dev": [], "test": []}
     for split, rows in splits.items():
-        for _, entry in raw.entries(f"snli_ve_{split}.jsonl", kinds, lines=True):
+        for place, entry in raw.entries(f"snli_ve_{split}.jsonl", kinds, lines=True):
             image_id = entry["Flickr30K_ID"]
             label = entry["gold_label"]
             image = raw.image(
@@ -530,6 +610,7 @@ def build_snli_ve(raw: Raw) -> Splits:
             if label not in ("contradiction", "neutral", "entailment"):
                 raw.left_out[f"rows of {split} with label {show(label)}"] += 1
             elif image:
+                need(entry, "sentence2", str, place, filled=True)
                 row = {
                     "image": image,
                     "image_id": image_id,
@@ -613,12 +694,19 @@ def build_flickr30k(raw: Raw) -> Splits:
 def build_vg(raw: Raw) -> Splits:
     """Every distinct region phrase of a picture is one of its captions."""
     rows: list[dict] = []
+    place_of: dict[int, str] = {}  # id of a picture -> the entry with its regions
     for place, entry in raw.entries("region_descriptions.json", {"regions": list}):
         phrases_of: dict[int, list[str]] = {}
         kinds = {"image_id": int, "phrase": str}
         for _, region in entries_with(f"{place}, regions", entry["regions"], kinds):
             phrases_of.setdefault(region["image_id"], []).append(region["phrase"])
         for image_id, phrases in phrases_of.items():
+            if image_id in place_of:
+                raise ValueError(
+                    f"{place}: image {show(image_id)} has regions in {place_of[image_id]} too; "
+                    "each image must be in one entry"
+                )
+            place_of[image_id] = place.rpartition(", ")[2]
             candidates = (f"VG_100K/{image_id}.jpg", f"VG_100K_2/{image_id}.jpg")
             rows += raw.captioned(image_id, phrases, *candidates)
     return {"train": rows}
@@ -635,6 +723,25 @@ def need_texts(path: Path, record: Any, key: str) -> list[str]:
     return texts
 
 
+def picture_names(path: Path, urls: list[str]) -> list[str]:
+    """The last part of each URL. Raises ValueError for what is none, or two with one last part."""
+    names = []
+    url_of: dict[str, str] = {}
+    for number, url in enumerate(urls):
+        place = f"{path}, entry {number} of 'image_urls'"
+        if not is_url(url):
+            raise ValueError(f"{place} is {show(url)}; it must begin with http:// or https://")
+        name = url.rpartition("/")[2]
+        other = url_of.setdefault(name, url)
+        if other != url:
+            raise ValueError(
+                f"{place} is {show(url)}, and {show(other)} has the same last part, which is the "
+                "name of the picture; leave one of them out"
+            )
+        names.append(name)
+    return names
+
+
 def build_sbu(raw: Raw) -> Splits:
     """One caption a picture, called as the last part of its URL."""
     path = raw.paths["sbu-captions-all.json"]
@@ -644,8 +751,8 @@ def build_sbu(raw: Raw) -> Splits:
     if len(captions) != len(urls):
         raise ValueError(f"{path}: {len(captions)} captions, but {len(urls)} image_urls")
     rows: list[dict] = []
-    for caption, url in zip(tqdm(captions, desc=path.name, leave=False), urls, strict=True):
-        name = url.rpartition("/")[2]
+    names = picture_names(path, urls)
+    for caption, name in zip(tqdm(captions, desc=path.name, leave=False), names, strict=True):
         rows += raw.captioned(name, [caption], f"SBU/{name}", f"images/{name}")
     return {"train": rows}
 
@@ -661,10 +768,11 @@ def build_cc3m(raw: Raw) -> Splits:
         path = raw.paths[file_of[split]]
         lines = read_text(path, MOST_BYTES_OF_DATA).rstrip("\n").split("\n")
         for i, line in enumerate(tqdm(lines, desc=path.name, unit_scale=True, leave=False)):
-            caption, tab, _ = line.partition("\t")
-            if not tab:
+            caption, _, url = line.partition("\t")
+            if not is_url(url):
                 raise ValueError(
-                    f"{path}, line {i + 1}: expected a caption, a tab and a URL, found {show(line)}"
+                    f"{path}, line {i + 1}: expected a caption, a tab and a URL that begins with "
+                    f"http, found {show(line)}"
                 )
             candidates = (f"{split}/{i}.jpg", f"{split}/{i}", f"images_{split}/{i}.jpg")
             rows += raw.captioned(str(i), [caption], *candidates)
@@ -1064,6 +1172,7 @@ class Dataset:
     """How the manifests of a dataset are made, and where its downloads come from."""
 
     build: Callable[[Raw], Splits]
+    kind: str  # of its rows, as data.py calls it
     files: dict[str, str]  # name of a raw file -> where to get it
     images: str  # where to get the pictures
     published: dict[str, str]  # split -> the counts of the papers, or of the authors of the data
@@ -1086,6 +1195,7 @@ CC3M = "https://ai.google.com/research/ConceptualCaptions/download"
 DATASETS = {
     "vqav2": Dataset(
         build=build_vqav2,
+        kind="questions",
         files={
             "v2_OpenEnded_mscoco_train2014_questions.json": VQA,
             "v2_OpenEnded_mscoco_val2014_questions.json": VQA,
@@ -1102,6 +1212,7 @@ DATASETS = {
     ),
     "vgqa": Dataset(
         build=build_vgqa,
+        kind="questions",
         files={
             "question_answers.json": VISUAL_GENOME,
             "image_data.json": VISUAL_GENOME,
@@ -1118,12 +1229,14 @@ DATASETS = {
     ),
     "nlvr2": Dataset(
         build=build_nlvr2,
+        kind="statements",
         files={"train.json": NLVR2, "dev.json": NLVR2, "test1.json": NLVR2},
         images=NLVR2,
         published={"train": "86,373 sentences", "dev": "6,982", "test1": "6,967"},
     ),
     "snli_ve": Dataset(
         build=build_snli_ve,
+        kind="hypotheses",
         files={
             "snli_ve_train.jsonl": SNLI_VE,
             "snli_ve_dev.jsonl": SNLI_VE,
@@ -1134,36 +1247,42 @@ DATASETS = {
     ),
     "flickr30k": Dataset(
         build=build_flickr30k,
+        kind="captions",
         files={"dataset_flickr30k.json": KARPATHY},
         images=FLICKR30K,
         published={"train": "29,000 + 1,014 images", "val": "1,014", "test": "1,000"},
     ),
     "coco": Dataset(
         build=build_coco,
+        kind="captions",
         files={"dataset_coco.json": KARPATHY},
         images=COCO,
         published={"train": "113,287 images, 567K captions", "val": "5,000", "test": "5,000"},
     ),
     "vg": Dataset(
         build=build_vg,
+        kind="captions",
         files={"region_descriptions.json": VISUAL_GENOME},
         images=VISUAL_GENOME,
         published={"train": "108K images, 4.8M captions"},
     ),
     "sbu": Dataset(
         build=build_sbu,
+        kind="captions",
         files={"sbu-captions-all.json": SBU},
         images="its image_urls",
         published={"train": "860K images"},
     ),
     "cc3m": Dataset(
         build=build_cc3m,
+        kind="captions",
         files={"Train_GCC-training.tsv": CC3M, "Validation_GCC-1.1.0-Validation.tsv": CC3M},
         images="their URLs",
         published={"train": "2.9M images"},
     ),
     "openclipart": Dataset(
         build=build_openclipart,
+        kind="captions",
         files={},
         images="apt-get install openclipart-png openclipart-svg",
         published={},
@@ -1171,6 +1290,7 @@ DATASETS = {
     ),
     "tuxpaint": Dataset(
         build=build_tuxpaint,
+        kind="captions",
         files={},
         images="apt-get install tuxpaint-stamps-default",
         published={},

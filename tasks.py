@@ -330,41 +330,74 @@ def read_answers(file: Path) -> list[str]:
     return answers
 
 
-def labels_of_row(arrow_row: dict) -> dict[int, str]:
-    """{number of an answer: the answer} of one row of a vqav2_*.arrow file."""
-    vocabulary: dict[int, str] = {}
+def labels_of_row(arrow_row: dict) -> list[tuple[int, str]]:
+    """(number of an answer, the answer) of all answers in one row of a vqav2_*.arrow file."""
+    pairs: list[tuple[int, str]] = []
     if not arrow_row["answers"]:
-        return vocabulary
+        return pairs
     for answers, labels in zip_columns(arrow_row, "answers", "answer_labels"):
         if answers:
             columns = {"answers": answers, "answer_labels": labels}
             for answer, label in zip_columns(columns, "answers", "answer_labels"):
                 number = need({"answer_labels": label}, "answer_labels", int)
-                vocabulary[number] = need({"answers": answer}, "answers", str)
-    return vocabulary
+                pairs.append((number, need({"answers": answer}, "answers", str)))
+    return pairs
+
+
+class Vocabulary:
+    """Numbers of answers, gathered from many files, which must agree on them."""
+
+    def __init__(self) -> None:
+        self.answers: dict[int, str] = {}
+        self.numbers: dict[str, int] = {}
+        self.places: dict[int, str] = {}  # where each number was met first
+
+    def add(self, number: int, answer: str, place: str) -> None:
+        """place: file and row. Raises ValueError if the number or the answer is known otherwise."""
+        known_answer = self.answers.setdefault(number, answer)
+        known_number = self.numbers.setdefault(answer, number)
+        first_place = self.places.setdefault(number, place)
+        if known_answer != answer:
+            raise ValueError(
+                f"{place}: 'answer_labels' {number} is {show(answer)}, but {show(known_answer)} in "
+                f"{first_place}; all vqav2_*.arrow files must number the answers alike"
+            )
+        if known_number != number:
+            raise ValueError(
+                f"{place}: 'answer_labels' of {show(answer)} is {number}, but {known_number} in "
+                f"{self.places[known_number]}; all vqav2_*.arrow files must number the answers "
+                "alike"
+            )
 
 
 ANSWER_COLUMNS = {"answers": "list of list of text", "answer_labels": "list of list of number"}
 
 
 def load_answers(root: str | Path) -> list[str]:
-    """The VQA vocabulary: answers.json (a list), or what vqav2_*.arrow files hold."""
+    """The VQA vocabulary: answers.json (a list), or what vqav2_*.arrow files hold.
+
+    Raises ValueError if there is none, or where files disagree on it.
+    """
     file = Path(root) / "answers.json"
     if file.exists():
         return read_answers(file)
-    vocabulary: dict[int, str] = {}
+    vocabulary = Vocabulary()
     for path in sorted(Path(root).glob("vqav2_*.arrow")):
         for number, row in enumerate(arrow_rows(path, ANSWER_COLUMNS)):
+            place = f"{path}, row {number}"
             try:
-                vocabulary.update(labels_of_row(row))
+                pairs = labels_of_row(row)
             except BadSample as error:
-                raise ValueError(f"{path}, row {number}: {error}") from None
-    if not vocabulary or sorted(vocabulary) != list(range(len(vocabulary))):
+                raise ValueError(f"{place}: {error}") from None
+            for label, answer in pairs:
+                vocabulary.add(label, answer, place)
+    answers = vocabulary.answers
+    if not answers or sorted(answers) != list(range(len(answers))):
         raise ValueError(
             f"no VQA vocabulary in {root}: neither answers.json nor vqav2_*.arrow files with all "
             "answers"
         )
-    return [vocabulary[i] for i in range(len(vocabulary))]
+    return [answers[i] for i in range(len(answers))]
 
 
 # ---------------------------------------------------- what is known without looking at the picture

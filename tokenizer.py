@@ -21,7 +21,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
 from fields import show
-from files import as_dict, read_json, write_atomically
+from files import MOST_BYTES, as_dict, read_json, size_in_words, write_atomically
 
 ROBERTA_SPECIALS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
 # the names that a special token has in different vocabularies; the first one that is there counts
@@ -197,6 +197,10 @@ class SentencePieceTokenizer(Tokenizer):
     def library_ids(self, text: str) -> list[int]:
         return self.backend.encode(text)
 
+    def role_id(self, role: str) -> int | None:
+        """As of other tokenizers. Chats need words of several letters that are one token each."""
+        return None if role in CHAT_ROLES else super().role_id(role)
+
     def id_of(self, token: str) -> int | None:
         piece_id = self.backend.piece_to_id(token)
         return piece_id if self.backend.id_to_piece(piece_id) == token else None
@@ -257,6 +261,9 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     Raises ValueError, which names the file.
     """
     file = tokenizer_file(Path(path))
+    for needed in (file, file.with_name("merges.txt")):
+        if needed == file or file.name == "vocab.json":
+            check_file(needed)
     if file.suffix == ".json":
         content = read_json(file, dict)
         check_ids(content, file)
@@ -281,6 +288,17 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     return tokenizer
 
 
+def check_file(file: Path) -> None:
+    """Raises ValueError for what a library should not be given to read."""
+    if not file.is_file():
+        raise ValueError(f"{file} is needed, but there is no such file")
+    if file.stat().st_size > MOST_BYTES:
+        raise ValueError(
+            f"{file} has {size_in_words(file.stat().st_size)}; it must be at most "
+            f"{size_in_words(MOST_BYTES)}"
+        )
+
+
 def check_ids(content: dict, file: Path) -> None:
     """Raises ValueError for ids that no embedding has: the library would count up to them."""
     vocabulary = content  # of a vocab.json
@@ -290,6 +308,8 @@ def check_ids(content: dict, file: Path) -> None:
     added = content.get("added_tokens")
     for token in added if isinstance(added, list) else []:
         ids.append(as_dict(token).get("id"))
+    if file.name == "vocab.json" and sorted(map(str, ids)) != sorted(map(str, range(len(ids)))):
+        raise ValueError(f"{file}: the ids must be 0 to {len(ids) - 1}, each of them once")
     for i in ids:
         if isinstance(i, int) and i >= MOST_IDS:
             raise ValueError(f"{file}: a token has the id {i}; it must be below {MOST_IDS}")

@@ -678,19 +678,28 @@ def read_header(path: str | Path) -> State:
 def weight_files(path: str | Path) -> list[Path]:
     """The .safetensors file of a path, or all shards that the index of a folder names."""
     index_file = Path(path) / "model.safetensors.index.json"
-    if not index_file.is_file():
-        return [Path(path)]
+    return list(shards_of(index_file)) if index_file.is_file() else [Path(path)]
+
+
+def shards_of(index_file: Path) -> dict[Path, list[str]]:
+    """The files that an index names, each with its keys, in alphabetical order."""
+    suffix = Path(index_file.name.removesuffix(".index.json")).suffix
     weight_map = read_json(index_file, dict).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index_file} has no weight_map: it must say which file has which key")
-    for name in weight_map.values():
+    shards: dict[Path, list[str]] = {}
+    for key, name in weight_map.items():
         is_file_name = isinstance(name, str) and Path(name).name == name and len(name) < 256
-        if not is_file_name or not name.endswith(".safetensors"):
+        if not is_file_name or not name.endswith(suffix):
             raise ValueError(
-                f"{index_file}: weight_map has {show(name)}; it must be the name of a .safetensors "
+                f"{index_file}: weight_map has {show(name)}; it must be the name of a {suffix} "
                 "file beside it"
             )
-    return [index_file.parent / name for name in sorted(set(weight_map.values()))]
+        shards.setdefault(index_file.parent / name, []).append(key)
+    for file in shards:
+        if not file.is_file():
+            raise ValueError(f"{file} does not exist, but {index_file.name} names it")
+    return {file: shards[file] for file in sorted(shards)}
 
 
 def read_shards(path: str | Path) -> State:
@@ -912,7 +921,9 @@ def read_config(folder: str | Path, config_class: Any = ManagerTowerConfig) -> A
     file = Path(folder) / "config.json"
     values = read_config_values(folder)
     name = values.pop("model", None)
-    values.pop("version", None)
+    version = values.pop("version", VERSION)
+    if version != VERSION:
+        raise ValueError(f"{file} has the version {show(version)}; this program reads {VERSION}")
     values.pop("transform", None)
     unknown = sorted(set(values) - {field.name for field in dataclasses.fields(config_class)})
     if f"{name}Config" != config_class.__name__ or unknown:
@@ -1233,18 +1244,36 @@ def read_weights(source: str | Path) -> tuple[State, dict]:
             settings = read_json(file, dict)
         with naming(source):
             return unwrap(state), settings
-    files = sorted(source.glob("*.safetensors")) or sorted(source.glob("pytorch_model*.bin"))
-    if not files:
-        raise ValueError(f"{source} has neither .safetensors files nor pytorch_model.bin")
     settings = {}
     if (source / "config.json").is_file():
         settings = read_json(source / "config.json", dict)
     state = {}
-    for file in files:
+    for file, keys in files_of_folder(source).items():
         part, _ = read_weights_file(file)
+        missing = sorted(set(keys) - set(part))
+        if missing:
+            raise ValueError(f"{file} lacks {show(missing)}, which the index says it has")
         state.update(part)
     with naming(source):
         return unwrap(state), settings
+
+
+def files_of_folder(folder: Path) -> dict[Path, list[str]]:
+    """The files of weights that transformers would read, with the keys that an index names."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        index_file = folder / f"{name}.index.json"
+        if (folder / name).is_file():
+            return {folder / name: []}
+        if index_file.is_file():
+            return shards_of(index_file)
+    # under any other name there must be only one
+    files = sorted(folder.glob("*.safetensors"))
+    if len(files) != 1:
+        raise ValueError(
+            f"{folder} has neither model.safetensors nor pytorch_model.bin, nor an index of "
+            f"them; of other .safetensors files it has {len(files)}"
+        )
+    return {files[0]: []}
 
 
 def read_weights_file(file: Path) -> tuple[State, dict]:

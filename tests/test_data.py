@@ -237,13 +237,20 @@ WRONG_FIELDS = [
     ("chat", conversation(GPT), "no human turn"),
     ("chat", conversation(SYSTEM_TURN, GPT), "no human turn"),
     ("chat", conversation(TURN, GPT, video="a.mp4"), "'video' is 'a.mp4'; videos are not read"),
+    ("chat", conversation(TURN, GPT, videos=["a"]), "'videos' is .*; videos are not read"),
+    ("chat", conversation(TAGGED, GPT, images=["a"]), "'images' is .* must be 'image'"),
+    ("chat", conversation(TURN, GPT, image=None, Image="a"), "'Image' is 'a'.* must be 'image'"),
+    ("chat_captions", conversation(TAGGED, GPT, images="a"), "'images' is 'a'.* must be 'image'"),
+    ("chat", conversation(TURN), "no gpt turn after a human one"),
+    ("chat", conversation(GPT, TURN), "no gpt turn after a human one"),
+    ("chat", conversation(GPT, GPT), "no human turn"),
     ("chat", conversation(TURN, GPT, image=[3]), "'image' is .3.; it must be a path or a list"),
     ("chat", conversation(TURN, GPT, image=5), "'image' is 5"),
     ("chat", conversation(TURN, GPT, image=False), "'image' is False"),
     ("chat", conversation(TURN, GPT, image=[None]), "'image' is .None."),
     ("chat", conversation(TURN, GPT, image={}), "'image' is {}"),
     ("chat", conversation(TURN, GPT, image=["a", ""]), "'image' is"),
-    ("chat", conversation(TAGGED, TAGGED, image="a"), "1 images but 2 <image> tags"),
+    ("chat", conversation(TAGGED, TAGGED, GPT, image="a"), "1 images but 2 <image> tags"),
     ("chat", conversation(TAGGED, GPT, image=["a", "b"]), "2 images but 1 <image> tags"),
     (
         "chat",
@@ -256,7 +263,7 @@ WRONG_FIELDS = [
         "1 images but 0 <image> tags, and 1 in a turn before the first question",
     ),
     ("chat_captions", conversation(TURN, GPT), "stage 1 trains on one picture.* found 0"),
-    ("chat_captions", conversation(TURN, image="a"), "stage 1 trains on one picture"),
+    ("chat_captions", conversation(TURN, image="a"), "no gpt turn after a human one"),
     ("chat_captions", conversation(TURN, GPT, TURN, GPT, image="a"), "stage 1 trains on"),
 ]
 
@@ -279,11 +286,12 @@ GOOD_CHATS = [
     conversation(TURN, GPT, video=[], image=None),
     conversation(TURN, GPT, video="", image=""),
     conversation(TURN, GPT, image=[]),
+    conversation(TURN, GPT, images=[], Image=None, videos=""),
+    conversation(TAGGED, GPT, image="a.png", images=["b.png"]),
     conversation(SYSTEM_TURN, TURN, GPT),
     conversation(GPT, TURN, GPT),
     conversation(SYSTEM_TURN, GPT, TURN, GPT),
     conversation(TURN, TURN, GPT, GPT),
-    conversation(TURN),
     conversation(TAGGED, GPT),  # without a picture a tag is a text
     conversation(TURN, GPT, id=1.5),
     conversation(GPT, TAGGED, GPT, image="a.png"),
@@ -296,6 +304,16 @@ def test_good_conversations_stay_good(record, tmp_path, chat_tokenizer):
     path = write_records(tmp_path / "x.jsonl", [record])
     item = chat_dataset(path, chat_tokenizer)[0]
     assert len(item["images"]) == ("a.png" in str(record))
+
+
+def test_tags_without_pictures_are_counted_once(tmp_path, caplog):
+    record = conversation(TAGGED, GPT)
+    records = [record, conversation(TURN, GPT), record]
+    source = open_source("chat", [write_records(tmp_path / "x.jsonl", records)])
+    source.texts()
+    (message,) = caplog.messages
+    expected = "x.jsonl: 2 of 3 conversations have <image> but no picture; the tag stays text"
+    assert message.endswith(expected)
 
 
 def test_missing_tags_go_before_the_first_turn_that_is_trained_on(tmp_path, chat_tokenizer):
@@ -771,6 +789,11 @@ def test_arrow_statements_and_hypotheses(tmp_path, tokenizer):
             {"image": [png()], "sentences": [[["a"]]], "labels": [[0]]},
             "premise and hypothesis",
         ),
+        (
+            "questions",
+            {**QUESTIONS, **ANSWERS, "answers": [[["yes", "yes"], ["no"]], [["yes"]]]},
+            "'answers' holds 'yes' twice for one question",
+        ),
     ],
 )
 def test_arrow_rows_that_do_not_fit_are_named(kind, columns, message, tmp_path):
@@ -802,6 +825,69 @@ def test_wrong_columns_are_named_at_opening(kind, columns, message, tmp_path):
     with pytest.raises(ValueError, match=f"x.arrow.* {message}") as error:
         open_source(kind, [tmp_path / "x.arrow"])
     check_sentence(str(error.value))
+
+
+@pytest.mark.parametrize("name", ["string_view", "list_view", "large_list_view", "fixed_size_list"])
+def test_every_type_of_texts_lists_and_bytes_is_read(name, tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    list_types = {
+        "string_view": pa.list_(pa.string_view()),
+        "list_view": pa.list_view(pa.string()),
+        "large_list_view": pa.large_list_view(pa.string()),
+        "fixed_size_list": pa.list_(pa.string(), 1),
+    }
+    columns = {
+        "image": pa.array([png(0), png(1), png(2)], pa.binary_view()),
+        "caption": pa.array([["one"], ["two"], ["three"]], list_types[name]),
+    }
+    write_arrow(tmp_path / "x.arrow", columns)
+    source = open_captions(tmp_path / "x.arrow")
+    assert [row["text"] for row in source.texts()] == ["one", "two", "three"]
+    assert np.array_equal(source[2]["images"][0], picture(2))
+
+
+def test_the_stream_format_is_read_and_a_cut_one_refused(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    columns = {"image": [png(i) for i in range(4)], "caption": [[f"number {i}"] for i in range(4)]}
+    write_arrow(tmp_path / "file.arrow", columns)
+    table = pa.table(columns)
+    path = tmp_path / "stream.ARROW"
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table, max_chunksize=2)
+    source = open_captions(path)
+    assert source.digest == open_captions(tmp_path / "file.arrow").digest
+    assert np.array_equal(source[3]["images"][0], picture(3))
+    content = path.read_bytes()
+    for size in (0, 3, 20, 300, len(content) // 2, len(content) - 200, len(content) - 8):
+        cut = tmp_path / f"cut_{size}.arrow"
+        cut.write_bytes(content[:size])
+        with pytest.raises(ValueError, match=f"cut_{size}.arrow is not an Arrow file: .") as error:
+            open_captions(cut)
+        check_sentence(str(error.value))
+
+
+@pytest.mark.parametrize("name", ["ArrowNotImplementedError", "ArrowKeyError", "ArrowTypeError"])
+def test_whatever_pyarrow_raises_is_a_sentence(name, tmp_path, monkeypatch):
+    pa = pytest.importorskip("pyarrow")
+
+    def fail(*args):
+        raise getattr(pa, name)("this is\nnot supported")
+
+    write_arrow(tmp_path / "x.arrow", {"image": [png()], "caption": [["a"]]})
+    monkeypatch.setattr(pa.ipc, "open_file", fail)
+    with pytest.raises(ValueError, match="x.arrow is not an Arrow file: .*this is not supported"):
+        open_captions(tmp_path / "x.arrow")
+
+
+def test_whole_numbers_that_pandas_made_floats_are_whole_again(tmp_path):
+    ids = {"image_id": [5.0, None], "question_id": [[11.0, None], [13.0]]}
+    write_arrow(tmp_path / "x.arrow", {**QUESTIONS, **ANSWERS, **ids})
+    rows = open_source("questions", [tmp_path / "x.arrow"]).texts()
+    found = [(row["image_id"], row["question_id"]) for row in rows]
+    assert repr(found) == "[(5, 11), (5, None), (None, 13)]"
+    write_arrow(tmp_path / "y.arrow", {**QUESTIONS, **ANSWERS, "image_id": [5.0, 6.5]})
+    with pytest.raises(BadSample, match="y.arrow, row 1: 'image_id' is 6.5"):
+        open_source("questions", [tmp_path / "y.arrow"])
 
 
 def test_texts_of_an_arrow_file_must_be_utf_8(tmp_path):
@@ -1283,6 +1369,18 @@ def test_wrong_json_files_are_named(content, message, chats):
     with pytest.raises(ValueError, match=message) as error:
         open_chat(chats / "mix.json")
     assert "mix.json" in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["mix.YAML", "mix.Yml", "mix.JSON"])
+def test_endings_may_be_capital_letters(name, chats):
+    (chats / name).write_text('{"datasets": [{"json_path": "a.json"}]}')
+    assert len(open_chat(chats / name)) == 9
+
+
+def test_a_file_with_braces_in_its_name_is_taken_as_it_stands(chats):
+    for name in ("x{1}.json", "x{a,b}.json"):
+        (chats / name).write_bytes((chats / "a.json").read_bytes())
+        assert len(open_chat(chats / name)) == 9
 
 
 @pytest.mark.parametrize("name", ["nothing.json", "nothing.jsonl", "nothing.yaml"])

@@ -318,7 +318,7 @@ def test_no_file_of_the_user_is_overwritten(folder, tmp_path):
     flags = ("managers", "--checkpoint", folder / "vqa", "--data", "demo", "--limit", 4)
     with pytest.raises(ValueError, match="would overwrite .*config.json; choose another name"):
         run(*flags, "--out", folder / "vqa" / "config.png")
-    with pytest.raises(ValueError, match="config.json is the file of a figure, so not .json"):
+    with pytest.raises(ValueError, match="config.json.; it must end in .png"):
         run(*flags, "--out", folder / "vqa" / "config.json")
     assert (folder / "vqa" / "config.json").read_bytes() == config
     for _ in range(2):
@@ -326,9 +326,9 @@ def test_no_file_of_the_user_is_overwritten(folder, tmp_path):
     Image.new("RGB", (40, 30)).save(tmp_path / "a.png")
     (tmp_path / "same.png").symlink_to(tmp_path / "a.png")
     for out in ("a.png", "same.png"):
-        with pytest.raises(ValueError, match=f"{out} is the picture itself; it would be lost"):
+        with pytest.raises(ValueError, match=f"{out}.* is there and is no figure of ours"):
             run("grid", "--image", tmp_path / "a.png", "--out", tmp_path / out)
-    with pytest.raises(ValueError, match="a.png is the picture itself; it would be lost"):
+    with pytest.raises(ValueError, match="a.png.* is there and is no figure of ours"):
         image = tmp_path / "a.png"
         run("managers", "--checkpoint", "nowhere", "--image", image, "--out", image)
     assert Image.open(tmp_path / "a.png").size == (40, 30)
@@ -413,7 +413,7 @@ def test_a_log_that_cannot_be_drawn_is_an_error(tmp_path, rows, message):
             "there is no folder nothing",
         ),
         (("managers", "--checkpoint", "vqa"), "either --data demo or --data_root"),
-        (("managers", "--checkpoint", "nowhere", "--data", "demo"), "does not exist"),
+        (("managers", "--checkpoint", "nowhere", "--data", "demo"), "there is no folder nowhere"),
         (("managers", "--checkpoint", "vqa", "--data", "demo", "--task", "gqa"), "--task is 'gqa'"),
         (("managers", "--checkpoint", "vqa", "--data", "demo", "--limit", "0"), "--limit is 0"),
     ],

@@ -190,6 +190,58 @@ def test_members_of_a_tar_archive_are_read_where_they_lie(tmp_path):
         assert str(error.value).startswith(wrong)
 
 
+@pytest.mark.parametrize(
+    "name,target,kind",
+    [
+        ("d/link.png", "../a.png", tarfile.SYMTYPE),
+        ("d/link.png", "a.png", tarfile.LNKTYPE),
+        ("./link.png", "./a.png", tarfile.LNKTYPE),
+        ("d/link.png", "second", tarfile.SYMTYPE),  # a link to a link
+        ("d/link.png", "third.png", tarfile.SYMTYPE),  # a link to itself
+        ("d/link.png", "/etc/hostname", tarfile.SYMTYPE),
+        ("d/link.png", "../../a.png", tarfile.SYMTYPE),  # outside of the archive
+    ],
+)
+def test_links_within_a_tar_archive_are_members(name, target, kind, tmp_path):
+    archive = tmp_path / "x.tar"
+    (tmp_path / "a.png").write_bytes(b"picture")
+    links = {name: (target, kind), "d/second": ("../a.png", tarfile.SYMTYPE)}
+    links["d/third.png"] = ("link.png", tarfile.SYMTYPE)
+    with tarfile.open(archive, "w") as tar:
+        for link_name, (link_target, link_kind) in links.items():
+            member = tarfile.TarInfo(link_name)
+            member.linkname = link_target
+            member.type = link_kind
+            tar.addfile(member)
+        tar.add(tmp_path / "a.png", "./a.png")
+        # GNU tar writes a file that is named twice so
+        for again_name in ("a.png", "d/second"):
+            again = tarfile.TarInfo(again_name)
+            again.linkname = again_name
+            again.type = tarfile.LNKTYPE
+            tar.addfile(again)
+    for found in ("./a.png", "a.png"):
+        assert files.read_bytes(f"{archive}::{found}") == b"picture"
+    link = f"{archive}::{name.removeprefix('./')}"
+    if target in ("third.png", "/etc/hostname", "../../a.png"):
+        with pytest.raises(BadSample, match="no such file or archive member"):
+            files.read_bytes(link)
+    else:
+        assert files.read_bytes(link) == b"picture"
+
+
+@pytest.mark.parametrize("error", [OSError(22, "Invalid argument"), EOFError()])
+def test_a_tar_archive_that_cannot_be_read_is_a_bad_sample(error, tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise error
+
+    (tmp_path / "x.tar").write_bytes(bytes(1024))
+    monkeypatch.setattr(tarfile, "open", fail)
+    with pytest.raises(BadSample, match="x.tar is not an uncompressed tar archive: .") as found:
+        files.read_bytes(f"{tmp_path}/x.tar::a")
+    assert len(str(found.value)) < 300
+
+
 def test_what_is_no_plain_tar_archive_is_said(tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "a.bin").write_bytes(b"x")
@@ -467,7 +519,9 @@ def test_of_another_host_nobody_can_say_that_a_process_is_dead(tmp_path):
     assert (tmp_path / "run.lock").exists()
 
 
-@pytest.mark.parametrize("content", ["", "{", '{"process": 1', '{"process": "a"}'])
+@pytest.mark.parametrize(
+    "content", ["", "{", '{"process": 1', '{"process": 1, "ho', '{"process": 1, "host": "a']
+)
 def test_a_lock_that_a_death_cut_short_is_taken_over(content, tmp_path):
     (tmp_path / "run.lock").write_text(content)
     assert owner_in(tmp_path / "run.lock") is None

@@ -943,3 +943,180 @@ def test_weights_overwrite_neither_a_run_nor_what_they_are_made_of(tmp_path):
     other = ("--source", tmp_path / "other.bin", "--tokenizer", source, "--out", source)
     assert "--tokenizer lies" in refused("weights", *other)
     assert (source / "config.json").read_text() == "{}"
+
+
+def test_what_is_written_is_never_a_raw_file(tmp_path):
+    entry = {"Flickr30K_ID": "1", "sentence2": "Women.", "gold_label": "neutral"}
+    touch(tmp_path, "flickr30k-images/1.jpg")
+    for split in ("train", "dev", "test"):
+        put_lines(tmp_path / f"snli_ve_{split}.jsonl", [entry])
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "snli_ve_dev.jsonl").symlink_to(tmp_path / "snli_ve_dev.jsonl")
+    os.link(tmp_path / "snli_ve_dev.jsonl", tmp_path / "flickr30k-images" / "snli_ve_dev.jsonl")
+    raw = tmp_path / "snli_ve_dev.jsonl"
+    before = raw.read_bytes()
+    for folder in ("linked", "flickr30k-images", "."):
+        out = tmp_path / folder
+        said = refused("snli_ve", "--root", tmp_path, "--out", out)
+        assert str(out / "snli_ve_dev.jsonl") in said and f"is the raw file {raw}" in said
+        assert raw.read_bytes() == before
+        assert folder == "." or not (out / "snli_ve_train.jsonl").exists()
+    run("snli_ve", tmp_path, tmp_path / "out")
+
+
+@pytest.mark.parametrize("sign", ["config.json", "training_state.pt", "model.safetensors"])
+@pytest.mark.parametrize("name", [*prepare.DATASETS])
+def test_manifests_are_not_written_into_a_checkpoint(tmp_path, monkeypatch, name, sign):
+    monkeypatch.setattr(prepare, "Raw", None)
+    put(tmp_path / "out" / sign, "{}")
+    refuses(name, tmp_path, f"{tmp_path / 'out'} is the folder of a checkpoint", f"has {sign}")
+
+
+def remove_image(content):
+    del content[1]
+
+
+def remove_coco_id(content):
+    del content[1]["coco_id"]
+
+
+def blank(*keys):
+    """Makes a text of a file blank; keys: the way to it."""
+
+    def change(content):
+        for key in keys[:-1]:
+            content = content[key]
+        content[keys[-1]] = " \t"
+
+    return change
+
+
+def number_images(content):
+    content["annotations"][1]["image_id"] = 999
+
+
+def repeat_entry(content):
+    content.append(content[0])
+
+
+def share_name(content):
+    content["image_urls"][1] = "https://y.com/2/a.jpg"
+
+
+def swap_sbu(content):
+    captions = content["captions"]
+    content["captions"] = content["image_urls"]
+    content["image_urls"] = captions
+
+
+VQA_QUESTIONS = "v2_OpenEnded_mscoco_{}_questions.json"
+TRAIN_QUESTIONS = VQA_QUESTIONS.format("train2014")
+TEST_QUESTIONS = VQA_QUESTIONS.format("test2015")
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "change", "words"),
+    [
+        ("vgqa", "image_data.json", remove_image, "question_answers.json, entry 1: image 2 is not"),
+        ("vgqa", "image_data.json", remove_coco_id, "image_data.json, entry 1: there is no 'coco"),
+        ("vqav2", "v2_mscoco_train2014_annotations.json", number_images, "entry 1: 'image_id' is"),
+        ("vqav2", TRAIN_QUESTIONS, blank("questions", 2, "question"), "entry 2: 'question' is"),
+        ("vqav2", TEST_QUESTIONS, blank("questions", 0, "question"), "entry 0: 'question' is"),
+        ("vg", "annotations/region_descriptions.json", repeat_entry, "entry 2: image 5 has"),
+        ("sbu", "sbu-captions-all.json", share_name, "'http://x.com/1/a.jpg' has the same last"),
+        ("sbu", "sbu-captions-all.json", swap_sbu, "entry 0 of 'image_urls' is 'one'; it must"),
+    ],
+)
+def test_entries_that_contradict_each_other_or_say_nothing(tmp_path, name, file, change, words):
+    trees = {"vqav2": vqa_tree, "vg": caption_tree, "sbu": caption_tree}
+    if name == "vgqa":
+        vgqa_tree(tmp_path, tmp_path / "out")
+    else:
+        trees[name](tmp_path)
+    content = json.loads((tmp_path / file).read_text())
+    change(content)
+    put(tmp_path / file, content)
+    refuses(name, tmp_path, words)
+
+
+def test_questions_and_annotations_of_another_split_are_refused(tmp_path):
+    vqa_tree(tmp_path)
+    train = tmp_path / "v2_mscoco_train2014_annotations.json"
+    val = tmp_path / "v2_mscoco_val2014_annotations.json"
+    train_text = train.read_text()
+    put(train, val.read_text())
+    put(val, train_text)
+    refuses("vqav2", tmp_path, "question 0 is not in the annotations of train2014")
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        ("caption\turl\nzero\thttp://0\n", 1),
+        ("http://0\tzero\n", 1),
+        ("zero\thttp://0\n1\tone\thttp://1\n", 2),
+        ("zero\thttp://0\t0.9\n", 1),
+        ("zero\thttp://0\rone\thttp://1\r", 1),
+        ("zero\thttp://0\r", 1),
+        ("zero\thttp://0\n\none\thttp://1\n", 2),
+        ("zero\t\n", 1),
+    ],
+)
+def test_cc3m_takes_a_caption_and_a_url_a_line(tmp_path, content, line):
+    caption_tree(tmp_path)
+    file = tmp_path / "utils" / "Train_GCC-training.tsv"
+    file.write_bytes(content.encode())
+    refuses("cc3m", tmp_path, f"{file}, line {line}: expected a caption, a tab and a URL")
+
+
+def test_sbu_may_name_one_url_twice_and_cc3m_any_url(tmp_path):
+    caption_tree(tmp_path)
+    urls = ["http://x.com/1/a.jpg"] * 2
+    put(tmp_path / "sbu-captions-all.json", {"captions": ["one", "two"], "image_urls": urls})
+    put(tmp_path / "utils" / "Train_GCC-training.tsv", "0\tHTTPS://0/a b.jpg\nhttp\thttp://1\n")
+    run("sbu", tmp_path, tmp_path / "out")
+    assert len(rows_of(tmp_path / "out" / "sbu_train.jsonl")) == 2
+    run("cc3m", tmp_path, tmp_path / "out")
+
+
+def test_blank_statements_hypotheses_and_questions(tmp_path, capsys):
+    entry = nlvr2_tree(tmp_path)
+    put_lines(tmp_path / "data" / "dev.json", [{**entry, "sentence": " "}])
+    refuses("nlvr2", tmp_path, "dev.json, entry 0: 'sentence' is ' '; it must not be empty")
+    entry = {"Flickr30K_ID": "1", "sentence2": "Women.", "gold_label": "neutral"}
+    touch(tmp_path, "flickr30k-images/1.jpg")
+    for split in ("train", "dev", "test"):
+        put_lines(tmp_path / f"snli_ve_{split}.jsonl", [entry, {**entry, "sentence2": ""}])
+    refuses("snli_ve", tmp_path, "snli_ve_train.jsonl, entry 1: 'sentence2' is ''; it must not")
+    vgqa_tree(tmp_path, tmp_path / "out")
+    file = tmp_path / "question_answers.json"
+    content = json.loads(file.read_text())
+    content[0]["qas"][2]["question"] = " "
+    put(file, content)
+    run("vgqa", tmp_path, tmp_path / "out")
+    assert "left out: 1 questions without a text" in capsys.readouterr().out
+    assert len(rows_of(tmp_path / "out" / "vgqa_coco_train.jsonl")[0]["questions"]) == 1
+
+
+def test_what_could_not_be_read_again_is_not_written(tmp_path, monkeypatch):
+    """The net below the builders' own tests: any row that data.py refuses."""
+    caption_tree(tmp_path)
+    monkeypatch.setattr(prepare, "dedupe", lambda texts: [" "])
+    refuses("vg", tmp_path, "vg_train.jsonl, line 1 would be: 'caption' is ' '")
+    assert not (tmp_path / "out" / "vg_train.jsonl").exists()
+
+
+def test_an_empty_picture_or_a_folder_is_not_found(tmp_path, capsys):
+    karpathy_tree(tmp_path)
+    pictures = tmp_path / "flickr30k-images"
+    (pictures / "0.jpg").write_bytes(b"")
+    run("flickr30k", tmp_path, tmp_path / "out")
+    assert [row["image_id"] for row in rows_of(tmp_path / "out" / "flickr30k_train.jsonl")] == ["1"]
+    said = capsys.readouterr().out
+    assert "left out: 1 images that are empty, or no files" in said
+    assert "1 missing images: flickr30k-images/0.jpg" in said
+    for name in ("1.jpg", "2.jpg"):
+        (pictures / name).unlink()
+    (pictures / "1.jpg").mkdir()
+    (pictures / "2.jpg").symlink_to("nowhere")
+    refuses("flickr30k", tmp_path, "no image of flickr30k is in")

@@ -164,7 +164,7 @@ def test_the_answer_a_is_normalised_to_nothing(tmp_path):
 @pytest.mark.parametrize(
     "labels, message",
     [
-        ([[[2, 0], [1]], [[-1]]], "no VQA vocabulary"),
+        ([[[2, 0], [1]], [[-1]]], "row 1: 'answer_labels' of 'yes' is -1, but 0 in .*row 0"),
         ([[[2, 0], [7]], [[0]]], "no VQA vocabulary"),
         ([[[2], [1]], [[0]]], "row 0: the columns answers, answer_labels must be equally long"),
         ([[[2, 0]], [[0]]], "row 0: the columns answers, answer_labels must be equally long"),
@@ -179,6 +179,28 @@ def test_wrong_labels_of_answers_are_named(labels, message, tmp_path):
         del columns["answer_labels"]
     write_arrow(tmp_path / "vqav2_train.arrow", columns)
     with pytest.raises(ValueError, match=message):
+        tasks.load_answers(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "labels, message",
+    [
+        ([[[0, 2], [1]], [[2]]], "'answer_labels' 0 is 'net', but 'yes' in .*"),
+        ([[[2, 3], [1]], [[3]]], "'answer_labels' of 'yes' is 3, but 0 in .*"),
+    ],
+)
+def test_files_that_number_the_answers_otherwise_are_named(labels, message, tmp_path):
+    write_arrow(tmp_path / "vqav2_train.arrow", {**QUESTIONS, **ANSWERS})
+    write_arrow(tmp_path / "vqav2_val.arrow", {**QUESTIONS, **ANSWERS, "answer_labels": labels})
+    words = f"vqav2_val.arrow, row 0: {message}vqav2_train.arrow, row 0; all vqav2_"
+    with pytest.raises(ValueError, match=words):
+        tasks.load_answers(tmp_path)
+
+
+def test_one_row_that_numbers_its_answers_twice_is_named(tmp_path):
+    labels = [[[2, 1], [1]], [[0]]]
+    write_arrow(tmp_path / "vqav2_train.arrow", {**QUESTIONS, **ANSWERS, "answer_labels": labels})
+    with pytest.raises(ValueError, match="row 0: 'answer_labels' 1 is 'no', but 'yes' in"):
         tasks.load_answers(tmp_path)
 
 
