@@ -176,24 +176,23 @@ class RunConfig:
                 raise FieldError(f"{name} is {show(place)}, which does not exist")
 
     def check_places(self) -> None:
-        """Raises FieldError for an out_dir that cannot be written into, before anything is loaded.
-
-        The same if --fresh would move away what the run starts from.
-        """
+        """Raises FieldError for places that a run cannot have, before anything is loaded."""
         # 1. the folder of the run
-        for folder in (self.out_dir, f"{self.out_dir}/best"):
-            reason = why_no_folder(folder)
-            if reason:
-                raise FieldError(f"out_dir {folder} cannot be written into: {reason}")
-        # 2. the data: training and measuring take different rows of it
+        reason = why_no_folder(self.out_dir)
+        if reason:
+            raise FieldError(f"out_dir {self.out_dir} cannot be written into: {reason}")
+        # 2. what the run is made of
+        if self.fresh:
+            self.check_sources()
+        # 3. the data: training and measuring take different rows of it
         if Path(self.data_root).is_file():
             raise FieldError(
                 f"data_root {self.data_root} is a file; it must be the folder of the splits to "
                 "train and to measure on"
             )
-        if not self.fresh:
-            return
-        # 3. what the run is made of
+
+    def check_sources(self) -> None:
+        """Raises FieldError if --fresh would move away what the run starts from."""
         for name in SOURCES:
             place = getattr(self, name, "")
             file = Path(place.removeprefix("official:"))  # of finetune.py's --init
