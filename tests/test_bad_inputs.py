@@ -405,7 +405,6 @@ FLAGS = [
     (f"{EVAL} --out x.json --submit x.json --split val", "are the same file, x.json"),
     (f"{EVAL} --out /dev/null", "--out /dev/null cannot be written: it is a device"),
     # what does not go together
-    ("eval --checkpoint vqa --task vqav2 --data demo --split val", "--split val means nothing"),
     (EVAL.replace("root data", "root data/vqav2_val.jsonl"), "which holds one split"),
     (TRAIN.replace("root data", "root data/coco_train.jsonl"), "--data_root data/coco_train.jsonl"),
     ("train --recipe llava_demo --data_path chats/chat.json", "--data_path means nothing"),

@@ -6,8 +6,8 @@ import kills
 import pytest
 import torch
 
-# those that start new interpreters take too long here
-LONG = ("sigint_python", "sigterm_torchrun")
+# those that start new interpreters, or signal whole groups of processes, take too long here
+LONG = ("sigint_python", "sigterm_torchrun", "sigterm_with_workers", "sigint_to_two")
 SHORT = ("sigint",)
 SLOW = [name for name in kills.SITUATIONS if name not in (*LONG, *SHORT)]
 

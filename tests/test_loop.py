@@ -309,7 +309,10 @@ def test_torchrun_with_three_processes_deals_unevenly(small, tmp_path):
         (("--batch_size", 2), "error: --batch_size 2 cannot be dealt to 3 processes"),
         (("--learning_rate", "-1"), "error: --learning_rate is -1.0; it must be"),
         (("--nonsense", "1"), "error: unrecognized arguments: --nonsense 1"),
-        (("--data_root", "/nowhere"), "error: /nowhere has no coco_train.jsonl"),
+        (
+            ("--data_root", "/nowhere"),
+            "error: --data_root /nowhere: there is no such folder or file",
+        ),
     ],
 )
 def test_an_error_under_torchrun_is_said_once(flags, sentence, tmp_path):
