@@ -54,6 +54,8 @@ def write_atomically(path: str | Path, write: Callable[[Path], Any]) -> None:
         RuntimeError,
         SafetensorError,
     ) as error:  # what torch.save and save_file make of a full disk
+        if "DataLoader worker" in str(error):
+            raise  # its death is said wherever the program is, and has nothing to do with the disk
         free = shutil.disk_usage(path.parent).free
         if free < 2**20:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error

@@ -125,7 +125,7 @@ def test_broken_files_are_named(tmp_path):
     with pytest.raises(ValueError, match="does not exist"):
         convert_weights(tmp_path / "none.pt", tmp_path / "out")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="empty has neither .safetensors files nor"):
+    with pytest.raises(ValueError, match="empty has neither model.safetensors nor"):
         convert_weights(tmp_path / "empty", tmp_path / "out")
 
 
