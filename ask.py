@@ -302,8 +302,8 @@ def list_files(folder: str) -> list[Path]:
 class FoundPictures:
     """The pictures of a folder, and what the model sees of them.
 
-    files: those that can be read, in alphabetical order; the others are said. Raises ValueError if
-    there are none, or if `sheet`, the file to write to, is one of them.
+    files: those that can be read, in alphabetical order; the others are said, but for `sheet`,
+    the file to write to. Raises ValueError if there are none.
     """
 
     def __init__(self, folder: str, transform: Transform, sheet: str):

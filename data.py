@@ -46,17 +46,18 @@ from files import (
     BadSample,
     check_characters,
     decode_text,
+    member_place,
     need,
     parse_json,
     read_at,
     read_json,
     read_text,
-    tar_index,
+    split_member,
 )
 from images import load_image
 from multigrid import preprocess_image
 from tokenizer import Tokenizer
-from world import ranks
+from world import is_first_process, ranks
 
 SNLI_LABELS = ("contradiction", "neutral", "entailment")
 
@@ -551,10 +552,7 @@ def locate(path: str) -> tuple[str, int, int]:
     The file's path is absolute, as files stay open under their names, and the current folder may
     change. Raises ValueError for what is no file.
     """
-    file, _, member = path.partition("::")
-    if os.path.isfile(path):  # a file may have such a name
-        file = path
-        member = ""
+    file, member = split_member(path)
     if os.path.isdir(file):
         raise ValueError(f"{path} is a folder; it must be a file")
     if not os.path.exists(file):
@@ -562,18 +560,14 @@ def locate(path: str) -> tuple[str, int, int]:
     if not os.path.isfile(file):
         raise ValueError(f"{path} is a device or a pipe; it must be a file")
     file = os.path.abspath(file)
-    if not member:
+    if member is None:
         return file, 0, os.path.getsize(file)
-    if member not in tar_index(file):
-        raise ValueError(f"{path}: no such file or archive member")
-    offset, size = tar_index(file)[member]
+    offset, size = member_place(path, file, member)
     return file, offset, size
 
 
 def progress(path: str, total: int, unit: str) -> tqdm:
     """A bar on stderr, of rank 0, for what takes more than two seconds."""
-    # the processes may not have met yet
-    rank = int(os.environ.get("RANK", 0))
     return tqdm(
         total=total,
         desc=f"reading {os.path.basename(path)}",
@@ -582,7 +576,7 @@ def progress(path: str, total: int, unit: str) -> tqdm:
         delay=2,
         mininterval=1,
         leave=False,
-        disable=rank > 0,
+        disable=not is_first_process(),  # the processes may not have met yet
     )
 
 

@@ -28,6 +28,7 @@ from PIL import Image, PngImagePlugin
 from safetensors import SafetensorError
 
 from fields import show
+from world import is_worker_death
 
 # of the format of checkpoints and logs; it stands in config.json and in the first row of a log
 VERSION = "2.0"
@@ -54,7 +55,7 @@ def write_atomically(path: str | Path, write: Callable[[Path], Any]) -> None:
         RuntimeError,
         SafetensorError,
     ) as error:  # what torch.save and save_file make of a full disk
-        if "DataLoader worker" in str(error):
+        if is_worker_death(error):
             raise  # its death is said wherever the program is, and has nothing to do with the disk
         free = shutil.disk_usage(path.parent).free
         if free < 2**20:
@@ -234,19 +235,32 @@ def tar_index(path: str) -> dict[str, tuple[int, int]]:
     return index
 
 
-def read_bytes(path: str | Path) -> bytes:
-    """The content of a file, or of `archive.tar::member`. Raises BadSample if there is none."""
-    archive, _, member = str(path).partition("::")
-    if os.path.isfile(path):  # a file may have such a name
-        return Path(path).read_bytes()
-    if os.path.isdir(archive):
-        raise BadSample(f"{path} is a folder, not a file")
-    if not member or not os.path.isfile(archive):
-        raise BadSample(f"{path}: no such file or archive member")
+def split_member(path: str) -> tuple[str, str | None]:
+    """(file, member) of a path or `archive.tar::member`; a file alone has no member, None."""
+    if os.path.isfile(path) or "::" not in path:  # a file may have such a name
+        return path, None
+    archive, _, member = path.partition("::")
+    return archive, member
+
+
+def member_place(path: str, archive: str, member: str) -> tuple[int, int]:
+    """(offset, size) of a member of an archive. Raises BadSample, with the path, if it is none."""
     if member not in tar_index(archive):
         raise BadSample(f"{path}: no such file or archive member")
-    offset, size = tar_index(archive)[member]
-    return read_at(archive, offset, size)
+    return tar_index(archive)[member]
+
+
+def read_bytes(path: str | Path) -> bytes:
+    """The content of a file, or of `archive.tar::member`. Raises BadSample if there is none."""
+    file, member = split_member(str(path))
+    if os.path.isdir(file):
+        raise BadSample(f"{path} is a folder, not a file")
+    if not os.path.isfile(file):
+        raise BadSample(f"{path}: no such file or archive member")
+    if member is None:
+        return Path(file).read_bytes()
+    offset, size = member_place(str(path), file, member)
+    return read_at(file, offset, size)
 
 
 # ---------------------------------------------------------------- texts

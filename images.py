@@ -26,7 +26,7 @@ from torch import Tensor
 
 from fields import show
 from files import BadSample, read_bounded
-from tokenizer import silent_libraries
+from world import silent_libraries
 
 CLIP_MEAN = torch.tensor((0.48145466, 0.4578275, 0.40821073)).view(3, 1, 1)
 CLIP_STD = torch.tensor((0.26862954, 0.26130258, 0.27577711)).view(3, 1, 1)

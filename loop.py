@@ -18,7 +18,6 @@ import os
 import pickle
 import re
 import signal
-import struct
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -44,7 +43,7 @@ from files import (
     write_text,
 )
 from tokenizer import Tokenizer, load_tokenizer
-from torch_files import TorchFile, is_archive
+from torch_files import BROKEN, TorchFile, is_archive
 from weights import save_folder
 from world import (
     MOST_WORKERS,
@@ -365,20 +364,8 @@ def find_tokenizer_of(run: RunConfig, find: Callable[[], Tokenizer]) -> Tokenize
     return find()
 
 
-BROKEN_STATE = (  # what torch makes of a file that is damaged, or is something else
-    pickle.UnpicklingError,
-    struct.error,
-    EOFError,
-    OSError,
-    LookupError,
-    ValueError,
-    TypeError,
-    AttributeError,
-    AssertionError,
-    RuntimeError,
-    MemoryError,
-    OverflowError,
-)
+# what torch makes of a file that is damaged, or is something else
+BROKEN_STATE = (*BROKEN, pickle.UnpicklingError, AssertionError)
 STATE = {  # in training_state.pt
     "step": int,
     "best": float | int | None,

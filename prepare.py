@@ -454,19 +454,6 @@ def vqa_rows(raw: Raw, folder: str, by_image: dict[int, list[dict]]) -> list[dic
 
 
 # ---------------------------------------------------------------- questions of Visual Genome
-def read_vocabulary(folder: Path) -> list[str]:
-    """answers.json of a folder, or what its VQAv2 .arrow files hold. Raises ValueError."""
-    answers = load_answers(folder)
-    for number, answer in enumerate(answers):
-        if not is_of_kind(answer, str):
-            raise ValueError(
-                f"{folder}/answers.json, entry {number} is {show(answer)}; it must be a text"
-            )
-    if not answers:
-        raise ValueError(f"{folder}/answers.json is empty; it must be the answers of a vocabulary")
-    return answers
-
-
 def read_karpathy_images(path: Path) -> set[int]:
     """COCO's ids of listed pictures. A line: val2014/COCO_val2014_000000391895.jpg 391895."""
     ids = set()
@@ -514,7 +501,7 @@ def build_vgqa(raw: Raw) -> Splits:
     coco_train and coco_val: the pictures that are in COCO too. Karpathy's val and test pictures are
     never in train. Of the pictures outside COCO one in ten goes to val, by a hash.
     """
-    vocabulary = set(read_vocabulary(raw.out))
+    vocabulary = set(load_answers(raw.out))
     held_out = set()
     for file in ("karpathy_val_images.txt", "karpathy_test_images.txt"):
         held_out.update(read_karpathy_images(raw.paths[file]))
@@ -1347,7 +1334,7 @@ def prepare_weights(argv: list[str]) -> None:
     config = parse_flags(WeightsConfig, argv, description, "weights")
     check_out(Path(config.out))
     check_not_overwritten(config)
-    answers = read_vocabulary(Path(config.answers)) if config.answers else None
+    answers = load_answers(Path(config.answers)) if config.answers else None
     tokenizer = Path(config.tokenizer) if config.tokenizer else None
     convert_weights(Path(config.source), Path(config.out), tokenizer, answers)
 

@@ -8,9 +8,8 @@ T: max_len, the number of tokens that a text is padded to.
 
 import contextlib
 import hashlib
-import os
 import textwrap
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from fields import show
 from files import MOST_BYTES, as_dict, read_json, size_in_words, write_atomically
+from world import silent_libraries
 
 ROBERTA_SPECIALS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
 # the names that a special token has in different vocabularies; the first one that is there counts
@@ -230,24 +230,6 @@ def tokenizer_file(path: Path) -> Path:
     raise ValueError(
         f"no tokenizer at {path}: expected tokenizer.json, vocab.json with merges.txt, or a *.model"
     )
-
-
-@contextlib.contextmanager
-def silent_libraries() -> Iterator[None]:
-    """Rust and C++ print their failures on stderr by themselves; here the error says them."""
-    try:
-        stderr = os.dup(2)
-    except OSError:  # it is closed
-        yield
-        return
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
-    try:
-        yield
-    finally:
-        os.dup2(stderr, 2)
-        os.close(stderr)
-        os.close(nowhere)
 
 
 def reason(error: BaseException) -> str:

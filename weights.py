@@ -29,7 +29,6 @@ import dataclasses
 import functools
 import json
 import math
-import os
 import re
 import textwrap
 from collections.abc import Callable, Iterator, Mapping
@@ -55,7 +54,7 @@ from llava_manager import (
 from model import HEADS, ManagerTower, ManagerTowerConfig
 from tokenizer import CHAT_ROLES, check_roles, check_tokenizer, load_tokenizer
 from torch_files import TorchFile
-from world import World
+from world import World, is_first_process
 
 State = dict[str, Tensor]
 Names = Mapping[str, str | tuple[str, ...]]  # our key -> their key or keys
@@ -1054,7 +1053,7 @@ def load_tower(folder: str | Path, **overrides: Any) -> ManagerTower:
     model.load_state_dict(state)
     dropped = sorted(stored_heads(stored) - set(model.heads))
     new = sorted(set(model.heads) - stored_heads(stored))
-    if (dropped or new) and os.environ.get("RANK", "0") == "0":
+    if (dropped or new) and is_first_process():
         print(
             f"{folder}: heads dropped: {', '.join(dropped) or 'none'}; "
             f"heads initialised: {', '.join(new) or 'none'}"

@@ -209,6 +209,25 @@ def evaluating(model: nn.Module) -> Iterator[torch.device]:
         model.train(training)
 
 
+# ---------------------------------------------------------------- what libraries print
+@contextlib.contextmanager
+def silent_libraries() -> Iterator[None]:
+    """Rust and C++ print their failures on stderr by themselves; here the error says them."""
+    try:
+        stderr = os.dup(2)
+    except OSError:  # it is closed
+        yield
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(nowhere)
+
+
 # ---------------------------------------------------------------- how a script ends
 INTERRUPTED = 128 + signal.SIGINT  # the exit status after Ctrl-C, as shells have it
 CLOSED = 128 + signal.SIGPIPE  # ... and when nobody reads the output any more

@@ -1614,7 +1614,7 @@ def read_answers(folder: Path, name: str) -> None:
     model: Any = argparse.Namespace(config=TOOLS.tower)
     for answers in (
         evaluation.load_vocabulary(str(folder), model),
-        prepare.read_vocabulary(folder),
+        tasks.load_answers(folder),
     ):
         require(len(answers) == 2, "another number of answers")
         require(all(isinstance(answer, str) for answer in answers), "an answer is no text")

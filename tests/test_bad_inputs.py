@@ -747,10 +747,13 @@ GOOD = (
 
 
 @pytest.mark.parametrize("command", GOOD, ids=range(len(GOOD)))
-def test_with_good_files_the_same_commands_end_well(command, place, monkeypatch):
+def test_with_good_files_the_same_commands_end_well(command, place, monkeypatch, capsys):
     script, *argv = shlex.split(command)
     monkeypatch.setattr(sys, "argv", [f"{script}.py", *argv])
     world.one_sentence(SCRIPTS[script].main)
+    said = capsys.readouterr()
+    assert said.out
+    assert "error: " not in said.err
 
 
 @pytest.mark.parametrize("command, words", FLAGS, ids=range(len(FLAGS)))
