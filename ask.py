@@ -328,6 +328,9 @@ class FoundPictures:
         except BadSample as error:
             print(f"left out: {error}")
             return
+        except OSError as error:  # a strange entry of a system's folder
+            print(f"left out: {name_of(file)}: cannot be read ({error.strerror or error})")
+            return
         if self.bytes_kept + pixels.nbytes <= MOST_BYTES_KEPT:
             self.kept[len(self.files)] = pixels
             self.bytes_kept += pixels.nbytes
@@ -414,7 +417,7 @@ def search(options: SearchOptions) -> list[tuple[float, Path]]:
     for score, index in zip(best.values.tolist(), best.indices.tolist(), strict=True):
         file = pictures.files[index]
         result.append((score, file))
-        print(f"{score:8.3f}  {file}", flush=True)
+        print(f"{score:8.3f}  {name_of(file)}", flush=True)
     save_picture(options.out, draw_sheet(result))
     return result
 
@@ -462,12 +465,7 @@ def encode_turns(
 
 def reserved_words(tokenizer: Any) -> list[str]:
     """What stands for a picture or for the end of a turn, and is no text."""
-    backend = getattr(tokenizer, "backend", tokenizer)
-    words = [IMAGE_TAG]
-    for token in backend.get_added_tokens_decoder().values():
-        if token.special:
-            words.append(token.content)
-    return words
+    return [IMAGE_TAG, *tokenizer.special_words()]
 
 
 def check_question(question: str, tokenizer: Any) -> None:

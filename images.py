@@ -74,27 +74,49 @@ def check_size(size: tuple[int, int]) -> None:
         )
 
 
+# tags of TIFF
+BITS_PER_SAMPLE = 258
+PHOTOMETRIC = 262  # 0: the lowest number is white
+SAMPLE_FORMAT = 339  # 2: numbers with a sign
+
+
+def check_tiff(image: Image.Image) -> None:
+    """Raises ValueError for gray TIFFs whose numbers Pillow gives without their meaning."""
+    tags = getattr(image, "tag_v2", None)
+    if tags is None:
+        return
+    bits = tags.get(BITS_PER_SAMPLE, 16)
+    if isinstance(bits, tuple):
+        bits = bits[0]
+    has_sign = tags.get(SAMPLE_FORMAT, 1) in (2, (2,)) and bits == 16
+    if bits not in (16, 32) or tags.get(PHOTOMETRIC) == 0 or has_sign:
+        raise ValueError(
+            f"it is a gray TIFF of {bits} bits that are signed, or inverted, or few; convert it to "
+            "8 bits, or to 16 from black to white"
+        )
+
+
 def scale_gray(image: Image.Image) -> Image.Image:
     """Gray of 16 bits -> of 8 bits. Raises ValueError for values of another range.
 
     Pillow has them in mode "I;16", and in the 32 bits of mode "I" where the file is PPM or has
     signed numbers.
     """
+    check_tiff(image)
     gray = np.asarray(image)
-    if image.mode == "I":
-        low = int(gray.min())
-        high = int(gray.max())
-        if low < 0 or high > 65535:
-            raise ValueError(
-                f"its pixels are whole numbers from {low} to {high}, where 0 to 65535 is read; "
-                "convert it to 8 or 16 bits"
-            )
-        # PPM says what white is, and Pillow scales by it
-        if 0 < high < 256 and image.format != "PPM":
-            raise ValueError(
-                f"its pixels are of 32 bits, but only from {low} to {high}, which would be black; "
-                "convert it to 8 or 16 bits"
-            )
+    low = int(gray.min())
+    high = int(gray.max())
+    if low < 0 or high > 65535:
+        raise ValueError(
+            f"its pixels are whole numbers from {low} to {high}, where 0 to 65535 is read; "
+            "convert it to 8 or 16 bits"
+        )
+    # PPM says what white is, and Pillow scales by it
+    if 0 < high < 256 and image.format != "PPM":
+        raise ValueError(
+            f"its pixels have more than 8 bits, but are only from {low} to {high}, which would be "
+            "black; convert it to 8 bits"
+        )
     # v / 257, rounded
     scaled = gray.astype(np.uint32)
     scaled += 128

@@ -138,8 +138,13 @@ SUPPORTED = {
     "mm_vision_select_layer": -2,
     "mm_use_im_start_end": False,
     "mm_manager_residual": True,
+    "quantization_config": None,
 }
-SIGLIP_SUPPORTED = {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6}
+SIGLIP_SUPPORTED = {
+    "hidden_act": "gelu_pytorch_tanh",
+    "layer_norm_eps": 1e-6,
+    "quantization_config": None,
+}
 # parts of a model_type that is none of Qwen2's: its layers compute something else
 OTHER_MODELS = (
     "clip",

@@ -98,6 +98,11 @@ class Tokenizer:
         """The id of a token of the vocabulary, special or not."""
         return self.backend.token_to_id(token)
 
+    def special_words(self) -> list[str]:
+        """How the special tokens are written."""
+        added = self.backend.get_added_tokens_decoder().values()
+        return [token.content for token in added if token.special]
+
     def role_id(self, role: str) -> int | None:
         """The id of a row of ROLES; None if no single special token has this role."""
         if role not in CHAT_ROLES:
@@ -196,6 +201,11 @@ class SentencePieceTokenizer(Tokenizer):
 
     def library_ids(self, text: str) -> list[int]:
         return self.backend.encode(text)
+
+    def special_words(self) -> list[str]:
+        """How the special pieces of the model are written."""
+        size = self.backend.get_piece_size()
+        return [self.backend.id_to_piece(i) for i in sorted(self.special_ids) if i < size]
 
     def role_id(self, role: str) -> int | None:
         """As of other tokenizers. Chats need words of several letters that are one token each."""

@@ -1562,7 +1562,7 @@ def convert_weights(
     elif any(key.endswith(tuple(ENCODER_MARKS)) for key in state):
         with naming(source):
             check_marks(state)
-        convert_encoder(state, settings, out)
+            convert_encoder(state, settings, out)
     else:
         raise ValueError(
             f"{source} is no ManagerTower, BridgeTower, METER, CLIP or RoBERTa: "
@@ -1599,11 +1599,25 @@ def check_marks(state: State) -> None:
                 )
 
 
+def unknown_keys(state: State) -> list[str]:
+    """The keys that neither CLIP nor RoBERTa has, whatever their number of layers."""
+    is_text = any(key.endswith(str(ROBERTA["word_embedding.weight"])) for key in state)
+    layout, prefix = find_layout(state, TEXT_LAYOUTS if is_text else IMAGE_LAYOUTS)
+    patterns = list(layout.dead)
+    for row in expand(layout.names, "", prefix, 1):
+        for name in row.theirs:
+            patterns.append(re.escape(name).replace(r"\.0\.", r"\.\d+\."))
+    return [key for key in state if not is_dead(key, tuple(patterns))]
+
+
 def convert_encoder(state: State, settings: dict, out: Path) -> None:
     """CLIP or RoBERTa under its own names; `load_unimodal` reads it, and its config.json."""
     visual = {key: tensor for key, tensor in state.items() if key.startswith("visual.")}
     if visual:  # CLIP's text encoder is not used
         state = visual
+    unknown = unknown_keys(state)
+    if unknown:
+        raise ValueError(f"it is no CLIP and no RoBERTa, as it has {show(unknown)}")
     out.mkdir(parents=True, exist_ok=True)
     if "model_type" in settings:  # it is a config.json of transformers
         write_json(out / "config.json", settings)
