@@ -13,15 +13,13 @@ in a batch.
 Shapes: B texts, N experts, L tokens, D width.
 """
 
-import inspect
-import io
 import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from PIL import Image, ImageDraw
@@ -29,7 +27,7 @@ from torch import Tensor
 
 from chat import IMAGE_TAG, encode_prompt
 from eval import check_finite, check_picture_output, load_vocabulary, retrieval_scores, unit_vectors
-from fields import FlagError, check_fields, option, parse_flags, show
+from fields import Command, check_fields, option, run_command, show
 from files import BadSample, save_picture
 from images import Transform, load_image, name_of
 from multigrid import ImageTiles, preprocess_image
@@ -37,62 +35,6 @@ from objectives import class_logits
 from tasks import TASKS
 from weights import load_mllm, load_two_tower
 from world import evaluating, one_sentence, sentence_of_allocation, to_device
-
-
-# ---------------------------------------------------------------- a script with commands
-class Command(NamedTuple):
-    """One command of a script: the dataclass of its flags, and what it does with them."""
-
-    options: type
-    run: Callable[[Any], Any]
-
-
-def describe(command: Command) -> str:
-    """What a command does: the docstring of its options."""
-    return inspect.getdoc(command.options) or ""
-
-
-def list_commands(commands: dict[str, Command], description: str) -> str:
-    """The help page of a script with commands."""
-    script = Path(sys.argv[0]).name
-    lines = [
-        f"usage: {script} COMMAND [--FLAG VALUE ...]",
-        "",
-        description,
-        "",
-        f"commands, whose flags `python {script} COMMAND -h` lists:",
-    ]
-    for name, command in commands.items():
-        first_line = describe(command).partition("\n")[0]
-        lines.append(f"  {name:<12}{first_line}")
-    return "\n".join(lines)
-
-
-def forgive_encodings() -> None:
-    """A letter that the terminal cannot show is shown as "?": no result is lost for it."""
-    for stream in (sys.stdin, sys.stdout):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
-
-
-def run_command(commands: dict[str, Command], argv: list[str], description: str) -> None:
-    """The main function of a script with commands. Raises FlagError for a command that is none."""
-    forgive_encodings()
-    script = Path(sys.argv[0]).name
-    if not argv:
-        raise FlagError(f"{script} needs a command, one of {', '.join(commands)}")
-    name = argv[0]
-    if name in ("-h", "--help"):
-        print(list_commands(commands, description))
-        return
-    if name not in commands:
-        raise FlagError(
-            f"{script} has no command {name!r}; it must be one of {', '.join(commands)}"
-        )
-    command = commands[name]
-    options = parse_flags(command.options, argv[1:], describe(command), name)
-    command.run(options)
-
 
 # ---------------------------------------------------------------- one picture and its texts
 MOST_CHARACTERS = 2**20  # of a text, more than any model reads
@@ -113,12 +55,25 @@ def check_text(text: str, name: str = "the text") -> None:
         raise ValueError(f"{name} has bytes that are not UTF-8: {show(text)}") from None
 
 
+def check_words(text: str, reserved: Sequence[str], name: str = "the text") -> None:
+    """Raises ValueError for a text with a word that the model would not read as a text.
+
+    reserved: those of its tokenizer, as "</s>" and "<mask>".
+    """
+    for word in reserved:
+        if word in text:
+            raise ValueError(
+                f"{name} has {word} in it, which is no text for the model; leave it out"
+            )
+
+
 def encode_texts(tokenizer: Any, texts: list[str], max_text_len: int) -> tuple[Tensor, Tensor]:
-    """Ids and mask (B, max_text_len), as in training; says what was cut. Raises ValueError for an
-    empty text.
+    """Ids and mask (B, max_text_len), as in training; says what was cut. Raises ValueError for what
+    is no text.
     """
     for text in texts:
         check_text(text)
+        check_words(text, tokenizer.special_words())
         length = len(tokenizer.encode(text))
         if length > max_text_len:
             print(
@@ -154,7 +109,7 @@ class QuestionOptions:
     """
 
     checkpoint: str = option(help="folder of a model with a head for questions")
-    image: str = option(help="the picture")
+    image: str = option(help="the picture", path=True)
     question: str = option(help="the question")
     top: int = option(5, "answers to show", least=1)
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
@@ -196,7 +151,7 @@ class MatchOptions:
     """
 
     checkpoint: str = option(help="folder of a model with an ITM head")
-    image: str = option(help="the picture")
+    image: str = option(help="the picture", path=True)
     text: list[str] = option(help="a text")
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
 
@@ -217,7 +172,7 @@ def match(options: MatchOptions) -> list[tuple[str, float, float]]:
     with evaluating(model):
         texts = model.encode_text(batch["input_ids"], mask)  # (B, N, L, D)
         images = model.encode_image(batch["pixels"]).expand(len(texts), -1, -1, -1)
-        logits = model.heads["itm"](model.fuse(texts, images, mask).pooled).float()  # (B, 2)
+        logits = model.heads["itm"](model.fuse_pooled(texts, images, mask)).float()  # (B, 2)
         check_finite(logits)
         probabilities = logits.softmax(-1)[:, 1].tolist()
         if has_itc:
@@ -245,9 +200,9 @@ class SearchOptions:
 
     checkpoint: str = option(help="folder of a model with an ITM head")
     text: str = option(help="what to look for")
-    folder: str = option(help="the pictures; folders inside it are searched too")
+    folder: str = option(help="the pictures; folders inside it are searched too", path=True)
     top: int = option(12, "pictures to show", least=1)
-    out: str = option("search.png", "file of the contact sheet")
+    out: str = option("search.png", "file of the contact sheet", path=True)
     k_test: int = option(128, "pictures to re-rank, where the model has an ITC head", least=1)
     batch_size: int = option(32, "pictures of a batch", least=1)
     memory_gb: float = option(4.0, "host memory for experts", least=0)
@@ -431,7 +386,7 @@ class ChatOptions:
     """
 
     checkpoint: str = option(help="folder of the model, ours or an official one")
-    image: list[str] = option((), "a picture")
+    image: list[str] = option((), "a picture", path=True)
     question: str | None = option(None, "a single question; none = a conversation")
     temperature: float = option(0.0, "of sampling; 0 = always the likeliest token", least=0)
     top_p: float = option(1.0, "sample from the likeliest tokens of this mass", above=0, most=1)
@@ -468,23 +423,15 @@ def reserved_words(tokenizer: Any) -> list[str]:
     return [IMAGE_TAG, *tokenizer.special_words()]
 
 
-def check_question(question: str, tokenizer: Any) -> None:
-    """Raises ValueError for a question that the model would not read as a text."""
-    check_text(question, "the question")
-    for word in reserved_words(tokenizer):
-        if word in question:
-            raise ValueError(
-                f"the question has {word} in it, which is no text for the model; leave it out"
-            )
-
-
 def reply(
     model: Any, tokenizer: Any, turns: list[str], tiles: list[ImageTiles], options: ChatOptions
 ) -> str:
     """The model's answer to a conversation that ends with a turn of the user. Raises ValueError for
     a turn that the model cannot take.
     """
-    check_question(turns[-1], tokenizer)
+    question = turns[-1]
+    check_text(question, "the question")
+    check_words(question, reserved_words(tokenizer), "the question")
     input_ids = torch.tensor([encode_prompt(turns, tokenizer, len(tiles))])  # (1, L)
     new_ids = model.generate(
         input_ids, None, tiles, options.max_new_tokens, options.temperature, options.top_p
@@ -493,15 +440,34 @@ def reply(
     return tokenizer.decode(spoken).strip()
 
 
+MOST_CHARACTERS_OF_A_LINE = 16 * 2**20  # that are read at all
+MOST_FAILURES = 5  # lines of a pipe in a row
+
+
+def is_terminal() -> bool:
+    """Whether somebody types the conversation, who reads what is said and may type again."""
+    return sys.stdin is not None and sys.stdin.isatty()
+
+
 def read_line() -> str:
-    """The user's next line; blank if there is none any more, or where it has only spaces."""
+    """The user's next line; blank if there is none any more, or where it has only spaces.
+
+    Raises ValueError for a line without an end.
+    """
     if sys.stdin is None:  # it was closed before the script began
         return ""
-    prompt = "> " if sys.stdin.isatty() else ""
-    try:
-        return input(prompt)
-    except EOFError:
-        return ""
+    if is_terminal():
+        try:
+            return input("> ")
+        except EOFError:
+            return ""
+    line = sys.stdin.readline(MOST_CHARACTERS_OF_A_LINE + 1)
+    if len(line) > MOST_CHARACTERS_OF_A_LINE:
+        raise ValueError(
+            f"a line of the input has more than {MOST_CHARACTERS_OF_A_LINE} characters; a question "
+            f"may have {MOST_CHARACTERS}"
+        )
+    return line.removesuffix("\n")
 
 
 def try_to_reply(
@@ -525,13 +491,22 @@ def converse(
 ) -> list[str]:
     """A conversation, until a blank line or Ctrl-C. What the model cannot take is said, and is no
     end.
+
+    From a pipe it is one, where no line could be answered, or too many in a row could not; then
+    ValueError is raised.
     """
     turns: list[str] = []
+    num_failures = 0  # in a row
     try:
         line = read_line()
         while line.strip():
             answer = try_to_reply(model, tokenizer, [*turns, line], tiles, options)
-            if answer is not None:
+            if answer is None:
+                num_failures += 1
+                if num_failures == MOST_FAILURES and not is_terminal():
+                    raise ValueError(f"{MOST_FAILURES} lines in a row could not be answered")
+            else:
+                num_failures = 0
                 print(answer, flush=True)
                 # a model may spell such a word, and would then be asked for another picture
                 for word in reserved_words(tokenizer):
@@ -540,6 +515,9 @@ def converse(
             line = read_line()
     except KeyboardInterrupt:
         print()
+        return turns
+    if num_failures > 0 and not turns and not is_terminal():
+        raise ValueError("none of the lines could be answered")
     return turns
 
 

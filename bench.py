@@ -4,6 +4,7 @@ re-rank.
     python bench.py [towers]      ManagerTower and BridgeTower: inference, and training on MLM + ITM
     python bench.py retrieval     re-ranking in batches, and by one pass for each image
     python bench.py llava         LLaVA-OV-Manager and LLaVA-OneVision: training, prefill, decoding
+    python bench.py data          pictures a second that one CPU core makes ready for training
 
 A round runs every case once, and a matrix product of the same precision: whatever else the machine
 does hits all alike. Printed are medians over the rounds. "of matmul" is the FLOP/s over those of
@@ -21,6 +22,7 @@ pictures, M captions.
 """
 
 import dataclasses
+import io
 import statistics
 import time
 import weakref
@@ -30,7 +32,9 @@ from functools import partial
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -41,11 +45,14 @@ from chat import IGNORE, IMAGE_TOKEN
 from eval import check_output, retrieval_scores
 from fields import FieldError, FlagError, check_fields, option, parse_flags
 from files import save_json
+from finetune import FinetuneConfig
+from images import image_transform, load_image, normalize
 from llava_manager import OFFICIAL_FIELDS, VISION_FIELDS, LlavaManager, LlavaManagerConfig
 from loop import RunConfig, wrap
-from model import ManagerTower, ManagerTowerConfig
-from multigrid import ImageTiles, count_image_tokens
-from objectives import Pretraining
+from model import HEADS, ManagerTower, ManagerTowerConfig
+from multigrid import ImageTiles, count_image_tokens, preprocess_image
+from objectives import Pretraining, class_logits
+from tasks import TASKS
 from world import World, autocast, evaluating, one_sentence, resolve_precision
 
 PEER = "transformers"
@@ -88,6 +95,18 @@ class LlavaConfig(BenchConfig):
     """`llava`, which has two sizes."""
 
     model: str = option("tiny", "preset of the architecture", choices=("tiny", "base"))
+    compile: bool = option(False, flag=False)
+
+
+@dataclass
+class DataConfig(BenchConfig):
+    """`data`, which runs on one core of the CPU and has no batches."""
+
+    pictures: int = option(16, "pictures of a round", least=1, most=10_000)
+    model: str = option("base", flag=False)
+    batch_size: int = option(2, flag=False)
+    precision: str = option("fp32", flag=False)
+    device: str = option("cpu", flag=False)
     compile: bool = option(False, flag=False)
 
 
@@ -306,6 +325,10 @@ def step(
 
 
 # ---------------------------------------------------------------- two towers
+MASKED_EVERY = 7  # of the tokens one in seven is masked, about the usual 15%
+FIRST_MASKED = 1
+
+
 def random_pairs(
     config: ManagerTowerConfig, batch_size: int, device: str | torch.device = "cpu"
 ) -> dict[str, Tensor]:
@@ -316,7 +339,7 @@ def random_pairs(
     """
     length = config.max_text_len
     ids = torch.randint(config.pad_token_id + 1, config.vocab_size, (batch_size, length))
-    is_masked = torch.arange(length) % 7 == 1
+    is_masked = torch.arange(length) % MASKED_EVERY == FIRST_MASKED
     pixels = torch.randn(batch_size, 3, config.image_size, config.image_size)
     numbers = torch.arange(batch_size)
     other_pixels = pixels[numbers | 1]  # an even row gets the picture of the row after it
@@ -776,6 +799,174 @@ def manager_overhead() -> list[OverheadResult]:
     return results
 
 
+# ---------------------------------------------------------------- pictures
+PICTURE_SIZE = (640, 480)  # of most of COCO
+GPU = "H100"
+GPU_TFLOPS = 989  # of an H100 in bf16, without sparsity, says NVIDIA
+MFU = 0.4  # an assumption: what a well-tuned training run reaches of that
+
+
+def random_jpegs(count: int) -> list[bytes]:
+    """Files with soft shapes and some grain, about as large as a photograph's (90 kB)."""
+    rng = np.random.default_rng(0)
+    files = []
+    for _ in range(count):
+        coarse = rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)
+        picture = Image.fromarray(coarse).resize(PICTURE_SIZE, Image.Resampling.BICUBIC)
+        grain = rng.normal(0, 9, (PICTURE_SIZE[1], PICTURE_SIZE[0], 3))
+        grainy = (np.asarray(picture) + grain).clip(0, 255).astype(np.uint8)
+        file = io.BytesIO()
+        Image.fromarray(grainy).save(file, "JPEG", quality=90)
+        files.append(file.getvalue())
+    return files
+
+
+class CountedPretraining(Pretraining):
+    """Pre-training on the meta device, whose tensors have no values: `random_pairs` are known."""
+
+    def places_where(self, condition: Tensor) -> Tensor:
+        if condition.dim() == 1:  # the false pairs
+            count = len(condition) // 2
+        else:  # the masked tokens (B, L)
+            count = len(condition) * len(range(FIRST_MASKED, condition.shape[1], MASKED_EVERY))
+        return torch.arange(count, device=condition.device)
+
+
+def training_gflop(config: ManagerTowerConfig, share_images: bool = False) -> float:
+    """GFLOP of a training step for one sample, counted on the meta device.
+
+    It is on MLM and ITM, or, in a model with the head of a classification, on that one.
+    """
+    samples = 2  # a true pair and a false one
+    meta = torch.device("meta")
+    with meta:
+        model = ManagerTower(config)
+    batch = random_pairs(config, samples, meta)
+    if "mlm" in config.heads:
+        task = CountedPretraining(model, ("mlm", "itm"), share_images)
+        loss = partial(pretraining_loss, task, batch)
+    else:
+        if HEADS[config.heads[0]].pictures == 2:
+            batch["pixels_1"] = batch["pixels"]
+        loss = partial(sum_of_logits, model, batch)
+    return count_gflop(partial(step, loss, model, True, "fp32", meta)) / samples
+
+
+def sum_of_logits(model: ManagerTower, batch: dict[str, Tensor]) -> Tensor:
+    """A loss of a classification; what is between the logits and the true one is a few FLOPs."""
+    return class_logits(model, model.config.heads[0], batch).sum()
+
+
+class PictureJob(NamedTuple):
+    """A transform of pictures, and the training that it feeds."""
+
+    name: str
+    transform: Callable[[Image.Image, np.random.Generator], Any]
+    size: int  # pixels on each side of what comes out
+    gflop: float | None  # of a training step for one picture, where that is counted
+
+
+class DataResult(NamedTuple):
+    """A row of the table: one core of the CPU, medians over rounds."""
+
+    name: str
+    decode: float  # milliseconds for one picture
+    transform: float  # resize, augment, and to a tensor
+    to_tensor: float  # the last of these three
+    rate: float  # pictures a second
+    cores: float | None  # that one GPU keeps busy: an estimate
+
+
+DATA_HEAD = "{:>46s}{:>12s}{:>12s}{:>14s}{:>14s}"
+DATA_ROW = "{name:36s}{decode:10.2f}{transform:12.2f}{to_tensor:12.2f}{rate:14.1f}{cores:>14s}"
+
+
+def picture_jobs() -> list[PictureJob]:
+    """The pictures of pre-training, of every downstream task as its recipe has it, of the MLLM."""
+    # a pair of pre-training has one and a half pictures, as half of all pairs are false
+    config = ManagerTowerConfig.base()
+    size = config.image_size
+    clip = image_transform("clip", size, train=True)
+    jobs = [PictureJob("pre-training: clip", clip, size, training_gflop(config) / 1.5)]
+    gflop = training_gflop(config, share_images=True)
+    jobs.append(PictureJob("share_images: clip", clip, size, gflop))
+
+    for task_name, task in TASKS.items():
+        if not task.recipe:  # the papers do not train on it
+            continue
+        config = ManagerTowerConfig.base(heads=task.heads, **task.model)
+        size = config.image_size
+        name = task.recipe.get("transform", FinetuneConfig.transform)
+        transform = image_transform(name, size, train=True)
+        counted = None
+        if not task.is_retrieval:  # retrieval's batches have no fixed number of FLOPs a picture
+            counted = training_gflop(config) / HEADS[task.heads[0]].pictures
+        jobs.append(PictureJob(f"{task_name}: {name}", transform, size, counted))
+
+    tiles = LlavaManagerConfig.base()
+    jobs.append(PictureJob("MLLM: tiles", partial(cut_tiles, tiles), tiles.image_size, None))
+    return jobs
+
+
+def cut_tiles(config: LlavaManagerConfig, image: Image.Image, rng: Any) -> ImageTiles:
+    return preprocess_image(image, config)
+
+
+def milliseconds_of(call: Callable[..., Any], inputs: list, *others: Any) -> float:
+    """Of one input: the mean over all. others: what each call gets besides."""
+    start = time.perf_counter()
+    for value in inputs:
+        call(value, *others)
+    return 1000 * (time.perf_counter() - start) / len(inputs)
+
+
+def data_result(job: PictureJob, rounds: list[tuple[float, float, float]]) -> DataResult:
+    """rounds: milliseconds of a picture for decoding, the transform, and its tensor alone."""
+    decode = statistics.median(decode for decode, _, _ in rounds)
+    transform = statistics.median(transform for _, transform, _ in rounds)
+    to_tensor = statistics.median(to_tensor for _, _, to_tensor in rounds)
+    rate = 1000 / (decode + transform)
+    cores = None
+    if job.gflop is not None:
+        pictures_of_a_gpu = MFU * GPU_TFLOPS * 1000 / job.gflop
+        cores = pictures_of_a_gpu / rate
+    return DataResult(f"{job.name}, {job.size} px", decode, transform, to_tensor, rate, cores)
+
+
+def bench_data(config: DataConfig, device: torch.device) -> list[dict]:
+    """Pictures a second that one CPU core decodes, transforms and makes tensors of."""
+    torch.set_num_threads(1)  # as in a worker of the data loader
+    files = random_jpegs(config.pictures)
+    pictures = [load_image(file) for file in files]
+    bytes_of_a_file = sum(len(file) for file in files) // len(files)
+    print(f"{len(files)} JPEGs, 640 x 480 pixels, {bytes_of_a_file} bytes each; one core")
+
+    jobs = picture_jobs()
+    rounds: list[list[tuple[float, float, float]]] = [[] for _ in jobs]
+    for _ in range(config.rounds):
+        for job, measured in zip(jobs, rounds, strict=True):
+            rng = np.random.default_rng(0)
+            squares = [picture.resize((job.size, job.size)) for picture in pictures]
+            decode = milliseconds_of(load_image, files)
+            transform = milliseconds_of(job.transform, pictures, rng)
+            to_tensor = milliseconds_of(normalize, squares)
+            measured.append((decode, transform, to_tensor))
+
+    print()
+    print(DATA_HEAD.format("decode, ms", "transform", "its tensor", "pictures/s", "cores"))
+    results = []
+    for job, measured in zip(jobs, rounds, strict=True):
+        result = data_result(job, measured)
+        cores = "-" if result.cores is None else f"{result.cores:.1f}"
+        print(DATA_ROW.format(**{**result._asdict(), "cores": cores}))
+        results.append(result._asdict())
+    print(
+        f"cores: how many keep one {GPU} busy that trains the base model at {MFU:.0%} of "
+        f"{GPU_TFLOPS} TFLOP/s, an estimate"
+    )
+    return results
+
+
 # ---------------------------------------------------------------- the command line
 class Bench(NamedTuple):
     """A command."""
@@ -789,6 +980,7 @@ BENCHES = {
     "towers": Bench(bench_towers, BenchConfig, has_peer=True),
     "retrieval": Bench(bench_retrieval, RetrievalConfig, has_peer=False),
     "llava": Bench(bench_llava, LlavaConfig, has_peer=True),
+    "data": Bench(bench_data, DataConfig, has_peer=False),
 }
 
 

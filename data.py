@@ -23,6 +23,7 @@ import json
 import logging
 import math
 import os
+import posixpath
 import re
 from array import array
 from collections.abc import Callable, Iterator, Sequence
@@ -41,10 +42,10 @@ from chat import IMAGE_TAG, IMAGE_TOKEN, collate_chat, encode_chat, num_untraine
 from fields import show
 from files import (
     BYTE_ORDER_MARK,
-    MOST_BYTES_OF_A_LINE,
     OTHER_MARKS,
     BadSample,
     check_characters,
+    check_line_length,
     decode_text,
     member_place,
     need,
@@ -52,6 +53,7 @@ from files import (
     read_at,
     read_json,
     read_text,
+    similar_key,
     split_member,
 )
 from images import load_image
@@ -79,6 +81,9 @@ def need_picture(record: Any) -> list:
     need_object(record)
     picture = record.get("image")
     if not is_picture(picture):
+        check_spelling(record, "image")
+        if "image" not in record:
+            raise BadSample(f"an image expected, but there is no 'image' in {show(record)}")
         raise BadSample(f"an image expected, found {show(picture)}; 'image' must be a path")
     return [picture]
 
@@ -98,6 +103,25 @@ def need_object(record: Any) -> None:
 def need_name(record: dict, key: str) -> Any:
     """What a record, a question or a picture is called: a text or a whole number, or nothing."""
     return need(record, key, int | str | None)
+
+
+NOTHING: tuple = (None, "", [])  # is as absent, as in tables that were made of several sets
+
+
+def check_spelling(record: dict, key: str) -> None:
+    """Raises BadSample if a key that may be absent is, and another one looks like it.
+
+    Else what stands under the misspelt key would be missed, and nobody would know.
+    """
+    if record.get(key) not in NOTHING:
+        return
+    filled = {name: value for name, value in record.items() if value not in NOTHING}
+    similar = similar_key(filled, key)
+    if similar:
+        raise BadSample(
+            f"there is no {key!r}, but {show(similar)} is {show(record[similar])}; the key must be "
+            f"{key!r}"
+        )
 
 
 def without_doubles(rows: list[dict]) -> list[dict]:
@@ -150,6 +174,13 @@ def parse_questions(record: Any) -> Parsed:
             "image_id": image_id,
         }
         check_answers(row["answers"])
+        for key in ("answers", "question_type"):
+            check_spelling(question, key)
+        if row["answers"] is None and record.get("answers") not in NOTHING:
+            raise BadSample(
+                f"'answers' is {show(record['answers'])}, beside 'questions'; it must be in each "
+                "of the questions"
+            )
         rows.append(row)
     return pictures, rows
 
@@ -183,20 +214,11 @@ def parse_hypothesis(record: Any) -> Parsed:
 
 
 # ---------------------------------------------------------------- records of conversations -> rows
-NOTHING: tuple = (None, "", [])  # is as absent, as in tables that were made of several sets
-
-
 def need_chat_pictures(record: dict) -> list:
     """The pictures of a conversation: none, one or a list of them."""
     pictures = record.get("image")
     if pictures in NOTHING:
-        # without this the model would never see the pictures, and nobody would know
-        for key in ("images", "Image"):
-            if record.get(key) not in NOTHING:
-                raise BadSample(
-                    f"there is no 'image', but {key!r} is {show(record[key])}; the key of the "
-                    "pictures must be 'image'"
-                )
+        check_spelling(record, "image")
         return []
     if not isinstance(pictures, list):
         pictures = [pictures]
@@ -540,12 +562,6 @@ def is_yaml(path: str) -> bool:
     return path.lower().endswith((".yaml", ".yml"))
 
 
-def too_long(name: str, size: int) -> str:
-    """What to say of a record that is longer than any record is."""
-    most = MOST_BYTES_OF_A_LINE / 2**20
-    return f"{name} has {size / 2**20:.0f} MiB; a record must have at most {most:.0f}"
-
-
 def locate(path: str) -> tuple[str, int, int]:
     """The file that holds a path or `archive.tar::member`, and its offset and size in there.
 
@@ -681,9 +697,10 @@ class JsonReader:
             # what stops near the end of the window, or in a text, may go on behind it
             may_go_on = reached > len(self.window) - TOO_EARLY or fault.startswith("Unterminated")
             if may_go_on:
-                size = len(self.window) - self.place
-                if size > MOST_BYTES_OF_A_LINE:
-                    raise self.error(too_long("an item", size), self.place)
+                try:
+                    check_line_length(len(self.window) - self.place, "an item")
+                except ValueError as error:
+                    raise self.error(str(error), self.place) from None
                 if self.grow():
                     continue
             if fault:
@@ -758,7 +775,9 @@ def named(part: "Part", index: int) -> Iterator[None]:
 
 
 class Part:
-    """Records of a file, or drawn ones. Subclasses have `record`, or `parse` and `parse_texts`."""
+    """Records of a file, or drawn ones. Subclasses have `record`, or `parse`, `parse_texts`
+    and `picture_key`.
+    """
 
     path: str  # for messages
     places: Any  # a sequence: record i is at places[i], a line or a row
@@ -786,6 +805,15 @@ class Part:
         """The text rows of a record."""
         _, rows = self.parse(kind, index)
         return rows
+
+    def picture_key(self, kind: str, index: int) -> Any:
+        """What the records of one picture have in common: the place of its file."""
+        pictures, _ = self.parse(kind, index)
+        file, member = split_member(os.path.join(self.folder, pictures[0]))
+        place = os.path.realpath(file)
+        if member is None:
+            return place
+        return f"{place}::{posixpath.normpath(member)}"
 
 
 class Manifest(Part):
@@ -821,10 +849,9 @@ class Manifest(Part):
         name = self.name(index)
         start = int(self.starts[index])
         size = int(self.ends[index]) - start
-        if size > MOST_BYTES_OF_A_LINE:
-            raise BadSample(too_long(name, size))
-        content = read_at(self.file, start, size)
         try:
+            check_line_length(size, name)
+            content = read_at(self.file, start, size)
             if self.unit == "line" and not content.startswith(OTHER_MARKS):
                 # it counts lines, and this is not the first one
                 decode_text(content, self.path, int(self.places[index]))
@@ -875,6 +902,11 @@ class ArrowFile(Part):
             self.chunk_number = chunk_number
         with named(self, index):
             return self.arrow_kind.parse(self.chunk[index % self.chunk_size])
+
+    def picture_key(self, kind: str, index: int) -> Any:
+        """A hash of the bytes of the picture, as there is no path."""
+        picture = arrow_table(self.file).column(self.arrow_kind.pictures[0])[index].as_py()
+        return hashlib.sha256(picture or b"").digest()
 
 
 # ---------------------------------------------------------------- sources
@@ -1028,6 +1060,11 @@ class Source:
         part, number = self.find(index)
         return part.name(number)
 
+    def picture_key(self, index: int) -> Any:
+        """What is equal for records of the same picture, and for no others."""
+        part, number = self.find(index)
+        return part.picture_key(self.kind, number)
+
     def load(self, index: int) -> tuple[list[Image.Image], list[dict]]:
         """The opened pictures and the rows of record `index`. BadSample names file and line."""
         part, number = self.find(index)
@@ -1064,6 +1101,42 @@ class Source:
     def texts(self, limit: int | None = None) -> list[dict]:
         """All rows, or the first `limit` ones, without their pictures."""
         return list(itertools.islice(self.iterate_texts(), limit))
+
+
+class RetrievalSet(NamedTuple):
+    """The pictures and captions of a source, each picture once."""
+
+    records: list[int]  # of each picture the number of its first record
+    texts: list[str]
+    image_index: list[int]  # of each text the place of its picture in `records`
+
+
+def group_by_picture(source: Source) -> RetrievalSet:
+    """The captions of a source by their pictures, as some manifests have a line for each caption.
+
+    Of several records of one picture the first one counts, with the different captions of all.
+    """
+    records: list[int] = []
+    place_of_key: dict[Any, int] = {}
+    places = []  # of each record, the place of its picture
+    for index in range(source.num_images):
+        key = source.picture_key(index)
+        if key not in place_of_key:
+            place_of_key[key] = len(records)
+            records.append(index)
+        places.append(place_of_key[key])
+
+    texts = []
+    image_index = []
+    seen = set()
+    for row in source.iterate_texts():
+        place = places[row["image_index"]]
+        pair = (place, row["text"])
+        if pair not in seen:
+            seen.add(pair)
+            texts.append(row["text"])
+            image_index.append(place)
+    return RetrievalSet(records, texts, image_index)
 
 
 def open_source(kind: str, files: Sequence[Path], on_bad_sample: str = HELD_OUT) -> Source:
@@ -1350,8 +1423,13 @@ class PretrainDataset(PairDataset):
         super().__init__(*args, **kwargs)
         self.batch_size = 2 if share_images else batch_size
         self.loads_false_images = "itm" in objectives and not share_images
-        if self.source.image_of[0] == self.source.image_of[-1]:
+        if not self.has_two_pictures():
             raise ValueError("image-text matching needs at least two images, the data has one")
+
+    def has_two_pictures(self) -> bool:
+        """Whether not all rows have the same picture. It looks no further than to the second."""
+        first_key = self.source.picture_key(int(self.source.image_of[0]))
+        return any(self.source.picture_key(int(i)) != first_key for i in self.source.image_of)
 
     def is_match(self, position: int) -> bool:
         """Whether the pair at this position is a true one: half of each batch, drawn for it."""
@@ -1361,10 +1439,11 @@ class PretrainDataset(PairDataset):
         return bool(order[place] >= self.batch_size // 2)
 
     def draw_other_image(self, row: int, rng: np.random.Generator) -> int:
-        """The number of a record other than the row's own."""
+        """The number of a record with another picture than the row's own."""
         own = int(self.source.image_of[row])
+        own_key = self.source.picture_key(own)
         index = own
-        while index == own:
+        while index == own or self.source.picture_key(index) == own_key:
             index = int(self.source.image_of[rng.integers(len(self))])
         return index
 

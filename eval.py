@@ -25,17 +25,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from data import HELD_OUT, PairDataset, Source, batches, tolerate
+from data import HELD_OUT, PairDataset, Source, batches, group_by_picture, tolerate
 from fields import FlagError, check_fields, option, parse_flags, show
 from files import (
     MOST_BYTES_OF_DATA,
     BadSample,
     as_dict,
+    check_output,
     is_our_picture,
     need,
     read_json,
     save_json,
-    why_no_folder,
 )
 from metrics import mean_by, official_vqa_accuracy, recall
 from model import ManagerTower
@@ -87,6 +87,11 @@ class EvalConfig:
         if self.submit or self.annotations:
             self.check_questions()
         check_data_flags(self.data, self.data_root)
+        if self.annotations and self.data:
+            raise ValueError(
+                f"--annotations are for --data_root; the scenes of --data {self.data} are not in "
+                f"{self.annotations}"
+            )
         self.check_split()
 
     def check_split(self) -> None:
@@ -124,24 +129,6 @@ def check_data_flags(data: str, data_root: str) -> None:
     """Raises ValueError unless exactly one of the two flags says where the data are."""
     if bool(data) == bool(data_root):
         raise ValueError("say where the data are: either --data demo or --data_root FOLDER")
-
-
-def check_output(flag: str, path: str) -> None:
-    """Raises ValueError if the file of an output flag cannot be written, before anything is loaded.
-
-    An empty path stands for a default, inside a folder that is read anyway.
-    """
-    if not path:
-        return
-    if Path(path).exists() and not Path(path).is_file():
-        kind = "a folder" if Path(path).is_dir() else "a device"
-        raise ValueError(f"{flag} {path} cannot be written: it is {kind}, not a file")
-    folder = Path(path).parent
-    if not folder.is_dir():
-        raise ValueError(f"{flag} {path} cannot be written: there is no folder {folder}")
-    reason = why_no_folder(folder)
-    if reason:
-        raise ValueError(f"{flag} {path} cannot be written: {reason}")
 
 
 def check_picture_output(flag: str, path: str | Path) -> None:
@@ -263,15 +250,12 @@ def evaluate(
     """The metrics of a task: accuracy, or recall with re-ranking. To be called by all processes."""
     if not find_task(task).is_retrieval:
         return accuracy(predict(model, dataset, task, batch_size, num_workers))
-    source = dataset.source
-    captions = source.texts()
-    texts = [caption["text"] for caption in captions]
-    image_index = torch.tensor([caption["image_index"] for caption in captions])
-    input_ids, attention_mask = dataset.tokenizer(texts, dataset.max_text_len)
+    retrieval = group_by_picture(dataset.source)
+    input_ids, attention_mask = dataset.tokenizer(retrieval.texts, dataset.max_text_len)
     scores = retrieval_scores(
         model,
-        functools.partial(load_pixels, dataset),
-        source.num_images,
+        functools.partial(load_pixels, dataset, retrieval.records),
+        len(retrieval.records),
         input_ids,
         attention_mask,
         k_test,
@@ -280,13 +264,14 @@ def evaluate(
         memory_gb,
         num_workers,
     )
-    return {**recall(scores, image_index), "images": source.num_images, "texts": len(captions)}
+    metrics = recall(scores, torch.tensor(retrieval.image_index))
+    return {**metrics, "images": len(retrieval.records), "texts": len(retrieval.texts)}
 
 
-def load_pixels(dataset: PairDataset, index: int) -> Tensor:
-    """The first picture of a record, (3, S, S)."""
+def load_pixels(dataset: PairDataset, records: list[int], index: int) -> Tensor:
+    """The picture of record records[index], (3, S, S)."""
     try:
-        picture = dataset.source.images(index)[0]
+        picture = dataset.source.images(records[index])[0]
     except BadSample as error:
         tolerate(error, HELD_OUT, 0, set())
         raise
@@ -441,7 +426,7 @@ def match_logits(
         different, position = captions.unique(return_inverse=True)
         text_experts = texts[different][position.to(device)]
         mask = texts.attention_mask[captions].to(device)
-        pooled = model.fuse(text_experts, images[places], mask).pooled
+        pooled = model.fuse_pooled(text_experts, images[places], mask)
         logits = model.heads["itm"](pooled)  # (P, 2)
         scores.append(logits[:, 1].float().cpu())
     return torch.cat(scores)
@@ -696,6 +681,8 @@ def run_task(config: EvalConfig) -> None:
             if config.submit:
                 save_json(config.submit, results)
             print_table(f"{config.task} {split}", metrics, task.paper.get(split, {}))
+            if source is not None and source.has_answers is False and not config.submit:
+                print("  note: its questions have no 'answers', so they are only counted")
 
     if is_first:
         report = {"checkpoint": config.checkpoint, "task": config.task, "splits": splits}

@@ -15,6 +15,8 @@ import argparse
 import dataclasses
 import difflib
 import functools
+import inspect
+import io
 import json
 import math
 import re
@@ -22,9 +24,9 @@ import reprlib
 import sys
 import types
 import typing
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 
 class FieldError(ValueError):
@@ -39,6 +41,11 @@ SHORT = reprlib.Repr()  # it reads no more of a value than it shows
 SHORT.maxlevel = 3
 SHORT.maxlist = SHORT.maxtuple = SHORT.maxdict = 4
 SHORT.maxstring = SHORT.maxother = 80
+
+
+def shorten(text: str, most: int) -> str:
+    """A text, or its beginning where it has more characters."""
+    return text if len(text) <= most else f"{text[:most]}..."
 
 
 def show(value: Any) -> str:
@@ -63,12 +70,14 @@ def option(
     below: float | None = None,
     choices: Sequence[str] = (),
     flag: bool = True,
+    path: bool = False,
 ) -> Any:
     """A field of a config. Without a default it has to be given.
 
     least, most: the range of a number, ends included; above, below: without the ends; choices: the
     texts that are allowed (in a tuple: each of its items); flag=False: the field follows from
-    others, so it is no flag.
+    others, so it is no flag; path=True: it names a file or folder and is written into none, so it
+    need not be UTF-8.
     """
     metadata = {
         "help": help,
@@ -78,6 +87,7 @@ def option(
         "below": below,
         "choices": tuple(choices),
         "flag": flag,
+        "path": path,
     }
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -106,25 +116,29 @@ def may_be_none(declared: Any) -> bool:
     return isinstance(declared, types.UnionType) and type(None) in typing.get_args(declared)
 
 
-def is_of_type(value: Any, declared: Any) -> bool:
+def is_of_type(value: Any, declared: Any, is_path: bool = False) -> bool:
     """Whether a value has exactly this simple type.
 
-    A bool is no number; a float is finite, and may be given as an int.
+    A bool is no number; a float is finite, and may be given as an int; a path need not be UTF-8.
     """
     if type(value) is int and abs(value) >= 2**63:
         return False  # more than a tensor can count
     if declared is float:
         return type(value) in (int, float) and math.isfinite(value)
-    if declared is str and isinstance(value, str) and not is_plain(value):
+    if declared is str and isinstance(value, str) and not is_plain(value, is_path):
         return False
     return type(value) is declared
 
 
-def is_plain(text: str) -> bool:
-    """Whether a text may be a name: it is UTF-8, and without the character NUL."""
+def is_plain(text: str, is_path: bool = False) -> bool:
+    """Whether a text may be a name: it is without the character NUL, and UTF-8 unless it is a path.
+
+    Python reads bytes of a command line that are no UTF-8 as halves of characters, and gives them
+    to the system as they were.
+    """
     try:
-        text.encode()
-    except UnicodeEncodeError:  # bytes of a command line that are no UTF-8
+        text.encode(errors="surrogateescape" if is_path else "strict")
+    except UnicodeEncodeError:
         return False
     return "\0" not in text
 
@@ -162,7 +176,8 @@ def describe_rule(declared: Any, rule: Mapping[str, Any]) -> str:
 
 def check_value(name: str, value: Any, declared: Any, rule: Mapping[str, Any]) -> None:
     """Raises FieldError unless the value of a simple type is allowed."""
-    allowed = is_of_type(value, declared)
+    is_path = rule["path"]
+    allowed = is_of_type(value, declared, is_path)
     if allowed and declared in NUMBERS:
         allowed = in_range(value, rule)
     if allowed and rule["choices"]:
@@ -172,7 +187,7 @@ def check_value(name: str, value: Any, declared: Any, rule: Mapping[str, Any]) -
     wanted = describe_rule(declared, rule)
     if type(value) is int and abs(value) >= 2**63:
         wanted += " and below 2 to the power of 63"
-    if isinstance(value, str) and not is_plain(value):
+    if isinstance(value, str) and not is_plain(value, is_path):
         wanted += " in UTF-8, without the character NUL"
     raise FieldError(f"{name} is {show(value)}; it must be {wanted}")
 
@@ -459,3 +474,58 @@ def parse_recipe(
     except FieldError as error:
         raise FieldError(f"--{error}") from None
     return name, run, {**model_fields, **model_values}
+
+
+# ---------------------------------------------------------------- a script with commands
+class Command(NamedTuple):
+    """One command of a script: the dataclass of its flags, and what it does with them."""
+
+    options: type
+    run: Callable[[Any], Any]
+
+
+def describe_command(command: Command) -> str:
+    """What a command does: the docstring of its options."""
+    return inspect.getdoc(command.options) or ""
+
+
+def list_commands(commands: dict[str, Command], description: str) -> str:
+    """The help page of a script with commands."""
+    script = Path(sys.argv[0]).name
+    lines = [
+        f"usage: {script} COMMAND [--FLAG VALUE ...]",
+        "",
+        description,
+        "",
+        f"commands, whose flags `python {script} COMMAND -h` lists:",
+    ]
+    for name, command in commands.items():
+        first_line = describe_command(command).partition("\n")[0]
+        lines.append(f"  {name:<12}{first_line}")
+    return "\n".join(lines)
+
+
+def forgive_encodings() -> None:
+    """A letter that the terminal cannot show is shown as "?": no result is lost for it."""
+    for stream in (sys.stdin, sys.stdout):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+def run_command(commands: dict[str, Command], argv: list[str], description: str) -> None:
+    """The main function of a script with commands. Raises FlagError for a command that is none."""
+    forgive_encodings()
+    script = Path(sys.argv[0]).name
+    if not argv:
+        raise FlagError(f"{script} needs a command, one of {', '.join(commands)}")
+    name = argv[0]
+    if name in ("-h", "--help"):
+        print(list_commands(commands, description))
+        return
+    if name not in commands:
+        raise FlagError(
+            f"{script} has no command {show(name)}; it must be one of {', '.join(commands)}"
+        )
+    command = commands[name]
+    options = parse_flags(command.options, argv[1:], describe_command(command), name)
+    command.run(options)

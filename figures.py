@@ -16,6 +16,7 @@ Shapes: B batch, N experts, L tokens, D width, T tiles, S side of a tile.
 import contextlib
 import functools
 import io
+import itertools
 import math
 import os
 import warnings
@@ -32,10 +33,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Subset
 
-from ask import Command, encode_turns, run_command
+from ask import encode_turns
 from data import batches
 from eval import check_data_flags, check_picture_output, open_task
-from fields import check_fields, option, show
+from fields import Command, check_fields, option, run_command, show
 from files import read_log, save_json, save_picture
 from images import load_image, name_of
 from llava_manager import LlavaManager, LlavaManagerConfig
@@ -306,11 +307,13 @@ class ManagersOptions:
     data_root: str = option("", "folder of manifests or .arrow files")
     task: str = option("", "whose data to take; none = one that the model can do")
     split: str = option("", "which split; none = the task's first one")
-    image: list[str] = option((), "a picture for the MLLM")
+    image: list[str] = option((), "a picture for the MLLM", path=True)
     limit: int = option(512, "most rows of the data", least=1)
     batch_size: int = option(32, "rows of a batch", least=1)
     num_workers: int = option(0, "processes that load data", least=0, most=MOST_WORKERS)
-    out: str = option("", "file of the figure; none = managers.png in the folder of the model")
+    out: str = option(
+        "", "file of the figure; none = managers.png in the folder of the model", path=True
+    )
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
 
     def __post_init__(self) -> None:
@@ -425,8 +428,8 @@ def managers(options: ManagersOptions) -> dict[str, Any]:
 class CurvesOptions:
     """Draw the training loss and the held-out metrics of runs."""
 
-    run: list[str] = option(help="the --out_dir of a run")
-    out: str = option("curves.png", "file of the figure")
+    run: list[str] = option(help="the --out_dir of a run", path=True)
+    out: str = option("curves.png", "file of the figure", path=True)
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -507,8 +510,18 @@ def read_run(folder: str, name: str, losses: Curves, metrics: Curves) -> None:
         )
 
 
+MOST_CURVES = 50  # of a panel, with as many names in its legend
+
+
+def first_curves(found: Curves, what: str) -> Curves:
+    """The first ones, where there are more than a picture can show; then it is said."""
+    if len(found) > MOST_CURVES:
+        print(f"note: of {len(found)} curves of {what} the first {MOST_CURVES} are drawn")
+    return dict(itertools.islice(found.items(), MOST_CURVES))
+
+
 def curves(options: CurvesOptions) -> dict[str, dict]:
-    """Draw the figure. Returns what is drawn: "losses", {run: (steps, losses)}, and "metrics",
+    """Draw the figure. Returns what was read: "losses", {run: (steps, losses)}, and "metrics",
     {"run: metric": (steps, values)}.
     """
     check_picture_output("--out", options.out)
@@ -517,9 +530,11 @@ def curves(options: CurvesOptions) -> dict[str, dict]:
     metrics: Curves = {}
     for name, folder in zip(short_names(options.run), options.run, strict=True):
         read_run(folder, name, losses, metrics)
+    drawn_losses = first_curves(losses, "losses")
+    drawn_metrics = first_curves(metrics, "metrics")
     panels = [
-        Panel("training", "step", "loss", losses, "no loss is logged yet"),
-        Panel("held out", "step", "metric", metrics, "no evaluation is logged yet"),
+        Panel("training", "step", "loss", drawn_losses, "no loss is logged yet"),
+        Panel("held out", "step", "metric", drawn_metrics, "no evaluation is logged yet"),
     ]
     save_picture(options.out, draw_panels(panels))
     return {"losses": losses, "metrics": metrics}
@@ -533,9 +548,9 @@ class GridOptions:
     The base tile, the grid of tiles with its padding in red, and the numbers of tokens.
     """
 
-    image: str = option(help="the picture")
+    image: str = option(help="the picture", path=True)
     checkpoint: str = option("", "folder of the model; none = the paper's architecture")
-    out: str = option("grid.png", "file of the figure")
+    out: str = option("grid.png", "file of the figure", path=True)
 
     def __post_init__(self) -> None:
         check_fields(self)

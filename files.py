@@ -5,10 +5,12 @@ the disk and renamed. What cannot be read is an error that names the file.
 """
 
 import contextlib
+import difflib
 import errno
 import fcntl
 import functools
 import io
+import itertools
 import json
 import math
 import os
@@ -28,7 +30,7 @@ from PIL import Image, PngImagePlugin
 from safetensors import SafetensorError
 
 from fields import show
-from world import is_worker_death
+from world import first_line_of, is_worker_death
 
 # of the format of checkpoints and logs; it stands in config.json and in the first row of a log
 VERSION = "2.0"
@@ -60,8 +62,8 @@ def write_atomically(path: str | Path, write: Callable[[Path], Any]) -> None:
         free = shutil.disk_usage(path.parent).free
         if free < 2**20:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
-        first_line = str(error).partition("\n")[0]
-        raise OSError(f"{first_line} ({size_in_words(free)} are free there)") from error
+        reason = first_line_of(error)
+        raise OSError(f"{reason} ({size_in_words(free)} are free there)") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -122,6 +124,28 @@ def why_no_folder(folder: str | Path) -> str:
             return ""
     except OSError as error:
         return f"no file can be made in {place} ({error.strerror})"
+
+
+def check_output(flag: str, path: str) -> None:
+    """Raises ValueError if the file of an output flag cannot be written, before anything is loaded.
+
+    An empty path stands for a default, inside a folder that is read anyway.
+    """
+    if not path:
+        return
+    try:
+        is_there = Path(path).exists()
+    except OSError as error:  # a name that is too long
+        raise ValueError(f"{flag} {show(path)} cannot be written: {error.strerror}") from None
+    if path.endswith("/") or (is_there and not Path(path).is_file()):
+        kind = "a folder" if path.endswith("/") or Path(path).is_dir() else "a device"
+        raise ValueError(f"{flag} {path} cannot be written: it is {kind}, not a file")
+    folder = Path(path).parent
+    if not folder.is_dir():
+        raise ValueError(f"{flag} {path} cannot be written: there is no folder {folder}")
+    reason = why_no_folder(folder)
+    if reason:
+        raise ValueError(f"{flag} {path} cannot be written: {reason}")
 
 
 def save_result(path: str | Path, write: Callable[[Path], Any]) -> None:
@@ -380,6 +404,19 @@ def name_of_kind(declared: Any) -> str:
     return " or ".join(KIND_NAMES[kind] for kind in kinds)
 
 
+MOST_KEYS = 100  # of a record that are compared: one may have millions
+
+
+def similar_key(record: dict, key: str) -> str:
+    """The key of a record that looks most like another, misspelt one; empty if none does."""
+    names = {}
+    for name in itertools.islice(record, MOST_KEYS):
+        if isinstance(name, str) and name != key:
+            names[name.casefold()] = name
+    similar = difflib.get_close_matches(key.casefold(), names, n=1, cutoff=0.8)
+    return names[similar[0]] if similar else ""
+
+
 def need(record: Any, key: str, declared: Any, place: str = "", filled: bool = False) -> Any:
     """record[key], of its declared type. A key that may be null may be absent too.
 
@@ -391,7 +428,9 @@ def need(record: Any, key: str, declared: Any, place: str = "", filled: bool = F
         raise BadSample(f"{prefix}{show(record)} is not an object with the key {key!r}")
     value = record.get(key)
     if key not in record and not is_of_kind(None, declared):
-        raise BadSample(f"{prefix}there is no {key!r} in {show(record)}")
+        similar = similar_key(record, key)
+        hint = f"; its key {show(similar)} looks like it" if similar else ""
+        raise BadSample(f"{prefix}there is no {key!r} in {show(record)}{hint}")
     if not is_of_kind(value, declared):
         wanted = name_of_kind(declared)
         raise BadSample(f"{prefix}{key!r} is {show(value)}; it must be {wanted}")

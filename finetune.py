@@ -35,8 +35,12 @@ from loop import (
     TowerRunConfig,
     find_tokenizer_of,
     fit,
+    is_beginning_gone,
     make_plan,
+    measure_untrained,
     param_groups,
+    refuse_idle_flags,
+    stored_config,
     summarize,
 )
 from model import ManagerTower, ManagerTowerConfig
@@ -49,6 +53,7 @@ from weights import convert_weights, is_mllm_config, load_model, read_config_val
 from world import MOST_WORKERS, World, one_sentence, seed_all
 
 OFFICIAL = "official:"
+UNIMODAL = "unimodal"
 
 
 @dataclass
@@ -99,7 +104,7 @@ class FinetuneConfig(TowerRunConfig):
                 "say what to start from: --init CHECKPOINT, --init official:FILE.ckpt, or --init "
                 "unimodal"
             )
-        encoders_needed = self.init == "unimodal"
+        encoders_needed = self.init == UNIMODAL
         if bool(self.vision) != encoders_needed or bool(self.text) != encoders_needed:
             raise ValueError(
                 "--init unimodal needs --vision and --text, the two encoders; any other --init has "
@@ -115,7 +120,7 @@ def recipe(name: str, init: str, data: str) -> tuple[FinetuneConfig, dict]:
         return FinetuneConfig(
             out_dir=out_dir, eval_split=task.recipe.get("eval_split", "val"), **task.demo
         ), {}
-    if init == "unimodal" and task.unimodal_recipe:
+    if init == UNIMODAL and task.unimodal_recipe:
         return FinetuneConfig(out_dir=out_dir, **task.unimodal_recipe), task.unimodal_model
     return FinetuneConfig(out_dir=out_dir, **task.recipe), task.model
 
@@ -123,7 +128,7 @@ def recipe(name: str, init: str, data: str) -> tuple[FinetuneConfig, dict]:
 # ---------------------------------------------------------------- tokenizer, model, data
 def find_init_tokenizer(run: FinetuneConfig) -> Tokenizer:
     """--tokenizer, or the one in --init's folder, or with --init unimodal the one beside --text."""
-    if run.tokenizer or run.init == "unimodal":
+    if run.tokenizer or run.init == UNIMODAL:
         return find_tokenizer(run)
     try:
         return load_tokenizer(run.init.removeprefix(OFFICIAL))
@@ -156,7 +161,9 @@ def initial_model(
     run: FinetuneConfig, fields: dict, tokenizer: Tokenizer, world: World
 ) -> ManagerTower:
     """What --init says, with the `fields` of its config replaced (heads among them)."""
-    if run.init == "unimodal":
+    if is_beginning_gone(run):
+        return ManagerTower(stored_config(run, fields))
+    if run.init == UNIMODAL:
         return make_model(run, fields, tokenizer)
     folder = convert_official(run, world) if run.init.startswith(OFFICIAL) else Path(run.init)
     if is_mllm_config(read_config_values(folder)):
@@ -293,15 +300,30 @@ def finetune(name: str, run: FinetuneConfig, fields: dict, world: World) -> None
         run, model, functools.partial(save_extras, tokenizer, answers), identity, world
     )
     announce(run, name, source, heldout, world)
-    untrained = evaluate_heldout()
+    untrained = measure_untrained(run, evaluate_heldout)
     job: Task = Retrieval(model) if task.is_retrieval else Classification(model, task.heads[0])
-    finished = fit(run, job, dataset, evaluate_heldout, checkpoint, world, param_groups(model, run))
-    if finished and world.rank == 0:
+    fit(run, job, dataset, evaluate_heldout, checkpoint, world, param_groups(model, run))
+    if world.rank == 0:
         where = "--data demo" if run.data else f"--data_root {run.data_root}"
         command = f"python eval.py --task {name} --checkpoint {run.out_dir} {where}"
-        summarize(
-            run, checkpoint, {"untrained": untrained, **baselines(source, heldout)}, [command]
-        )
+        summarize(run, checkpoint, {**untrained, **baselines(source, heldout)}, [command])
+
+
+def idle_flags(name: str, run: FinetuneConfig) -> dict[str, str]:
+    """The flags that mean nothing in this run -> why."""
+    idle = {}
+    if run.data:
+        for flag in ("train_split", "eval_split", "on_bad_sample"):
+            idle[flag] = "with --data demo: the scenes are drawn"
+    else:
+        idle["eval_size"] = "with --data_root: all of --eval_split is measured on"
+    if not TASKS[name].is_retrieval:
+        idle["k_test"] = f"with --task {name}: only retrieval ranks candidates"
+    if run.init != UNIMODAL:
+        idle["model"] = f"with --init {run.init}, which has its own sizes"
+    if run.max_steps:
+        idle["epochs"] = f"with --max_steps {run.max_steps}; they count where that is 0"
+    return idle
 
 
 def main(argv: list[str]) -> None:
@@ -314,6 +336,7 @@ def main(argv: list[str]) -> None:
     }
     name, run, fields = parse_recipe(argv, recipes, "task")
     run.check_start()
+    refuse_idle_flags(argv, idle_flags(name, run))
     finetune(name, run, fields, World(run.device))
 
 

@@ -393,6 +393,11 @@ class LlavaManagerConfig:
         return self.manager_type == "static" or layer == 0
 
     @property
+    def has_static(self) -> bool:
+        """Whether any manager is static."""
+        return self.manager_type is not None and self.is_static(self.inject_layers[0])
+
+    @property
     def query(self) -> str | None:
         """What the adaptive managers read beside the image: last, average, cross, or None."""
         return str(self.manager_type).partition("adaptive_")[2] or None
@@ -606,11 +611,11 @@ def check_inputs(
             raise ValueError(f"image {number} has pixels {shape}; should be (T, 3, {side}, {side})")
 
 
-def find_text_query(ids: Tensor, num_images: int, im_start_id: int) -> Tensor:
-    """Which positions of a row the adaptive managers may read as text query, (S,) boolean.
+def find_text_query(ids: Tensor, im_start_id: int) -> Tensor:
+    """Which tokens of a row the adaptive managers may read as text query, (L,) boolean.
 
-    ids: of one row with its placeholders expanded, before it is cut. The query is the text of the
-    first turn of the user, which is
+    ids: of one row without padding, with a placeholder for each image. The query is the text of
+    the first turn of the user, which is
 
         <|im_start|> user newline TEXT newline IMAGE newline TEXT <|im_end|> newline <|im_start|>
 
@@ -618,10 +623,10 @@ def find_text_query(ids: Tensor, num_images: int, im_start_id: int) -> Tensor:
     counts. A row without a second <|im_start|> is of style plain: IMAGE TEXT newline.
     """
     at = torch.arange(len(ids))
-    if num_images == 0:
+    images = torch.nonzero(ids == IMAGE_TOKEN)[:, 0].tolist()
+    if not images:
         return torch.zeros_like(at, dtype=torch.bool)
-    image_positions = torch.nonzero(ids == IMAGE_TOKEN)[:, 0]
-    last_image = int(image_positions[-1])
+    last_image = images[-1]
 
     # style plain
     turns = torch.nonzero(ids == im_start_id)[:, 0].tolist()  # the system, the user, the assistant
@@ -636,47 +641,76 @@ def find_text_query(ids: Tensor, num_images: int, im_start_id: int) -> Tensor:
     newline_behind = last_image + 1
     query = (at > newline_behind) & (at < im_end)
     # the text before the only image
-    if num_images == 1:
-        newline_before = int(image_positions[0]) - 1
+    if len(images) == 1:
+        newline_before = last_image - 1
         text = turns[1] + 3  # behind <|im_start|>, user, newline
         query = query | ((at >= text) & (at < newline_before))
     return query
 
 
-def expand_row(
-    ids: Tensor, labels: Tensor, counts: Tensor, first_image: int, config: LlavaManagerConfig
-) -> dict[str, Tensor]:
-    """One row without padding, its ids and labels (L,) -> the row's part of each tensor (B, S) of
-    ExpandedBatch, not yet cut.
+class Layout(NamedTuple):
+    """Where the tokens of a batch (B, L) stand once each placeholder has become image tokens.
 
-    counts: how many tokens each image of the row has; first_image: the number of its first one.
+    Token t of a row becomes the positions from starts[t] to ends[t] - 1: one of text, as many as
+    its image has tokens of a placeholder, none of padding.
     """
-    is_placeholder = ids == IMAGE_TOKEN
-    repeats = torch.ones_like(ids)  # how many positions each token of the row becomes
-    repeats[is_placeholder] = counts
-    # of each token of the row the number of its image, and where it starts in the expanded row
-    image = torch.full_like(ids, -1)
-    image[is_placeholder] = first_image + torch.arange(len(counts))
-    start = repeats.cumsum(0) - repeats
 
-    # a placeholder and all that belongs to it is repeated
-    expanded_ids = ids.repeat_interleave(repeats)  # (S,)
-    return {
-        "ids": expanded_ids,
-        "mask": torch.ones_like(expanded_ids, dtype=torch.bool),
-        "labels": labels.masked_fill(is_placeholder, IGNORE).repeat_interleave(repeats),
-        "image": image.repeat_interleave(repeats),
-        "place": torch.arange(len(expanded_ids)) - start.repeat_interleave(repeats),
-        "is_query": find_text_query(expanded_ids, len(counts), config.im_start_id),
-    }
+    is_placeholder: Tensor  # (B, L), boolean
+    starts: Tensor  # (B, L)
+    ends: Tensor  # (B, L)
+    counts: Tensor  # (I,): tokens of each image
 
 
-def pad_column(rows: list[dict[str, Tensor]], name: str, value: int, max_length: int) -> Tensor:
-    """One tensor (B, S) of all rows: each row's part is cut at max_length and filled with `value`
-    on the right.
+def lay_out(
+    ids: Tensor, mask: Tensor, images: Sequence[ImageTiles], config: LlavaManagerConfig
+) -> Layout:
+    """ids and mask (B, L) of inputs that fit together -> where their tokens will stand."""
+    counts = [count_image_tokens(len(image.pixels), image.size, config) for image in images]
+    is_placeholder = (ids == IMAGE_TOKEN) & mask
+    # how many positions each token becomes
+    repeats = mask.long()
+    repeats[is_placeholder] = torch.tensor(counts, dtype=torch.long)
+    ends = repeats.cumsum(1)
+    return Layout(is_placeholder, ends - repeats, ends, torch.tensor(counts, dtype=torch.long))
+
+
+def on_cpu(input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The ids as whole numbers and the mask as booleans, all True where there is none."""
+    ids = input_ids.cpu().long()
+    if attention_mask is None:
+        return ids, torch.ones_like(ids, dtype=torch.bool)
+    return ids, attention_mask.cpu().bool()
+
+
+class TokenCounts(NamedTuple):
+    """What each row of a batch will hold, (B,), without making it."""
+
+    labels: Tensor  # label tokens that are left; the first token of a row is predicted by none
+    lengths: Tensor  # all tokens before the row is cut
+    lost: Tensor  # image tokens that are cut off
+
+
+def count_tokens(
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    images: Sequence[ImageTiles],
+    config: LlavaManagerConfig,
+    labels: Tensor,
+) -> TokenCounts:
+    """input_ids, attention_mask, labels (B, L) -> TokenCounts. Raises ValueError for inputs that do
+    not fit together.
     """
-    parts = [row[name][:max_length] for row in rows]
-    return nn.utils.rnn.pad_sequence(parts, batch_first=True, padding_value=value)
+    ids, mask = on_cpu(input_ids, attention_mask)
+    check_inputs(ids, mask, labels, images, config)
+    layout = lay_out(ids, mask, images, config)
+    # text alone has labels: it must be behind the first position and before the cut
+    is_text = mask & ~layout.is_placeholder
+    is_left = (layout.starts > 0) & (layout.starts < config.max_length)
+    has_label = is_text & is_left & (labels.cpu() != IGNORE)
+    # how much of each token is behind the cut
+    behind = layout.ends - layout.starts.clamp(min=config.max_length)
+    lost = behind.clamp(min=0) * layout.is_placeholder
+    return TokenCounts(has_label.sum(1), layout.ends[:, -1], lost.sum(1))
 
 
 def expand_placeholders(
@@ -689,40 +723,45 @@ def expand_placeholders(
     """input_ids, attention_mask, labels (B, L) of any integer dtype, with a placeholder for each
     image -> the batch as the LLM sees it. Raises ValueError for inputs that do not fit together.
     """
-    ids = input_ids.cpu().long()
-    mask = torch.ones_like(ids, dtype=torch.bool)
-    if attention_mask is not None:
-        mask = attention_mask.cpu().bool()
+    # 1. what is known of each token, (B, L)
+    ids, mask = on_cpu(input_ids, attention_mask)
     check_inputs(ids, mask, labels, images, config)
-    all_labels = ids if labels is None else labels.cpu().long()
-    counts = [count_image_tokens(len(image.pixels), image.size, config) for image in images]
+    layout = lay_out(ids, mask, images, config)
+    image = torch.full_like(ids, -1)
+    image[layout.is_placeholder] = torch.arange(len(images))
+    is_query = torch.zeros_like(mask)
+    if config.query is not None:
+        for row, row_ids in enumerate(ids):
+            is_query[row, mask[row]] = find_text_query(row_ids[mask[row]], config.im_start_id)
 
-    # row by row: these are small tensors of whole numbers, on the CPU
-    rows = []
-    images_per_row = []
-    first_image = 0
-    for row_ids, row_labels, row_mask in zip(ids, all_labels, mask, strict=True):
-        # this drops the padding, on whatever side it is
-        row_ids = row_ids[row_mask]
-        row_labels = row_labels[row_mask]
-        num_images = int((row_ids == IMAGE_TOKEN).sum())
-        row_counts = torch.tensor(counts[first_image : first_image + num_images], dtype=torch.long)
-        rows.append(expand_row(row_ids, row_labels, row_counts, first_image, config))
-        images_per_row.append(num_images)
-        first_image += num_images
+    # 2. the token that each position (B, S) comes from: the first of its row that ends behind it
+    lengths = layout.ends[:, -1]
+    longest = min(int(lengths.max()), config.max_length)
+    position = torch.arange(longest).expand(len(ids), longest).contiguous()
+    token = torch.searchsorted(layout.ends, position, right=True)
+    is_padding = position >= lengths[:, None]
+    token = token.masked_fill(is_padding, 0)
 
-    # cut and padded, one below the other
-    most = config.max_length
+    # 3. what is known of each position
+    def spread(values: Tensor, padding: int) -> Tensor:
+        """(B, L) -> (B, S)."""
+        return values.gather(1, token).masked_fill(is_padding, padding)
+
+    if labels is not None:
+        labels = labels.cpu().long().masked_fill(layout.is_placeholder, IGNORE)
+        labels = spread(labels, IGNORE)
+    image = spread(image, -1)
+    place = position - spread(layout.starts, 0)
     return ExpandedBatch(
-        ids=pad_column(rows, "ids", 0, most),
-        mask=pad_column(rows, "mask", False, most),
-        labels=None if labels is None else pad_column(rows, "labels", IGNORE, most),
-        image=pad_column(rows, "image", -1, most),
-        place=pad_column(rows, "place", 0, most),
-        is_query=pad_column(rows, "is_query", False, most),
-        lengths=torch.tensor([len(row["ids"]) for row in rows]),
-        counts=torch.tensor(counts, dtype=torch.long),
-        images_per_row=images_per_row,
+        ids=spread(ids, 0),
+        mask=~is_padding,
+        labels=labels,
+        image=image,
+        place=place.masked_fill(image < 0, 0),
+        is_query=spread(is_query, False),
+        lengths=lengths,
+        counts=layout.counts,
+        images_per_row=layout.is_placeholder.sum(1).tolist(),
     )
 
 
@@ -731,16 +770,28 @@ class Experts(NamedTuple):
     """What the managers of a batch read of its images, over all L image tokens of the batch."""
 
     increments: Tensor | None = None  # (K, L, D): what each static manager adds
-    stack: Tensor | None = None  # (1, N, L, D): the experts that adaptive managers aggregate
+    stack: Tensor | None = None  # (N, L, D): the experts that adaptive managers aggregate
+
+
+class Blocks(NamedTuple):
+    """The managed tokens in G blocks: the tokens of a block read the same text query.
+
+    Blocks are padded on the right, to P tokens and Q query tokens.
+    """
+
+    tokens: Tensor  # (G, P): which of the M managed tokens; 0 in the padding
+    slots: Tensor  # (M,): where in (G * P) a managed token is
+    query: Tensor  # (G, Q): flat positions of the query tokens; 0 in the padding
+    query_mask: Tensor  # (G, 1, Q), boolean: what is not padding
 
 
 class Managed(NamedTuple):
     """Where the managers of a batch act, and on what. A flat position is one in (B * S)."""
 
     positions: Tensor  # (M,): flat positions of the managed tokens
-    experts: Experts  # of the managed tokens: M in the place of L
-    query: Tensor  # (Q,): flat positions of the query tokens of all rows
-    query_mask: Tensor  # (1, M, Q), boolean: which of them a managed token may read
+    increments: Tensor | None  # (K, M, D): what each static manager adds to them
+    stack: Tensor | None  # (G, N, P, D): the experts of adaptive managers, in blocks
+    blocks: Blocks | None  # for adaptive managers
 
 
 def find_managed(batch: ExpandedBatch, config: LlavaManagerConfig) -> Tensor:
@@ -758,30 +809,55 @@ def find_managed(batch: ExpandedBatch, config: LlavaManagerConfig) -> Tensor:
     return is_image & (is_alone | in_part)
 
 
-def find_query(
-    batch: ExpandedBatch, is_managed: Tensor, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """`query` and `query_mask` of Managed. is_managed: (B, S) boolean.
+def pad_rows(rows: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """G tensors of different length -> (G, longest), filled with 0, and a mask of what is not."""
+    padded = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    lengths = torch.tensor([len(row) for row in rows])
+    return padded, torch.arange(padded.shape[1]) < lengths[:, None]
 
-    A managed token reads the text query of its row. In a row that has none it reads the managed
-    tokens of its own image.
+
+def number_blocks(batch: ExpandedBatch, row: Tensor, image: Tensor) -> Tensor:
+    """The number of the block of each managed token, (M,): its row, from 0 on; in a row without a
+    text query its image, counted behind the rows. row and image (M,): of each managed token.
     """
-    # the managed tokens: flat position, image and row of each
-    length = batch.ids.shape[1]
-    positions = torch.nonzero(is_managed.flatten())[:, 0]
-    image = batch.image[is_managed]
-    row = positions // length
-    # the query tokens: first all text queries, then the tokens that read one another
-    text = torch.nonzero(batch.is_query.flatten())[:, 0]
+    num_rows = len(batch.ids)
     has_text = batch.is_query.any(1)  # (B,)
-    is_own = ~has_text[row]  # (M,)
-    query = torch.cat([text, positions[is_own]])
+    return torch.where(has_text[row], row, num_rows + image)
 
-    # The groups that read and are read: the images 0, 1, ... and the rows -1, -2, ...
-    reader_group = torch.where(is_own, image, -1 - row).to(device)  # (M,)
-    query_group = torch.cat([-1 - text // length, image[is_own]]).to(device)  # (Q,)
-    query_mask = reader_group[:, None] == query_group  # (M, Q)
-    return query.to(device), query_mask[None]
+
+def find_blocks(batch: ExpandedBatch, is_managed: Tensor, config: LlavaManagerConfig) -> Blocks:
+    """The blocks of the managed tokens, (B, S) boolean, and what each reads.
+
+    The managed tokens of a row read its text query. In a row that has none those of an image read
+    one another. Managers without a query read nothing: the whole batch is one block.
+    """
+    num_rows, length = batch.ids.shape
+    positions = torch.nonzero(is_managed.flatten())[:, 0]  # (M,), flat
+    number = torch.zeros_like(positions)
+    if config.query is not None:
+        number = number_blocks(batch, positions // length, batch.image[is_managed])
+    # the tokens of a block stand behind one another
+    numbers, sizes = number.unique_consecutive(return_counts=True)
+    if len(positions) == 0:  # all images are cut off: one empty block
+        numbers = torch.tensor([0])
+        sizes = torch.tensor([0])
+    tokens = torch.arange(len(positions)).split(sizes.tolist())
+
+    # the query of each block
+    queries = []
+    for block, own in zip(numbers.tolist(), tokens, strict=True):
+        query = positions[own]
+        if block < num_rows:
+            query = block * length + torch.nonzero(batch.is_query[block])[:, 0]
+        # of these no more is read
+        if config.query == "last":
+            query = query[-1:]
+        queries.append(query)
+
+    padded_tokens, token_mask = pad_rows(list(tokens))
+    padded_query, query_mask = pad_rows(queries)
+    slots = torch.nonzero(token_mask.flatten())[:, 0]
+    return Blocks(padded_tokens, slots, padded_query, query_mask[:, None])
 
 
 # ---------------------------------------------------------------- Qwen2
@@ -1066,27 +1142,38 @@ class LlavaManager(nn.Module):
         training noise of static managers. Not given: each is a row of its own.
         """
         config = self.config
-        # the tokens: the last hidden state
         states = self.encode_tiles(images)
-        last = self.projector(states[config.vision_layers - 1])  # (T, n*n, D)
-        tokens = self.merge_images(last[:, None], images, self.image_newline[None, None])[0]
-        if config.manager_type is None:
-            return tokens, Experts()
-        # what managers read: the managed ones
         if images_per_row is None:
             images_per_row = [1] * len(images)
-        if config.manager_type == "static":
-            # one insight at a time: all N of them at once would outweigh the rest
+        # 1. features of the tiles, (T, *, n*n, D), and of the images' newlines, (I, *, D): first
+        # the tokens, which are the last hidden state
+        last = self.projector(states[config.vision_layers - 1])
+        features = [last[:, None]]
+        newlines = [self.image_newline.expand(len(images), 1, -1)]
+        # then the experts, which adaptive managers read as they are
+        insights: Iterable[Tensor] = ()
+        num_experts = 0
+        if config.manager_type is not None:
             insights = self.insights(states)
-            return tokens, Experts(self.static_increments(insights, images, images_per_row))
+        if config.manager_type not in (None, "static"):
+            insights = list(insights)
+            num_experts = len(insights)
+            features += insights
+            newlines.append(self.image_newline.expand(len(images), num_experts, -1))
+        # then what static managers add
+        if config.has_static:
+            sums, newline_sums = self.static_sums(insights, images, images_per_row)
+            features.append(sums)
+            newlines.append(newline_sums)
 
-        # adaptive managers need the experts themselves; the one before layer 0 is static
-        all_insights = list(self.insights(states))
-        stack = self.adaptive_experts(all_insights, images)
-        increments = None
-        if config.inject_layers[0] == 0:
-            increments = self.static_increments(all_insights, images, images_per_row)
-        return tokens, Experts(increments, stack)
+        # 2. all are merged at once
+        merged = self.merge_images(torch.cat(features, 1), images, torch.cat(newlines, 1))
+        experts = Experts()
+        if num_experts > 0:
+            experts = experts._replace(stack=merged[1 : 1 + num_experts])
+        if config.has_static:
+            experts = experts._replace(increments=merged[1 + num_experts :])
+        return merged[0], experts
 
     def encode_tiles(self, images: Sequence[ImageTiles]) -> dict[int, Tensor]:
         """All tiles of the batch through SigLIP in one pass: number of a hidden state ->
@@ -1111,37 +1198,30 @@ class LlavaManager(nn.Module):
         for number, embedding in zip(managed_layers, self.layer_embedding, strict=True):
             yield self.insight(states[number], embedding)
 
-    def adaptive_experts(self, insights: list[Tensor], images: Sequence[ImageTiles]) -> Tensor:
-        """N insights (T, 1, n*n, D) -> the experts of adaptive managers, (1, N, L, D)."""
-        newlines = self.image_newline.expand(1, len(insights), -1)
-        return self.merge_images(torch.cat(insights, dim=1), images, newlines)[None]
-
-    def static_increments(
+    def static_sums(
         self,
         insights: Iterable[Tensor],
         images: Sequence[ImageTiles],
         images_per_row: Sequence[int],
-    ) -> Tensor:
-        """N insights (T, 1, n*n, D) -> what each static manager adds to the image tokens,
-        (K, L, D).
+    ) -> tuple[Tensor, Tensor]:
+        """N insights (T, 1, n*n, D) -> what each static manager adds to the tiles, (T, K, n*n, D),
+        and to the images' newlines, (I, K, D).
 
         Static managers do not depend on the LLM, and merging is linear. So their sums over the
         experts come first, of all managers at once, and only these K results are merged.
         """
-        # the weights of each image, then of each tile
         device = self.image_newline.device
         num_rows = len(images_per_row)
+        tiles_per_image = torch.tensor([len(image.pixels) for image in images])
         row_of_image = torch.arange(num_rows).repeat_interleave(torch.tensor(images_per_row))
-        weights = self.static_weights(num_rows)[row_of_image.to(device)]  # (I, N, K, 1, D)
-        tiles = torch.tensor([len(image.pixels) for image in images])
-        weights_of_tile = weights.repeat_interleave(
-            tiles.to(device), 0, output_size=int(tiles.sum())
-        )  # (T, N, K, 1, D)
+        row_of_tile = row_of_image.repeat_interleave(tiles_per_image)
+        weights = self.static_weights(num_rows)  # (B, N, K, 1, D)
         # the sums of all managers over the experts, tile by tile
-        sums = weighted_sum(weights_of_tile.unbind(1), insights)  # (T, K, n*n, D)
+        tile_weights = weights.index_select(0, row_of_tile.to(device))  # (T, N, K, 1, D)
+        sums = weighted_sum(tile_weights.unbind(1), insights)  # (T, K, n*n, D)
         # a newline is the same for all experts, so its weight is the sum of theirs
-        newlines = weights.sum(1)[:, :, 0] * self.image_newline  # (I, K, D)
-        return self.merge_images(sums, images, newlines)
+        newline_weights = weights.sum(1)[:, :, 0].index_select(0, row_of_image.to(device))
+        return sums, newline_weights * self.image_newline
 
     def static_weights(self, num_rows: int) -> Tensor:
         """The weights of all static managers, (num_rows, N, K, 1, D): 0 for the last expert of the
@@ -1205,20 +1285,18 @@ class LlavaManager(nn.Module):
         device = self.image_newline.device
         is_managed = find_managed(batch, self.config)
         positions = torch.nonzero(is_managed.flatten())[:, 0].to(device)
-        tokens = self.number_tokens(batch)[is_managed].to(device)
+        tokens = self.number_tokens(batch)[is_managed].to(device)  # (M,)
         # only the managed tokens are left of what managers read
         increments = experts.increments
         if increments is not None:
-            increments = increments[:, tokens]
-        stack = experts.stack
-        if stack is not None:
-            stack = stack[:, :, tokens]
-        # the text query of adaptive managers; empty for those that read none
-        query = positions[:0]
-        query_mask = positions[:0].bool()[None, None]
-        if self.config.query is not None:
-            query, query_mask = find_query(batch, is_managed, device)
-        return Managed(positions, Experts(increments, stack), query, query_mask)
+            increments = increments.index_select(1, tokens)
+        if experts.stack is None:
+            return Managed(positions, increments, None, None)
+        # adaptive managers read theirs in blocks
+        blocks = find_blocks(batch, is_managed, self.config)
+        blocks = Blocks(*(part.to(device) for part in blocks))
+        stack = experts.stack[:, tokens[blocks.tokens]]  # (N, G, P, D)
+        return Managed(positions, increments, stack.transpose(0, 1), blocks)
 
     def inject(self, layer: int, x: Tensor, managed: Managed) -> Tensor:
         """x (B, S, D) before a layer of the LLM, plus what its manager, if it has one, adds to the
@@ -1229,15 +1307,25 @@ class LlavaManager(nn.Module):
         number = self.config.inject_layers.index(layer)
         flat = x.flatten(0, 1)  # (B * S, D)
         if self.config.is_static(layer):
-            assert managed.experts.increments is not None
-            increment = managed.experts.increments[number]
+            assert managed.increments is not None
+            increment = managed.increments[number]
         else:
-            # the image tokens of the whole batch as one row; the mask keeps the rows apart
-            image = flat[None, managed.positions]  # (1, M, D)
-            query = flat[None, managed.query]  # (1, Q, D)
-            manager = self.managers[number]
-            increment = manager(managed.experts.stack, image, query, managed.query_mask)[0]
+            increment = self.adaptive_increment(number, flat, managed)
         return flat.index_add(0, managed.positions, increment.to(x.dtype)).view_as(x)
+
+    def adaptive_increment(self, number: int, flat: Tensor, managed: Managed) -> Tensor:
+        """What an adaptive manager adds to the managed tokens, (M, D). flat: (B * S, D)."""
+        blocks = managed.blocks
+        assert blocks is not None
+        image = flat[managed.positions[blocks.tokens]]  # (G, P, D)
+        query = flat[blocks.query]  # (G, Q, D)
+        # each token of a block reads all that is not padding; attention spreads the mask by itself
+        query_mask = blocks.query_mask
+        if self.config.query != "cross":
+            query_mask = query_mask.expand(-1, image.shape[1], -1)  # (G, P, Q)
+        increment = self.managers[number](managed.stack, image, query, query_mask)  # (G, P, D)
+        # without the padding of the blocks
+        return increment.flatten(0, 1).index_select(0, blocks.slots)
 
     def unused(self, num_images: int) -> Tensor:
         """0, with a path for gradients to the parameters that a batch without images or without
@@ -1283,9 +1371,8 @@ class LlavaManager(nn.Module):
         """The num_tokens that `forward` will give, without running the model: for the mean over a
         global batch.
         """
-        batch = expand_placeholders(input_ids, attention_mask, images, self.config, labels)
-        assert batch.labels is not None
-        return int((batch.labels[:, 1:] != IGNORE).sum())
+        counts = count_tokens(input_ids, attention_mask, images, self.config, labels)
+        return int(counts.labels.sum())
 
     # ---------------------------------------------------------------- generation
     @torch.no_grad()

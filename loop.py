@@ -20,7 +20,7 @@ import re
 import signal
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -47,8 +47,10 @@ from torch_files import BROKEN, TorchFile, is_archive
 from weights import save_folder
 from world import (
     MOST_WORKERS,
+    Stopped,
     World,
     autocast,
+    first_line_of,
     is_worker_death,
     resolve_precision,
     seed_all,
@@ -128,8 +130,8 @@ class RunConfig:
     )
     on_bad_sample: str = option(
         "error",
-        "a sample that cannot be read ends the run, or is skipped and counted; held-out ones are "
-        "never skipped",
+        "a sample that cannot be read ends the run, or is skipped and counted, at most 1 in 1,000 "
+        "of what each process reads that loads data; held-out ones are never skipped",
         choices=("error", "skip"),
     )
     # optimisation
@@ -171,7 +173,7 @@ class RunConfig:
         check_fields(self)
         for name in ("vision", "text"):
             place = getattr(self, name)
-            if place and not Path(place).exists():
+            if place and not Path(place).exists() and not goes_on(self):
                 raise FieldError(f"{name} is {show(place)}, which does not exist")
 
     def check_places(self) -> None:
@@ -180,15 +182,33 @@ class RunConfig:
         reason = why_no_folder(self.out_dir)
         if reason:
             raise FieldError(f"out_dir {self.out_dir} cannot be written into: {reason}")
-        # 2. what the run is made of
+        # 2. what is made in it, unless --fresh puts aside what lies there
         if self.fresh:
             self.check_sources()
+        else:
+            self.check_old_files()
         # 3. the data: training and measuring take different rows of it
         if Path(self.data_root).is_file():
             raise FieldError(
                 f"data_root {self.data_root} is a file; it must be the folder of the splits to "
                 "train and to measure on"
             )
+
+    def check_old_files(self) -> None:
+        """Raises FieldError for a folder where the run writes a file, or the other way round."""
+        # 1. the second folder
+        best = Path(self.out_dir) / "best"
+        reason = why_no_folder(best)
+        if reason:
+            raise FieldError(f"out_dir {self.out_dir}: {best} cannot be written into: {reason}")
+        # 2. the files in both
+        for folder in (best.parent, best):
+            for name in FILES:
+                if (folder / name).is_dir():
+                    raise FieldError(
+                        f"out_dir {self.out_dir}: {folder / name} is a folder, and the run writes "
+                        "a file there; choose another --out_dir, or --fresh, which puts it aside"
+                    )
 
     def check_sources(self) -> None:
         """Raises FieldError if --fresh would move away what the run starts from."""
@@ -246,7 +266,73 @@ class TowerRunConfig(RunConfig):
         return dataclasses.asdict(getattr(self.architecture, self.model)()) | model_fields
 
 
+def refuse_idle_flags(argv: list[str], idle: dict[str, str]) -> None:
+    """Raises ValueError for a flag of the command line that means nothing beside the others.
+
+    idle: the flags that do so -> why, in words with the other flag. What a recipe sets does not
+    count.
+    """
+    # flags are never abbreviated, and a value that begins with -- is written behind a =
+    for word in argv:
+        name = word.partition("=")[0].removeprefix("--")
+        if word.startswith("--") and name in idle:
+            raise ValueError(f"--{name} means nothing {idle[name]}")
+
+
+# ---------------------------------------------------------------- to go on without the beginning
+def goes_on(run: RunConfig) -> bool:
+    """Whether there is a training state in out_dir to go on from."""
+    return (Path(run.out_dir) / "training_state.pt").exists() and not run.fresh
+
+
+def is_beginning_gone(run: RunConfig) -> bool:
+    """Whether a run goes on, and the weights that it began with are no longer there.
+
+    It does not need them: its training state has all weights, and the model's config.
+    """
+    # a new run needs them
+    if not goes_on(run):
+        return False
+    # not every script has all of these flags
+    for name in ("init", "vision", "text"):
+        place = getattr(run, name, "").removeprefix("official:")
+        if place not in ("", "unimodal") and not Path(place).exists():
+            return True
+    return False
+
+
+def stored_config(run: RunConfig, fields: dict) -> Any:
+    """The model's config of the run to go on with, with `fields` replaced. Raises ValueError.
+
+    `Checkpoint` then refuses fields that change it.
+    """
+    file = Path(run.out_dir) / "training_state.pt"
+    # what the run is told apart by holds all fields of its model
+    identity = json.loads(read_training_state(file)["identity"])
+    stored = identity.get("config")
+    try:
+        return run.architecture(**{**stored, **fields})
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"{file} is not the training state of a "
+            f"{run.architecture.__name__.removesuffix('Config')} ({first_line_of(error)})"
+        ) from error
+
+
+def measure_untrained(run: RunConfig, evaluate: Callable[[], dict]) -> dict[str, dict]:
+    """The baseline of the model as it began; empty where that can no longer be had."""
+    # a model without its first weights would give other numbers
+    if is_beginning_gone(run):
+        return {}
+    return {"untrained": evaluate()}
+
+
 # ---------------------------------------------------------------- what is trained
+def make_generator(device: torch.device) -> torch.Generator:
+    """A generator on the device; the meta device, where bench.py counts FLOPs, has none."""
+    return torch.Generator("cpu" if device.type == "meta" else device)
+
+
 class Task(nn.Module):
     """What `fit` trains: a model with its losses.
 
@@ -263,7 +349,7 @@ class Task(nn.Module):
         super().__init__()
         self.model: Any = model
         # a generator of its own, so that it does not disturb dropout and noise
-        self.negatives = torch.Generator(next(model.parameters()).device)
+        self.negatives = make_generator(next(model.parameters()).device)
         self.shares: list[int] = [0]
 
     def counts(self, batch: dict) -> dict[str, int]:
@@ -352,13 +438,13 @@ def find_tokenizer_of(run: RunConfig, find: Callable[[], Tokenizer]) -> Tokenize
     """The tokenizer of the checkpoint that the run goes on from; without one, find().
 
     So a resumed run keeps its ids, whatever has become of the data. A tokenizer that the user names
-    is always taken, and `Checkpoint` refuses it if it is another one.
+    is always taken, if it is still there, and `Checkpoint` refuses it if it is another one.
     """
     # 1. the checkpoint's own
     folder = Path(run.out_dir)
-    resumes = (folder / "training_state.pt").exists() and not run.fresh
     stored = [name for name in TOKENIZER_FILES if (folder / name).exists()]
-    if resumes and stored and not run.tokenizer:
+    is_named = run.tokenizer and Path(run.tokenizer).exists()
+    if goes_on(run) and stored and not is_named:
         return load_tokenizer(folder)
     # 2. a new run's
     return find()
@@ -413,10 +499,6 @@ def check_parts(state: Any) -> None:
     identity = json.loads(state["identity"])
     if not isinstance(identity, dict) or not {"max_steps", "batch_size", "seed"} <= identity.keys():
         raise ValueError(f"identity is {show(state['identity'])}")
-
-
-def first_line_of(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0][:200] or type(error).__name__
 
 
 def check_tensor(name: str, tensor: Any, like: Tensor) -> None:
@@ -541,6 +623,11 @@ class Checkpoint:
         if self.step:
             return f"The checkpoint of step {self.step} is kept"
         return "There is no checkpoint yet"
+
+    def what_goes_on(self) -> str:
+        """For a message: what to type to go on."""
+        without = ", without --fresh," if self.run.fresh else ""
+        return f"the same command{without} goes on"
 
     def make_folder(self) -> None:
         """Rank 0 makes out_dir, the others wait for it."""
@@ -930,6 +1017,35 @@ def announce(run: RunConfig, world: World, start: int) -> None:
     )
 
 
+@contextlib.contextmanager
+def stoppable(checkpoint: Checkpoint, world: World) -> Iterator[Tensor]:
+    """The time of a run's steps. It gives a tensor (1,) that a SIGTERM sets to 1.
+
+    What else ends the steps from outside says what is kept: Ctrl-C, and Stopped where a SIGTERM has
+    ended the processes that load data.
+    """
+    # SIGTERM, which clusters send before they take a machine away, sets a flag that the loop looks
+    # at after each step
+    terminated = torch.zeros(1, device=world.device)
+    previous = signal.getsignal(signal.SIGTERM)
+    signal.signal(signal.SIGTERM, lambda *_: terminated.fill_(1))
+    try:
+        yield terminated
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"interrupted. {checkpoint.what_is_kept()}") from None
+    except RuntimeError as error:
+        # a signal to the whole group of processes ends those that load data at once
+        if terminated.item() == 0 or not is_worker_death(error):
+            raise
+        raise Stopped(
+            f"SIGTERM ended the processes that load data. {checkpoint.what_is_kept()}; "
+            f"{checkpoint.what_goes_on()}"
+        ) from error
+    finally:
+        # what comes after the steps may be ended at once again
+        signal.signal(signal.SIGTERM, previous or signal.SIG_DFL)
+
+
 def fit(
     run: RunConfig,
     task: Task,
@@ -939,11 +1055,11 @@ def fit(
     world: World,
     groups: list[dict],
     collate: Callable = collate,
-) -> bool:
+) -> None:
     """Train task.model to run.max_steps, going on from what lies in run.out_dir.
 
     evaluate(): metrics on held-out data, computed by all ranks; "score" (higher is better) decides
-    what is kept in best/. Returns False if the run was ended early, by SIGTERM.
+    what is kept in best/. Raises Stopped, after a save, if SIGTERM ends the run early.
     """
     if run.max_steps < 1:
         raise ValueError(
@@ -963,59 +1079,73 @@ def fit(
             world.print(
                 f"{run.out_dir} is finished: {start} of {run.max_steps} steps. --fresh starts anew."
             )
-            return True
+            return
         # the steps
         announce(run, world, start)
         loader = make_loader(dataset, run, world, start, collate)
         bar = tqdm(
             total=run.max_steps, initial=start, unit="step", disable=world.rank > 0, mininterval=1
         )
-        previous = signal.getsignal(signal.SIGTERM)
-        terminated = torch.zeros(1, device=world.device)  # 1 once a SIGTERM has arrived
-        try:
-            with bar:  # closed before an error is said
-                done = run_steps(
-                    run,
-                    task,
-                    loader,
-                    evaluate,
-                    checkpoint,
-                    world,
-                    optimizer,
-                    scaler,
-                    start,
-                    bar,
-                    terminated,
-                )
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(f"interrupted. {checkpoint.what_is_kept()}") from None
-        except RuntimeError as error:
-            # a signal to the whole group of processes ends those that load data at once
-            if terminated.item() == 0 or not is_worker_death(error):
-                raise
-            raise ValueError(
-                f"SIGTERM ended the processes that load data. {checkpoint.what_is_kept()}; the "
-                "same command goes on"
-            ) from error
-        finally:
-            # what comes after the steps may be ended at once again
-            signal.signal(signal.SIGTERM, previous or signal.SIG_DFL)
-    if done < run.max_steps:
-        world.print(
-            f"SIGTERM: saved step {done} in {run.out_dir}; the same command goes on from there."
+        # the bar is closed before an error is said
+        with stoppable(checkpoint, world) as terminated, bar:
+            module = wrap(task, run, world)
+            learner = Learner(task, module, optimizer, scaler, checkpoint, updates=start)
+            done = run_steps(learner, loader, evaluate, start, bar, terminated)
+            bar.close()  # before the next line
+            if done == run.max_steps:
+                return
+            world.print(
+                f"SIGTERM: saved step {done} in {run.out_dir}; {checkpoint.what_goes_on()} from "
+                "there."
+            )
+            # torchrun ends all processes as soon as one of them fails: rank 0 may still be saving
+            world.barrier()
+    raise Stopped
+
+
+@dataclass
+class Learner:
+    """What a step of the training needs, and the steps that fp16 has left without an update."""
+
+    task: Task
+    module: nn.Module  # the task as `wrap` gives it
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    checkpoint: Checkpoint
+    updates: int  # that were made
+    skipped: int = 0  # steps without an update since the last one
+
+    def learn(self, step: int, batches: list[dict], dataset: Any) -> dict[str, float]:
+        """Forward, backward and update of one global batch. Returns its row of the log.
+
+        Raises ValueError rather than leave a broken update to be saved.
+        """
+        run = self.checkpoint.run
+        # 1. forward, backward, update
+        rate = run.learning_rate * set_learning_rate(self.optimizer, run, step)
+        self.task.train()
+        losses = train_step(
+            self.task, self.module, batches, step, run, self.checkpoint.world, self.scaler
         )
-    return done == run.max_steps
+        norm = apply_gradients(self.task, self.optimizer, self.scaler, run)
+        # from here on `done` steps are done
+        done = step + 1
+        # 2. fp16's scaler expects norms that are not finite
+        numbers = losses if self.scaler.is_enabled() else {**losses, "grad_norm": norm}
+        check_finite(numbers, done, batches, dataset, self.checkpoint)
+        # 3. stop a run in which fp16 finds no scale
+        is_update = math.isfinite(norm)
+        self.updates += is_update
+        self.skipped = 0 if is_update else self.skipped + 1
+        check_scale(self.skipped, self.updates, done == run.max_steps)
+        loss = sum(losses.values())
+        return {"step": done, "loss": loss, **losses, "lr": rate, "grad_norm": norm}
 
 
 def run_steps(
-    run: RunConfig,
-    task: Task,
+    learner: Learner,
     loader: DataLoader,
     evaluate: Callable[[], dict],
-    checkpoint: Checkpoint,
-    world: World,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
     start: int,
     bar: tqdm,
     terminated: Tensor,
@@ -1024,48 +1154,34 @@ def run_steps(
     sets `terminated` to 1.
     """
     # what stays the same in all steps
-    module = wrap(task, run, world)
+    checkpoint = learner.checkpoint
+    run = checkpoint.run
+    world = checkpoint.world
     batches = iter(loader)
     micro_steps = len(make_plan(run, world).sizes)
-    # SIGTERM, which clusters send before they take a machine away, sets a flag that the loop looks
-    # at after each step
-    signal.signal(signal.SIGTERM, lambda *_: terminated.fill_(1))
     began = time.monotonic()  # a clock that nobody sets
-    made = 0  # updates; only fp16 may leave one out
-    skipped = 0  # updates left out in a row
     for step in range(start, run.max_steps):
         # 1. this process' micro-batches of one global batch
         global_batch = [next(batches) for _ in range(micro_steps)]
-        # 2. forward, backward, update
-        rate = run.learning_rate * set_learning_rate(optimizer, run, step)
-        task.train()
-        losses = train_step(task, module, global_batch, step, run, world, scaler)
-        norm = apply_gradients(task, optimizer, scaler, run)
-        # from here on `done` steps are done
+        row = learner.learn(step, global_batch, loader.dataset)
         done = step + 1
-        # 3. stop before a broken update is saved; fp16's scaler expects norms that are not finite
-        numbers = losses if scaler.is_enabled() else {**losses, "grad_norm": norm}
-        check_finite(numbers, done, global_batch, loader.dataset, checkpoint)
-        is_update = math.isfinite(norm)
-        made += is_update
-        skipped = 0 if is_update else skipped + 1
-        check_scale(skipped, start + made, done == run.max_steps)
-        # 4. show and log
-        loss = sum(losses.values())
+        # 2. show and log
         speed = (done - start) * run.batch_size / (time.monotonic() - began)
-        bar.set_postfix_str(f"loss {loss:.3f}, lr {rate:.1e}, {speed:.0f} samples/s", refresh=False)
+        bar.set_postfix_str(
+            f"loss {row['loss']:.3f}, lr {row['lr']:.1e}, {speed:.0f} samples/s", refresh=False
+        )
         bar.update()
         if done == 1 or is_due(done, run.log_every, run.max_steps):
-            checkpoint.log({"step": done, "loss": loss, **losses, "lr": rate, "grad_norm": norm})
-        # 5. measure on held-out data
+            checkpoint.log(row)
+        # 3. measure on held-out data
         if is_due(done, run.eval_every, run.max_steps):
-            check_weights(task.model, done, checkpoint)
+            check_weights(learner.task.model, done, checkpoint)
             checkpoint.record(done, evaluate(), bar)
-        # 6. save; all processes leave at the same step
+        # 4. save; all processes leave at the same step
         leave = world.sum(terminated.clone()).item() > 0
         if leave or is_due(done, run.save_every, run.max_steps):
-            check_weights(task.model, done, checkpoint)
-            checkpoint.save(done, optimizer, scaler)
+            check_weights(learner.task.model, done, checkpoint)
+            checkpoint.save(done, learner.optimizer, learner.scaler)
         if leave:
             return done
     return run.max_steps

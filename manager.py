@@ -18,8 +18,7 @@ cross-modal layer of its own modality:
     AdaptiveVisualManager  the MLLM's: W is computed for each image token
 
 All LN_i take the mean and the variance out of V_i in the same way. `standardize` does that once for
-each modality, so only a scale and a shift of each LN_i are left here. They are folded into the
-weights: no manager makes a normalised copy of the experts.
+each modality, so only a scale and a shift of each LN_i are left here.
 
 Shapes: B batch, N experts, L tokens (Lq of the other modality), D width, K previous cross-modal
 layers. The stack of experts is always (B, N, L, D).
@@ -52,16 +51,7 @@ def draw_noise(experts: Tensor) -> Tensor:
     the two-tower managers, so tests replace this function.
     """
     num_experts = experts.shape[1]
-    return torch.randn_like(experts) / num_experts
-
-
-def weigh_insight(weight: Tensor, scale: Tensor, shift: Tensor, expert: Tensor) -> Tensor:
-    """W_i * LN_i(V_i), (B, L, D), of one standardised expert (B, L, D).
-
-    W_i * (scale * V + shift) is computed as (W_i * shift) + (W_i * scale) * V, in one pass over the
-    expert. weight (1 or B, 1 or L, 1 or D); scale and shift (D).
-    """
-    return torch.addcmul(weight * shift, weight * scale, expert)
+    return torch.empty_like(experts).normal_(std=1 / num_experts)
 
 
 def split_previous(previous: Tensor | None) -> list[Tensor]:
@@ -130,12 +120,14 @@ class Manager(nn.Module):
                 f"experts {tuple(experts.shape)} are {experts.shape[1]}, not {self.num_experts} "
                 "layers"
             )
+        scaled = scores / self.temperature
         if self.training and self.noise:
-            scores = scores + draw_noise(experts)  # (B, N, L, D)
-        return torch.softmax(scores / self.temperature, dim=1)
+            # one pass over (B, N, L, D): scores / temperature + noise * (1 / temperature)
+            scaled = torch.addcmul(scaled, draw_noise(experts), 1 / self.temperature)
+        return torch.softmax(scaled, dim=1)
 
     def aggregate_experts(self, weights: Tensor, experts: Tensor) -> Tensor:
-        """sum_i W_i * LN_i(V_i), (B, L, D), one expert after the other.
+        """sum_i W_i * LN_i(V_i), (B, L, D), one expert after the other, in two passes over each.
 
         weights: what `normalize` or `weights` returns; experts (B, N, L, D), standardised.
         """
@@ -145,9 +137,10 @@ class Manager(nn.Module):
         shift = self.shift.unbind(0)
         weight = weights.unbind(1)  # N tensors (1 or B, 1 or L, 1 or D)
         expert = experts.unbind(1)  # N tensors (B, L, D)
-        total = weigh_insight(weight[0], scale[0], shift[0], expert[0])
+        total = weight[0] * torch.addcmul(shift[0], scale[0], expert[0])
         for i in range(1, self.num_experts):
-            total = total + weigh_insight(weight[i], scale[i], shift[i], expert[i])
+            insight = torch.addcmul(shift[i], scale[i], expert[i])  # LN_i(V_i)
+            total = torch.addcmul(total, weight[i], insight)
         return total
 
     def weights(

@@ -299,6 +299,15 @@ def attention(
     return out.transpose(1, 2).flatten(2)  # (B, H, Lq, D/H) -> (B, Lq, D)
 
 
+def scaled_linear(linear: nn.Linear, x: Tensor, factor: float) -> Tensor:
+    """factor * (x @ weight.T) + bias: the matrix product takes the factor, without a pass over x.
+
+    x (..., D) -> (..., D of the output).
+    """
+    product = torch.addmm(linear.bias, x.flatten(0, -2), linear.weight.T, alpha=factor)
+    return product.unflatten(0, x.shape[:-1])
+
+
 def run(layer: Callable[..., Tensor], checkpointing: bool, *args: Any) -> Tensor:
     """layer(*args); with checkpointing its activations are computed again in the backward pass."""
     if checkpointing and torch.is_grad_enabled():
@@ -354,11 +363,10 @@ class ViTBlock(nn.Module):
         # MLP
         hidden = self.fc(self.ln_2(x))
         if self.siglip:
-            hidden = F.gelu(hidden, approximate="tanh")
-        else:
-            # CLIP's QuickGELU, h * sigmoid(1.702 h), through the SiLU, which is one fused kernel
-            hidden = F.silu(1.702 * hidden) / 1.702
-        return x + self.fc_out(hidden)
+            return x + self.fc_out(F.gelu(hidden, approximate="tanh"))
+        # CLIP's QuickGELU, h * sigmoid(1.702 h), is SiLU(1.702 h) / 1.702
+        hidden = F.silu(1.702 * hidden)
+        return x + scaled_linear(self.fc_out, hidden, 1 / 1.702)
 
 
 class ViT(nn.Module):
@@ -447,15 +455,20 @@ class BertLayer(nn.Module):
         mask: Tensor | None,
         other: Tensor | None = None,
         other_mask: Tensor | None = None,
+        only_first: bool = False,
     ) -> Tensor:
         """x (B, L, D), other (B, Lo, D) or None -> (B, L, D).
 
         mask (B, 1, 1, L), other_mask (B, 1, 1, Lo): boolean, True = real token; None masks nothing.
+        only_first: only the first token is computed, (B, 1, D); it still attends to all tokens.
         """
         dropout = self.dropout if self.training else 0.0
 
         # self-attention
         q, k, v = self.qkv(x).chunk(3, dim=-1)
+        if only_first:  # keys and values are of all tokens, only the query is of one
+            q = q[:, :1]
+            x = x[:, :1]
         out = attention(q, k, v, self.heads, mask, dropout)
         x = self.ln_1(x + F.dropout(self.proj(out), dropout))
 
@@ -676,6 +689,18 @@ class Features:
     pooled: Tensor  # (B, 2D): text, then image
 
 
+class LayerInputs(NamedTuple):
+    """What a pair of cross-modal layers reads."""
+
+    text: Tensor  # (B, Lt, D)
+    image: Tensor  # (B, Li, D)
+    text_mask: Tensor  # (B, 1, 1, Lt), boolean, True = real token
+
+    def rows(self, rows: slice) -> "LayerInputs":
+        """The same for some of the rows."""
+        return LayerInputs(self.text[rows], self.image[rows], self.text_mask[rows])
+
+
 class ManagerTower(nn.Module):
     """Two encoders, then num_layers pairs of cross-modal layers; managers stand before each pair.
 
@@ -835,6 +860,34 @@ class ManagerTower(nn.Module):
         text_experts (B, N, Lt, D_text), image_experts (B, N, Li, D_image), attention_mask (B, Lt).
         image_type: 2 for the second picture of a sample, else 1.
         """
+        last = self.fuse_until_last(text_experts, image_experts, attention_mask, image_type)
+        text = self.text_layer(-1, last)
+        image = self.image_layer(-1, last)
+        return Features(text, image, self.pool(text, image))
+
+    def fuse_pooled(
+        self,
+        text_experts: Tensor,
+        image_experts: Tensor,
+        attention_mask: Tensor,
+        image_type: int = 1,
+    ) -> Tensor:
+        """`fuse(...).pooled`, (B, 2D), for less: the last layers compute only first tokens."""
+        last = self.fuse_until_last(text_experts, image_experts, attention_mask, image_type)
+        return self.last_pooled(last)
+
+    def fuse_until_last(
+        self,
+        text_experts: Tensor,
+        image_experts: Tensor,
+        attention_mask: Tensor,
+        image_type: int = 1,
+    ) -> LayerInputs:
+        """All of `fuse` but the last pair of cross-modal layers, of which no head reads all.
+
+        MLM reads the text, and the others the first tokens; who reads what calls `last_text` or
+        `last_pooled`.
+        """
         text_experts = self.project("text", text_experts, token_type=0)  # (B, N, Lt, D)
         image_experts = self.project("image", image_experts, token_type=image_type)  # (B, N, Li, D)
         text_mask = attention_mask[:, None, None, :].bool()  # (B, 1, 1, Lt)
@@ -842,19 +895,46 @@ class ManagerTower(nn.Module):
 
         text: list[Tensor] = []  # the outputs of the cross-modal layers, (B, Lt, D)
         image: list[Tensor] = []  # (B, Li, D)
-        layers = zip(self.text_layers, self.image_layers, strict=True)
-        for i, (text_layer, image_layer) in enumerate(layers):
+        for i in range(self.config.num_layers):
             # both managers read what the layers before have put out, of both modalities ...
             text_in = self.layer_input("text", i, text_experts, text, image)
             image_in = self.layer_input("image", i, image_experts, image, text, query_mask)
+            inputs = LayerInputs(text_in, image_in, text_mask)
             # ... and each cross-modal layer attends to what the other modality's layer reads
-            text.append(run(text_layer, self.checkpointing, text_in, text_mask, image_in, None))
-            image.append(run(image_layer, self.checkpointing, image_in, None, text_in, text_mask))
+            if i < self.config.num_layers - 1:
+                text.append(self.text_layer(i, inputs))
+                image.append(self.image_layer(i, inputs))
+        return inputs
 
-        # pooled: the first token of each modality, RoBERTa's <s> and CLIP's class token
-        text_pooled = self.text_pooler(text[-1][:, 0]).tanh()  # (B, D)
-        image_pooled = self.image_pooler(image[-1][:, 0]).tanh()
-        return Features(text[-1], image[-1], torch.cat([text_pooled, image_pooled], dim=-1))
+    def text_layer(self, i: int, inputs: LayerInputs, only_first: bool = False) -> Tensor:
+        """Cross-modal layer i of the text, (B, Lt, D); only_first: (B, 1, D)."""
+        # queries: text; keys and values: text, then image
+        layer = self.text_layers[i]
+        arguments = (inputs.text, inputs.text_mask, inputs.image, None, only_first)
+        return run(layer, self.checkpointing, *arguments)
+
+    def image_layer(self, i: int, inputs: LayerInputs, only_first: bool = False) -> Tensor:
+        """Cross-modal layer i of the image, (B, Li, D); only_first: (B, 1, D)."""
+        # the same with the two modalities exchanged; an image has no padding
+        layer = self.image_layers[i]
+        arguments = (inputs.image, None, inputs.text, inputs.text_mask, only_first)
+        return run(layer, self.checkpointing, *arguments)
+
+    def pool(self, text: Tensor, image: Tensor) -> Tensor:
+        """The first token of each modality, RoBERTa's <s> and CLIP's class token, (B, 2D)."""
+        text_pooled = self.text_pooler(text[:, 0]).tanh()  # (B, D)
+        image_pooled = self.image_pooler(image[:, 0]).tanh()
+        return torch.cat([text_pooled, image_pooled], dim=-1)
+
+    def last_text(self, inputs: LayerInputs) -> Tensor:
+        """Features.text, (B, Lt, D), of what `fuse_until_last` returns."""
+        return self.text_layer(-1, inputs)
+
+    def last_pooled(self, inputs: LayerInputs) -> Tensor:
+        """Features.pooled, (B, 2D), of what `fuse_until_last` returns."""
+        text = self.text_layer(-1, inputs, only_first=True)  # (B, 1, D)
+        image = self.image_layer(-1, inputs, only_first=True)
+        return self.pool(text, image)
 
     def forward(
         self, pixels: Tensor, input_ids: Tensor, attention_mask: Tensor, image_type: int = 1

@@ -9,15 +9,29 @@ B rows of this process, A rows of all processes in this micro-step, C width of t
 vectors.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from loop import Task
-from model import ManagerTower
+from model import LayerInputs, ManagerTower
 from world import gather, ranks
+
+
+class Pairs(NamedTuple):
+    """Texts and pictures as the cross-modal layers get them, in R rows."""
+
+    text_experts: Tensor  # (R, N, Lt, D_text)
+    image_experts: Tensor  # (R, N, Li, D_image)
+    mask: Tensor  # (R, Lt)
+
+
+def join(parts: list[Pairs]) -> Pairs:
+    """The rows of all parts, one after the other."""
+    columns = [torch.cat(column) for column in zip(*parts, strict=True)]
+    return Pairs(*columns)
 
 
 # ---------------------------------------------------------------- ITC, and ITM with hard negatives
@@ -76,6 +90,29 @@ def draw_negatives(weights: Tensor, generator: torch.Generator | None) -> Tensor
     return torch.multinomial(weights, 1, generator=generator).squeeze(1)
 
 
+def hard_negative_pairs(
+    pairs: Pairs,
+    logits: tuple[Tensor, Tensor],
+    same: Tensor,
+    rows: slice,
+    generator: torch.Generator | None = None,
+    shares: list[int] | None = None,
+) -> tuple[Pairs, Tensor]:
+    """(t, i), (t, hard i), (hard t, i), with negatives from all processes: 3B rows, labels (3B)."""
+    text_experts, image_experts, mask = pairs
+    shares = shares or [len(mask)]
+    weights = torch.cat([negative_weights(x, same) for x in logits])
+    image_of_text, text_of_image = draw_negatives(weights, generator).chunk(2)
+    hard_images = gather(image_experts, shares)[image_of_text[rows]]
+    hard_texts = gather(text_experts, shares)[text_of_image[rows]]
+    hard_masks = gather(mask, shares)[text_of_image[rows]]
+    with_hard_images = Pairs(text_experts, hard_images, mask)
+    with_hard_texts = Pairs(hard_texts, image_experts, hard_masks)
+    labels = torch.zeros(3 * len(mask), dtype=torch.long, device=mask.device)
+    labels[: len(mask)] = 1
+    return join([pairs, with_hard_images, with_hard_texts]), labels
+
+
 def hard_negative_itm(
     model: ManagerTower,
     text_experts: Tensor,
@@ -87,61 +124,45 @@ def hard_negative_itm(
     generator: torch.Generator | None = None,
     shares: list[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """ITM on (t, i), (t, hard i), (hard t, i), with negatives from all processes: logits (3B, 2),
-    labels (3B).
-    """
-    shares = shares or [len(mask)]
-    weights = torch.cat([negative_weights(x, same) for x in logits])
-    image_of_text, text_of_image = draw_negatives(weights, generator).chunk(2)
-    hard_texts = gather(text_experts, shares)[text_of_image[rows]]
-    three_texts = torch.cat([text_experts, text_experts, hard_texts])
-    hard_images = gather(image_experts, shares)[image_of_text[rows]]
-    three_images = torch.cat([image_experts, hard_images, image_experts])
-    hard_masks = gather(mask, shares)[text_of_image[rows]]
-    features = model.fuse(three_texts, three_images, torch.cat([mask, mask, hard_masks]))
-    labels = torch.zeros(3 * len(mask), dtype=torch.long, device=mask.device)
-    labels[: len(mask)] = 1
-    return model.heads["itm"](features.pooled), labels
+    """ITM on the rows of `hard_negative_pairs`: logits (3B, 2), labels (3B)."""
+    pairs = Pairs(text_experts, image_experts, mask)
+    three, labels = hard_negative_pairs(pairs, logits, same, rows, generator, shares)
+    return model.heads["itm"](model.fuse_pooled(*three)), labels
 
 
-def contrastive_losses(
+def compare(
     model: ManagerTower,
-    text_experts: Tensor,
-    image_experts: Tensor,
-    mask: Tensor,
+    pairs: Pairs,
     generator: torch.Generator,
     shares: list[int],
     image_index: Tensor | None = None,
-) -> dict[str, Tensor]:
-    """Sums of ITC and of ITM with hard negatives, over this process' rows of one micro-step of all
-    processes.
+) -> tuple[Tensor, Pairs, Tensor]:
+    """The sum of ITC over this process' rows, and what ITM reads: its pairs (3B) and labels (3B).
 
-    text_experts, image_experts (B, N, L, D_modality). Captions with equal image_index (B,) match
-    each other's picture; None: every caption has a picture of its own.
+    pairs: this process' rows (B) of one micro-step of all processes. Captions with equal
+    image_index (B,) match each other's picture; None: every caption has a picture of its own.
     """
-    logits = contrastive_logits(model, text_experts, image_experts, shares)
+    logits = contrastive_logits(model, pairs.text_experts, pairs.image_experts, shares)
     if image_index is None:
-        index = torch.arange(len(logits[0]), device=mask.device)
+        index = torch.arange(len(logits[0]), device=pairs.mask.device)
     else:
         index = gather(image_index, shares)
     same = (index[:, None] == index).to(logits[0].dtype)
     rank, _ = ranks()
     start = sum(shares[:rank])
-    rows = slice(start, start + len(mask))
-    itm, labels = hard_negative_itm(
-        model, text_experts, image_experts, mask, logits, same, rows, generator, shares
-    )
-    return {
-        "itc": itc_loss(*logits, same, rows),
-        "itm": F.cross_entropy(itm, labels, reduction="sum"),
-    }
+    rows = slice(start, start + len(pairs.mask))
+    three, labels = hard_negative_pairs(pairs, logits, same, rows, generator, shares)
+    return itc_loss(*logits, same, rows), three, labels
 
 
 # ---------------------------------------------------------------- pre-training
 class Pretraining(Task):
     """MLM and ITM, and ITC.
 
-    MLM and ITM have an image pass each, as in the official code, or share one.
+    The official code runs the whole model for each objective. Here each encoder runs once, over
+    the texts and the pictures of all objectives, and so do the cross-modal layers: the same losses
+    and gradients, with fewer and larger matrix products. share_images: the false pairs of ITM take
+    pictures that MLM sees as well, so that none is encoded for ITM alone.
     """
 
     def __init__(
@@ -162,46 +183,87 @@ class Pretraining(Task):
         return {name: counts[name] for name in self.objectives}
 
     def forward(self, batch: dict) -> dict[str, Tensor]:
-        model = self.model
+        # the encoders
+        texts = self.encode_texts(batch)
+        images, itm_images = self.encode_images(batch)
+
+        # the pairs that each objective wants to have fused, MLM's first
         mask = batch["attention_mask"]
-        image_experts: Any = None
-        if self.share_images or "mlm" in self.objectives or "itc" in self.objectives:
-            image_experts = model.encode_image(batch["pixels"])
         sums = {}
+        parts = []
         if "mlm" in self.objectives:
-            sums["mlm"] = self.mlm_loss(batch, image_experts)
+            parts.append(Pairs(texts["mlm_ids"], images, mask))
+        if "itc" in self.objectives:
+            pairs = Pairs(texts["input_ids"], images, mask)
+            compared = compare(self.model, pairs, self.negatives, self.shares)
+            sums["itc"], itm_pairs, itm_labels = compared
+            parts.append(itm_pairs)
+        elif "itm" in self.objectives:
+            parts.append(Pairs(texts["input_ids"], itm_images, mask))
+            itm_labels = batch["itm_labels"]
+
+        # the cross-modal layers, and the heads on their own rows
+        fused = self.model.fuse_until_last(*join(parts))
+        if "mlm" in self.objectives:
+            sums["mlm"] = self.mlm_loss(fused.rows(slice(len(mask))), batch["mlm_labels"])
+            fused = fused.rows(slice(len(mask), None))
         if "itm" in self.objectives:
-            text_experts = model.encode_text(batch["input_ids"], mask)
-            if "itc" in self.objectives:
-                sums |= contrastive_losses(
-                    model, text_experts, image_experts, mask, self.negatives, self.shares
-                )
-            else:
-                itm_images = self.itm_images(batch, image_experts)
-                pooled = model.fuse(text_experts, itm_images, mask).pooled
-                logits = model.heads["itm"](pooled)
-                sums["itm"] = F.cross_entropy(logits, batch["itm_labels"], reduction="sum")
+            logits = self.model.heads["itm"](self.model.last_pooled(fused))
+            sums["itm"] = F.cross_entropy(logits, itm_labels, reduction="sum")
         return sums
 
-    def mlm_loss(self, batch: dict, image_experts: Tensor) -> Tensor:
-        mask = batch["attention_mask"]
-        is_masked = batch["mlm_labels"] != -100
-        text_experts = self.model.encode_text(batch["mlm_ids"], mask)
-        text = self.model.fuse(text_experts, image_experts, mask).text
-        # the vocabulary is wide: only the masked tokens
-        logits = self.model.heads["mlm"](text[is_masked])
-        return F.cross_entropy(logits, batch["mlm_labels"][is_masked], reduction="sum")
+    def encode_texts(self, batch: dict) -> dict[str, Tensor]:
+        """Text experts (B, N, Lt, D_text) of the ids that the objectives read, by name."""
+        names = []
+        if "mlm" in self.objectives:
+            names.append("mlm_ids")
+        if "itm" in self.objectives:
+            names.append("input_ids")
+        ids = torch.cat([batch[name] for name in names])
+        mask = batch["attention_mask"].repeat(len(names), 1)
+        experts = self.model.encode_text(ids, mask).chunk(len(names))
+        return dict(zip(names, experts, strict=True))
 
-    def itm_images(self, batch: dict, image_experts: Any) -> Tensor:
-        """Experts of the pictures that ITM sees.
+    def encode_images(self, batch: dict) -> tuple[Tensor, Tensor]:
+        """Image experts (B, N, Li, D_image) of the rows' own pictures, and of those that ITM sees.
 
-        They come from a second pass; or, shared, a false pair takes its partner's.
+        With ITC the false pairs come later, from the experts of all processes.
         """
-        if not self.share_images:
-            return self.model.encode_image(batch["itm_pixels"])
-        own = torch.arange(len(image_experts), device=image_experts.device)
-        partner = own ^ 1
-        return image_experts[torch.where(batch["itm_labels"] == 1, own, partner)]
+        pixels = batch["pixels"]
+        if "itm" not in self.objectives or "itc" in self.objectives:
+            experts = self.model.encode_image(pixels)
+            return experts, experts
+
+        if "mlm" not in self.objectives and not self.share_images:
+            experts = self.model.encode_image(batch["itm_pixels"])
+            return experts, experts
+
+        is_false = batch["itm_labels"] == 0
+        own = torch.arange(len(pixels), device=pixels.device)
+        if self.share_images:  # a false pair takes its partner's picture
+            experts = self.model.encode_image(pixels)
+            places = torch.where(is_false, own ^ 1, own)
+        else:  # a true pair has the row's own picture, so only those of the false ones are new
+            false_pixels = batch["itm_pixels"].index_select(0, self.places_where(is_false))
+            experts = self.model.encode_image(torch.cat([pixels, false_pixels]))
+            place_of_false = len(pixels) - 1 + is_false.cumsum(0)
+            places = torch.where(is_false, place_of_false, own)
+        return experts[: len(pixels)], experts.index_select(0, places)
+
+    def mlm_loss(self, fused: LayerInputs, labels: Tensor) -> Tensor:
+        """Sum over the masked tokens. labels (B, Lt)."""
+        text = self.model.last_text(fused)
+        # the vocabulary is wide: only the masked tokens
+        masked = self.places_where(labels != -100)
+        logits = self.model.heads["mlm"](text.flatten(0, 1).index_select(0, masked))
+        targets = labels.flatten().index_select(0, masked)
+        return F.cross_entropy(logits, targets, reduction="sum")
+
+    def places_where(self, condition: Tensor) -> Tensor:
+        """Where a condition of any shape holds, counted through its rows. (bench.py counts FLOPs on
+        tensors without values: there it says how many places there are.)
+        """
+        return condition.flatten().nonzero()[:, 0]
 
 
 # ---------------------------------------------------------------- downstream tasks
@@ -213,10 +275,10 @@ def class_logits(model: ManagerTower, head: str, batch: dict) -> Tensor:
     """
     mask = batch["attention_mask"]
     text_experts = model.encode_text(batch["input_ids"], mask)
-    pooled = [model.fuse(text_experts, model.encode_image(batch["pixels"]), mask).pooled]
+    pooled = [model.fuse_pooled(text_experts, model.encode_image(batch["pixels"]), mask)]
     if "pixels_1" in batch:
         image_experts = model.encode_image(batch["pixels_1"])
-        pooled.append(model.fuse(text_experts, image_experts, mask, image_type=2).pooled)
+        pooled.append(model.fuse_pooled(text_experts, image_experts, mask, image_type=2))
     return model.heads[head](torch.cat(pooled, dim=-1))
 
 
@@ -253,15 +315,12 @@ class Retrieval(Task):
         mask = batch["attention_mask"]
         text_experts = self.model.encode_text(batch["input_ids"], mask)
         image_experts = self.model.encode_image(batch["pixels"])
-        return contrastive_losses(
-            self.model,
-            text_experts,
-            image_experts,
-            mask,
-            self.negatives,
-            self.shares,
-            batch["image_index"],
+        pairs = Pairs(text_experts, image_experts, mask)
+        itc, itm_pairs, labels = compare(
+            self.model, pairs, self.negatives, self.shares, batch["image_index"]
         )
+        logits = self.model.heads["itm"](self.model.fuse_pooled(*itm_pairs))
+        return {"itc": itc, "itm": F.cross_entropy(logits, labels, reduction="sum")}
 
 
 def rank_loss(
@@ -274,6 +333,6 @@ def rank_loss(
     mask = attention_mask.flatten(0, 1)
     image_experts = model.encode_image(pixels).repeat_interleave(num_captions, 0)
     text_experts = model.encode_text(ids, mask)
-    pooled = model.fuse(text_experts, image_experts, mask).pooled
+    pooled = model.fuse_pooled(text_experts, image_experts, mask)
     scores = model.heads["retrieval"](pooled).view(-1, num_captions)
     return F.cross_entropy(scores, ids.new_zeros(len(pixels)).long())

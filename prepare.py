@@ -315,6 +315,8 @@ def prepare_dataset(name: str, root: Path, out: Path) -> None:
         print(f"left out: {len(missing):,} missing images: {examples} ... ({raw.spec.images})")
     if empty:
         reason = f"none of its pictures is in {root}" if missing else "there are too few pictures"
+        for what, number in raw.left_out.most_common(1):
+            reason += f", and {number:,} {what} are left out"
         raise ValueError(
             f"{', '.join(empty)} would be empty and is not written, as {reason}; all other "
             "manifests are written"
@@ -639,11 +641,16 @@ def karpathy_images(raw: Raw, file: str, manifests_of: KarpathySplits) -> Iterat
         if split not in manifests_of:
             expected = ", ".join(manifests_of)
             raise ValueError(f"{place}: 'split' is {show(split)}; it must be one of {expected}")
+        name = entry["filename"]
+        if not name.strip() or "/" in name or "\0" in name:
+            raise ValueError(
+                f"{place}: 'filename' is {show(name)}; it must be a file's name, without a folder"
+            )
         captions = []
         sentences_place = f"{place}, sentences"
         for _, sentence in entries_with(sentences_place, entry["sentences"], {"raw": str}):
             captions.append(sentence["raw"])
-        yield KarpathyImage(place, entry["filename"], manifests_of[split], captions)
+        yield KarpathyImage(place, name, manifests_of[split], captions)
 
 
 def build_coco(raw: Raw) -> Splits:

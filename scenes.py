@@ -320,6 +320,10 @@ class Demo(Part):
         draw = random.Random(f"{self.seed} {self.name(index)}")
         return self.painter(Brush(draw, self.heldout, self.image_size), index)
 
+    def picture_key(self, kind: str, index: int) -> Any:
+        """Every record is drawn anew, and so its name is that of its picture."""
+        return self.name(index)
+
 
 def demo_source(kind: str, split: str, size: int, seed: int = 0, image_size: int = 64) -> Source:
     """`size` records of a kind, a key of PAINTERS; questions have 3 rows each.

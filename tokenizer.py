@@ -6,9 +6,11 @@ Official counterparts: HF's RobertaTokenizer, BertTokenizer and Qwen2Tokenizer; 
 T: max_len, the number of tokens that a text is padded to.
 """
 
+import base64
+import binascii
 import contextlib
 import hashlib
-import textwrap
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,8 +22,14 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
 from fields import show
-from files import MOST_BYTES, as_dict, read_json, size_in_words, write_atomically
-from world import silent_libraries
+from files import (
+    MOST_BYTES,
+    as_dict,
+    read_json,
+    size_in_words,
+    write_atomically,
+)
+from world import first_line_of, silent_libraries
 
 ROBERTA_SPECIALS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
 # the names that a special token has in different vocabularies; the first one that is there counts
@@ -38,10 +46,31 @@ ROLES = {
     "im_start": (("<|im_start|>",), "which begins each turn of a chat"),
     "im_end": (("<|im_end|>",), "which ends each turn of a chat"),
 }
+ROBERTA_KINDS = ("roberta", "xlm-roberta", "camembert", "bridgetower")  # model_type of a config
 TOWER_ROLES = ("pad", "cls", "sep")  # what a two-tower model needs
 MLM_ROLES = ("pad", "cls", "sep", "mask")
 CHAT_ROLES = ("im_start", "im_end")  # what LLaVA-OV-Manager needs
 MOST_IDS = 10**7  # as many as a vocabulary may have
+
+# What a tokenizer.json may cost. The library takes up to 350 bytes for a letter of a vocabulary,
+# and the steps that a text goes through may each repeat what the one before has made.
+MOST_LETTERS = 5 * 2**20  # of all tokens together; XLM-RoBERTa has 2 million
+MOST_LETTERS_OF_A_TOKEN = 10_000  # and of any other text that a file holds
+MOST_STEPS = 1000
+MOST_GROWTH = 10_000  # times the length of a text; ALBERT has 650, BERT, CLIP and Qwen2 below 50
+SECTIONS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
+# how many characters a step makes of one, at most
+GROWTHS = {
+    "NFKC": 18,
+    "NFKD": 18,
+    "NFC": 3,
+    "NFD": 4,
+    "Lowercase": 2,
+    "BertNormalizer": 8,
+    "ByteLevel": 2,
+}
+# a regular expression that has none of these matches no empty text
+MAY_BE_EMPTY = re.compile(r"[*?|(^$]|\{[0,]|\\[bBAzZGKQ]")
 
 
 def first_id(ids: dict[str, int], names: Sequence[str]) -> int | None:
@@ -89,7 +118,9 @@ class Tokenizer:
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # a panic of the library is no Exception
-            raise ValueError(f"the tokenizer cannot take {show(text)}: {reason(error)}") from None
+            raise ValueError(
+                f"the tokenizer cannot take {show(text)}: {first_line_of(error)}"
+            ) from None
 
     def library_ids(self, text: str) -> list[int]:
         return self.backend.encode(text, add_special_tokens=False).ids
@@ -242,24 +273,15 @@ def tokenizer_file(path: Path) -> Path:
     )
 
 
-def reason(error: BaseException) -> str:
-    """What a library says, in one line that is not too long."""
-    return textwrap.shorten(str(error), 200) or type(error).__name__
-
-
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """A folder or file: tokenizer.json, RoBERTa's vocab.json + merges.txt, SentencePiece's *.model.
 
     Raises ValueError, which names the file.
     """
+    if not isinstance(path, str | Path):
+        raise ValueError(f"load_tokenizer: path is {show(path)}; it must be a text or a Path")
     file = tokenizer_file(Path(path))
-    for needed in (file, file.with_name("merges.txt")):
-        if needed == file or file.name == "vocab.json":
-            check_file(needed)
-    if file.suffix == ".json":
-        content = read_json(file, dict)
-        check_ids(content, file)
-        check_model(content.get("model"), file)
+    check_files(file)
     try:
         with silent_libraries():
             tokenizer = open_tokenizer(file)
@@ -267,17 +289,53 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # the libraries raise nothing narrower, and Rust panics
-        raise ValueError(f"{file} is not a readable tokenizer: {reason(error)}") from None
+        raise ValueError(f"{file} is not a readable tokenizer: {first_line_of(error)}") from None
     if file.name == "vocab.json":
         # it does not say which tokens are special, so only RoBERTa's can be read
         missing = [name for name in ROBERTA_SPECIALS if tokenizer.id_of(name) is None]
         if missing:
             raise ValueError(
-                f"{file} is not RoBERTa's, it lacks {missing}: give the tokenizer.json of other "
-                "vocabularies"
+                f"{file} is not RoBERTa's, it lacks {', '.join(missing)}: give the tokenizer.json "
+                "of other vocabularies"
             )
-        return Tokenizer(byte_level(tokenizer.backend.model, ROBERTA_SPECIALS))
+        tokenizer = Tokenizer(byte_level(tokenizer.backend.model, ROBERTA_SPECIALS))
+    config = file.with_name("config.json")
+    if config.is_file():
+        check_special_ids(tokenizer, read_json(config, dict), str(config))
     return tokenizer
+
+
+def check_special_ids(tokenizer: Tokenizer, config: dict, name: str) -> None:
+    """Raises ValueError for a tokenizer that numbers its special tokens otherwise than the
+    config.json of RoBERTa or BridgeTower, called `name`: then its other ids differ as well.
+    """
+    values = {**config, **as_dict(config.get("text_config"))}
+    if config.get("model_type") not in ROBERTA_KINDS:
+        return
+    for key, found in (
+        ("bos_token_id", tokenizer.cls_id),
+        ("pad_token_id", tokenizer.pad_id),
+        ("eos_token_id", tokenizer.sep_id),
+    ):
+        wanted = values.get(key)
+        if type(wanted) is int and found is not None and found != wanted:
+            raise ValueError(
+                f"{key} of {name} is {show(wanted)}, but the tokenizer has {found}: it belongs to "
+                "other weights"
+            )
+
+
+def check_files(file: Path) -> None:
+    """Raises ValueError for what would cost the library too much, or end the process."""
+    for needed in (file, file.with_name("merges.txt")):
+        if needed == file or file.name == "vocab.json":
+            check_file(needed)
+    if file.suffix == ".json":
+        content = read_json(file, dict)
+        check_ids(content, file)
+        check_letters(content, file)
+        check_growth(content, file)
+        check_model(content.get("model"), file)
 
 
 def check_file(file: Path) -> None:
@@ -305,6 +363,111 @@ def check_ids(content: dict, file: Path) -> None:
     for i in ids:
         if isinstance(i, int) and i >= MOST_IDS:
             raise ValueError(f"{file}: a token has the id {i}; it must be below {MOST_IDS}")
+
+
+def check_letters(content: dict, file: Path) -> None:
+    """Raises ValueError for tokens that are so long that the library would need gigabytes."""
+    tokens = tokens_of(content)
+    longest = max(tokens, key=len, default="")
+    if len(longest) > MOST_LETTERS_OF_A_TOKEN:
+        raise ValueError(
+            f"{file}: a token has {len(longest)} letters, {show(longest)}; it must have at most "
+            f"{MOST_LETTERS_OF_A_TOKEN}"
+        )
+    letters = sum(len(token) for token in tokens)
+    if letters > MOST_LETTERS:
+        raise ValueError(
+            f"{file}: its tokens have {letters} letters together; they must have at most "
+            f"{MOST_LETTERS}"
+        )
+
+
+def tokens_of(content: dict) -> list[str]:
+    """The texts of all tokens, and those that the model puts before or behind them."""
+    model = as_dict(content.get("model"))
+    vocabulary = model.get("vocab") if model else content  # of a vocab.json
+    names = list(vocabulary) if isinstance(vocabulary, dict) else []
+    if isinstance(vocabulary, list):  # Unigram's, with scores
+        names = [row[0] for row in vocabulary if isinstance(row, list) and row]
+    names += model.values()  # continuing_subword_prefix and the like
+    added = content.get("added_tokens")
+    for token in added if isinstance(added, list) else []:
+        names.append(as_dict(token).get("content"))
+    return [name for name in names if isinstance(name, str)]
+
+
+def check_growth(content: dict, file: Path) -> None:
+    """Raises ValueError for steps that would make gigabytes of a short text."""
+    steps = steps_of([content.get(name) for name in SECTIONS])
+    if len(steps) > MOST_STEPS:
+        raise ValueError(
+            f"{file}: a text goes through {len(steps)} steps; it must be at most {MOST_STEPS}"
+        )
+    growth = 1.0
+    for step in steps:
+        check_texts(step, file)
+        growth *= growth_of(step)
+        if growth > MOST_GROWTH:
+            raise ValueError(
+                f"{file}: its steps, among them {show(step)}, may make a text more than "
+                f"{MOST_GROWTH} times as long"
+            )
+
+
+def check_texts(step: dict, file: Path) -> None:
+    for key, text in step.items():
+        is_long = isinstance(text, str) and len(text) > MOST_LETTERS_OF_A_TOKEN
+        if is_long and key != "precompiled_charsmap":
+            raise ValueError(
+                f"{file}: {show(key)} of a step has {len(text)} letters; it must have at most "
+                f"{MOST_LETTERS_OF_A_TOKEN}"
+            )
+
+
+def steps_of(tree: Any) -> list[dict]:
+    """All objects inside a part of a tokenizer.json, however deep: old files name no type."""
+    steps = []
+    waiting = [tree]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, dict):
+            steps.append(node)
+            waiting.extend(node.values())
+        elif isinstance(node, list):
+            waiting.extend(node)
+    return steps
+
+
+def growth_of(step: dict) -> float:
+    """How many characters a step makes of one, at most."""
+    if "pattern" in step and "content" in step:  # Replace
+        return growth_of_replace(as_dict(step["pattern"]), str(step["content"]))
+    if "prepend" in step:
+        return 1 + len(str(step["prepend"]))
+    if "precompiled_charsmap" in step:
+        return growth_of_map(step["precompiled_charsmap"])
+    if isinstance(step.get("single"), list):  # a template, which may name the text more than once
+        return max(1, sum("Sequence" in as_dict(part) for part in step["single"]))
+    return GROWTHS.get(str(step.get("type")), 1)
+
+
+def growth_of_replace(pattern: dict, content: str) -> float:
+    literal = pattern.get("String")
+    if isinstance(literal, str) and literal:
+        return max(1, len(content) / len(literal))
+    if literal == "" or MAY_BE_EMPTY.search(str(pattern.get("Regex"))):
+        return 1 + len(content)  # between all characters
+    return max(1, len(content))
+
+
+def growth_of_map(charsmap: Any) -> float:
+    """Of SentencePiece's map: 4 bytes with the size of an index, the index, and texts with NULs."""
+    try:
+        content = base64.b64decode(str(charsmap))
+    except binascii.Error:  # the library says it
+        return 1
+    size = int.from_bytes(content[:4], "little")
+    return max(1, *(len(text) for text in content[4 + size :].split(b"\0")))
 
 
 def check_model(model: Any, file: Path) -> None:

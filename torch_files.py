@@ -24,6 +24,7 @@ from torch import Tensor
 
 from fields import show
 from files import as_dict
+from world import first_line_of
 
 State = dict[str, Tensor]
 
@@ -69,10 +70,7 @@ def words_of(error: Exception) -> str:
         return error.strerror or "it cannot be read"
     if isinstance(error, UnicodeDecodeError):
         return f"it has a name that is no text (byte 0x{error.object[error.start]:02x})"
-    first_line = str(error).partition("\n")[0]
-    if len(first_line) > 200:
-        first_line = f"{first_line[:200]}..."
-    return first_line
+    return first_line_of(error)
 
 
 # ---------------------------------------------------------------- pickles

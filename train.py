@@ -33,8 +33,11 @@ from loop import (
     TowerRunConfig,
     find_tokenizer_of,
     fit,
+    is_beginning_gone,
     make_plan,
+    measure_untrained,
     param_groups,
+    refuse_idle_flags,
     summarize,
 )
 from model import ManagerTower, ManagerTowerConfig
@@ -174,7 +177,7 @@ def make_model(
     check_tokenizer(tokenizer, config.vocab_size, config.pad_token_id)
     seed_all(run.seed, "model")
     model = ManagerTower(config)
-    if run.vision:
+    if run.vision and not is_beginning_gone(run):
         load_unimodal(model, run.vision, run.text)
     model.set_checkpointing(run.checkpointing)
     return model
@@ -284,12 +287,12 @@ def pretrain(run: TrainConfig, fields: dict, world: World) -> None:
         "captions of "
         f"{source.num_images} pictures, {len(heldout)} held out"
     )
-    untrained = evaluate()
+    untrained = measure_untrained(run, evaluate)
     task = Pretraining(model, run.objectives, run.share_images)
-    finished = fit(run, task, dataset, evaluate, checkpoint, world, param_groups(model, run))
-    if finished and world.rank == 0:
+    fit(run, task, dataset, evaluate, checkpoint, world, param_groups(model, run))
+    if world.rank == 0:
         text_only = {"mlm_accuracy": text_only_mlm_guess(dataset, heldout), "itm_accuracy": 0.5}
-        baselines = {"untrained": untrained, "text_only": text_only}
+        baselines = {**untrained, "text_only": text_only}
         summarize(run, checkpoint, baselines, next_commands(run))
 
 
@@ -305,6 +308,13 @@ def next_commands(run: TrainConfig) -> list[str]:
     ]
 
 
+def idle_flags(run: TrainConfig) -> dict[str, str]:
+    """The flags that mean nothing in this run -> why."""
+    if run.data_root:
+        return {}
+    return dict.fromkeys(("datasets", "on_bad_sample"), "without --data_root: the scenes are drawn")
+
+
 def is_llava(argv: list[str]) -> bool:
     """Whether the command line names one of the MLLM's recipes."""
     parser = make_parser("", add_help=False)
@@ -318,6 +328,7 @@ def main(argv: list[str]) -> None:
 
         return train_llava.main(argv)
     _, run, fields = parse_recipe(argv, RECIPES, "recipe", elsewhere=LLAVA_RECIPES)
+    refuse_idle_flags(argv, idle_flags(run))
     return pretrain(run, fields, World(run.device))
 
 

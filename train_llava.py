@@ -32,19 +32,23 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from chat import IGNORE, SYSTEM, collate_chat, encode_prompt, tokenize
+from chat import SYSTEM, collate_chat, encode_prompt, tokenize
 from data import ChatDataset, Source, collate_conversations, open_chat
 from fields import option, parse_recipe
 from files import read_json
-from llava_manager import LlavaManager, LlavaManagerConfig, expand_placeholders
+from llava_manager import LlavaManager, LlavaManagerConfig, TokenCounts, count_tokens
 from loop import (
     Checkpoint,
     RunConfig,
     Task,
     find_tokenizer_of,
     fit,
+    is_beginning_gone,
     make_groups,
     make_plan,
+    measure_untrained,
+    refuse_idle_flags,
+    stored_config,
     summarize,
 )
 from multigrid import preprocess_image
@@ -181,6 +185,16 @@ LLAVA_RECIPES: dict[str, tuple[Any, dict]] = {  # (run, fields of the model)
     ),
 }
 DEMO = "llava_demo"
+NOT_IN_DEMO = (
+    "data_path",
+    "data_root",
+    "image_folder",
+    "init",
+    "vision",
+    "text",
+    "tokenizer",
+    "on_bad_sample",
+)
 CAPTION_PART = 0.375  # of the demo's steps: questions alone teach nothing in that time
 # what may differ from --init: it does not change what the parameters mean
 FREE_FIELDS = {
@@ -217,29 +231,20 @@ class Chat(Task):
         return {name: value for name, value in batch.items() if name != "image_index"}
 
     def counts(self, batch: dict) -> dict[str, int]:
-        expanded = expand_placeholders(**self.model_inputs(batch), config=self.model.config)
-        assert expanded.labels is not None
-        # the first token of a row is predicted by none
-        has_label = expanded.labels[:, 1:] != IGNORE  # (B, S - 1)
+        counts = count_tokens(**self.model_inputs(batch), config=self.model.config)
         if not self.is_said:
-            self.count_cut(has_label, expanded)
+            self.count_cut(counts)
             if self.seen >= ENOUGH:
                 self.say_cut()
-        return {"lm": int(has_label.sum())}
+        return {"lm": int(counts.labels.sum())}
 
-    def count_cut(self, has_label: Tensor, expanded: Any) -> None:
-        """Add the rows of a batch to what is said by `say_cut`. has_label: (B, S - 1)."""
-        max_length = self.model.config.max_length
-        is_cut = expanded.lengths > max_length  # (B,)
-        first_image = 0
-        for row, num_images in enumerate(expanded.images_per_row):
-            self.seen += 1
-            whole = int(expanded.counts[first_image : first_image + num_images].sum())
-            left = int((expanded.image[row] >= 0).sum())
-            first_image += num_images
-            if is_cut[row]:
-                self.without_label += not has_label[row].any()
-                self.without_image += left < whole
+    def count_cut(self, counts: TokenCounts) -> None:
+        """Add the rows of a batch to what is said by `say_cut`."""
+        is_cut = counts.lengths > self.model.config.max_length  # (B,)
+        has_no_label = counts.labels == 0
+        self.seen += len(is_cut)
+        self.without_label += int((is_cut & has_no_label).sum())
+        self.without_image += int((counts.lost > 0).sum())
 
     def say_cut(self) -> None:
         """Say how many conversations max_length has made useless, once, if there are any."""
@@ -308,7 +313,9 @@ def make_llava(run: LlavaTrainConfig, fields: dict, tokenizer: Tokenizer) -> Lla
     _, im_start, im_end = (tokenize(name, tokenizer) for name in SPECIALS)
     fields = {**fields, "im_start_id": im_start[0], "eos_ids": im_end}
     seed_all(run.seed, "model")
-    if run.init:
+    if is_beginning_gone(run):
+        model = LlavaManager(stored_config(run, fields))
+    elif run.init:
         model = initial_llava(run, fields)
     elif run.vision:
         text_config = read_json(Path(run.text) / "config.json", dict)
@@ -480,26 +487,12 @@ def prepare_stage(run: LlavaTrainConfig, fields: dict, world: World) -> Prepared
 # ---------------------------------------------------------------- the run
 def check_start(name: str, run: LlavaTrainConfig, fields: dict) -> None:
     """Raises ValueError for flags that do not fit together."""
-    if name == DEMO:
-        for flag in (
-            "data_path",
-            "data_root",
-            "image_folder",
-            "init",
-            "vision",
-            "text",
-            "tokenizer",
-        ):
-            if getattr(run, flag):
-                raise ValueError(
-                    f"--{flag} means nothing to llava_demo, which draws its scenes and starts anew"
-                )
-        if not run.max_steps:
-            raise ValueError(
-                "--max_steps is 0, which means one epoch; llava_demo draws its scenes without end, "
-                "so it must be at least 1"
-            )
-    else:
+    if name == DEMO and not run.max_steps:
+        raise ValueError(
+            "--max_steps is 0, which means one epoch; llava_demo draws its scenes without end, "
+            "so it must be at least 1"
+        )
+    if name != DEMO:
         encoders = bool(run.vision)
         if not run.data_path or encoders != bool(run.text) or encoders == bool(run.init):
             raise ValueError(
@@ -536,8 +529,9 @@ def train_llava(name: str, run: LlavaTrainConfig, fields: dict, world: World) ->
         "do not; "
         f"{len(prepared.dataset)} conversations"
     )
-    untrained = prepared.evaluate()  # it refuses held-out rows of which no label is left
-    finished = fit(
+    # it refuses held-out rows of which no label is left
+    untrained = measure_untrained(run, prepared.evaluate)
+    fit(
         run,
         prepared.task,
         prepared.dataset,
@@ -548,13 +542,21 @@ def train_llava(name: str, run: LlavaTrainConfig, fields: dict, world: World) ->
         collate_conversations,
     )
     prepared.task.say_cut()
-    if finished and world.rank == 0:
+    if world.rank == 0:
         command = f"python ask.py chat --checkpoint {run.out_dir}"
         if run.alignment:
             command = f"python train.py --recipe llava_stage1_5 --data_path X --init {run.out_dir}"
-        summarize(run, checkpoint, {"untrained": untrained, **prepared.baselines}, [command])
+        summarize(run, checkpoint, {**untrained, **prepared.baselines}, [command])
+
+
+def idle_flags(name: str) -> dict[str, str]:
+    """The flags that mean nothing in this run -> why."""
+    if name == DEMO:
+        return dict.fromkeys(NOT_IN_DEMO, f"to {DEMO}, which draws its scenes and starts anew")
+    return {}
 
 
 def main(argv: list[str]) -> None:
     name, run, fields = parse_recipe(argv, LLAVA_RECIPES, "recipe", elsewhere=("demo", "pretrain"))
+    refuse_idle_flags(argv, idle_flags(name))
     train_llava(name, run, fields, World(run.device))

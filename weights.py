@@ -27,13 +27,14 @@ to be used; 5. any file of weights; 6. official checkpoints -> our folders.
 import contextlib
 import dataclasses
 import functools
+import inspect
 import json
 import math
 import re
-import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import NoneType, UnionType
+from typing import Any, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -41,8 +42,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fields import show
-from files import VERSION, as_dict, read_json, write_atomically, write_json, write_text
+from fields import shorten, show
+from files import (
+    VERSION,
+    as_dict,
+    read_json,
+    write_atomically,
+    write_json,
+    write_text,
+)
 from images import image_transform
 from llava_manager import (
     OFFICIAL_FIELDS,
@@ -52,13 +60,21 @@ from llava_manager import (
     check_settings,
 )
 from model import HEADS, ManagerTower, ManagerTowerConfig
-from tokenizer import CHAT_ROLES, check_roles, check_tokenizer, load_tokenizer
+from tokenizer import (
+    CHAT_ROLES,
+    check_roles,
+    check_special_ids,
+    check_tokenizer,
+    load_tokenizer,
+)
 from torch_files import TorchFile
-from world import World, is_first_process
+from world import World, first_line_of, is_first_process
 
 State = dict[str, Tensor]
+Function = TypeVar("Function", bound=Callable)
 Names = Mapping[str, str | tuple[str, ...]]  # our key -> their key or keys
 MODALITIES = ("text", "image")
+
 
 # ================================================================ 1. tables
 
@@ -236,6 +252,20 @@ ROBERTA_SETTINGS = Published(
 )
 
 
+# Qwen2's, and that of the LLaVAs which are made of it
+QWEN_KINDS = ("qwen2", "llava", "llava_qwen", "llava_qwen_manager")
+QWEN_SETTINGS = Published(QWEN_KINDS, "text_config", {}, {})
+
+
+def check_kind(values: dict, kinds: tuple[str, ...]) -> None:
+    """Raises ValueError for a config.json of another family of models. Without a word of it, it is
+    what the keys of the weights say.
+    """
+    kind = values.get("model_type")
+    if kind is not None and kind not in kinds:
+        raise ValueError(f"model_type is {show(kind)}; it must be {' or '.join(kinds)}")
+
+
 class Layout(NamedTuple):
     """How one kind of encoder is published."""
 
@@ -272,6 +302,7 @@ HF_ROBERTA_LAYOUT = Layout(
     ROBERTA_SETTINGS,
 )
 INV_FREQ = r".*rotary_emb\.inv_freq"  # a buffer that old versions of transformers wrote
+QWEN_LAYOUT = Layout({**QWEN, **QWEN_HEAD}, "", (INV_FREQ,), QWEN_SETTINGS)
 IMAGE_LAYOUTS = (OPENAI_LAYOUT, HF_CLIP_LAYOUT)
 TEXT_LAYOUTS = (HF_ROBERTA_LAYOUT,)
 
@@ -502,7 +533,7 @@ def refuse(problems: dict[str, list[str]]) -> None:
     parts = []
     for name, items in problems.items():
         if items:
-            parts.append(f"{name}: {textwrap.shorten('; '.join(items), 250)}")
+            parts.append(f"{name}: {shorten('; '.join(items), 250)}")
     if parts:
         raise ValueError("the weights do not fit the config. " + ". ".join(parts))
 
@@ -650,7 +681,8 @@ def read_safetensors(path: str | Path) -> State:
     try:
         return load_file(file)
     except SafetensorError as error:
-        raise ValueError(f"{file} is not a readable safetensors file ({error})") from error
+        reason = first_line_of(error)
+        raise ValueError(f"{file} is not a readable safetensors file ({reason})") from error
 
 
 def read_header(path: str | Path) -> State:
@@ -669,7 +701,7 @@ def read_header(path: str | Path) -> State:
                 shape = part.get_shape()
                 state[key] = torch.empty(shape, dtype=DTYPES[name], device="meta")
     except (SafetensorError, RuntimeError, TypeError) as error:
-        reason = textwrap.shorten(str(error), 200)
+        reason = first_line_of(error)
         raise ValueError(f"{file} is not a readable safetensors file ({reason})") from error
     return state
 
@@ -721,7 +753,49 @@ def read_headers(path: str | Path) -> State:
 READERS = (read_headers, read_shards)
 
 
+# ---------------------------------------------------------------- arguments of Python code
+def checked(function: Function) -> Function:
+    """A function for Python code, whose arguments must have the types that it declares.
+
+    It raises ValueError, in one sentence, where they have not.
+    """
+    signature = inspect.signature(function)
+    hints = get_type_hints(function)
+
+    @functools.wraps(function)
+    def checking(*args: Any, **keywords: Any) -> Any:
+        for name, value in signature.bind(*args, **keywords).arguments.items():
+            variadic = signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD
+            if not variadic:
+                check_argument(f"{function.__name__}: {name}", value, hints[name])
+        return function(*args, **keywords)
+
+    return checking  # type: ignore[return-value]
+
+
+def check_argument(name: str, value: Any, declared: Any) -> None:
+    """Raises ValueError for a value of another type than `str | Path`, `list[str] | None` ..."""
+    kinds = get_args(declared) if isinstance(declared, UnionType) else (declared,)
+    kinds = tuple(get_origin(kind) or kind for kind in kinds)
+    if Any not in kinds and not isinstance(value, kinds):
+        names = " or ".join(ARGUMENT_NAMES.get(kind, kind.__name__) for kind in kinds)
+        raise ValueError(f"{name} is {show(value)}; it must be {names}")
+
+
+# how a message calls a type
+ARGUMENT_NAMES = {
+    str: "a text",
+    Path: "a Path",
+    int: "a whole number",
+    dict: "a dict",
+    list: "a list",
+    torch.dtype: "a dtype like torch.bfloat16",
+    NoneType: "None",
+}
+
+
 # ---------------------------------------------------------------- published encoders
+@checked
 def load_unimodal(model: ManagerTower | LlavaManager, vision: str | Path, text: str | Path) -> None:
     """Fill both encoders from pre-trained ones: .safetensors files, or folders of them.
 
@@ -817,10 +891,7 @@ def check_published(file: Path | None, settings: Published, our_fields: OurField
     with naming(file):
         if not isinstance(values, dict):
             raise ValueError(f"{settings.part} is {show(values)}; it must be an object")
-        kind = values.get("model_type", whole.get("model_type"))
-        if kind is not None and kind not in settings.kinds:
-            wanted = " or ".join(settings.kinds)
-            raise ValueError(f"model_type is {show(kind)}; it must be {wanted}")
+        check_kind(values if "model_type" in values else whole, settings.kinds)
         said = {key: value for key, value in values.items() if value is not None}
         values = {**settings.defaults, **said}
         check_settings(values, settings.supported, "the encoder's")
@@ -836,7 +907,9 @@ def check_published_llm(file: Path | None, config: LlavaManagerConfig) -> None:
     if file is None:
         return
     with naming(file):
-        published = LlavaManagerConfig.from_official(read_json(file, dict))
+        values = read_json(file, dict)
+        check_kind(values, QWEN_KINDS)
+        published = LlavaManagerConfig.from_official(values)
         for field, key in {**OFFICIAL_FIELDS, "rope_theta": "rope_theta"}.items():
             theirs = getattr(published, field)
             ours = getattr(config, field)
@@ -927,10 +1000,12 @@ def read_config(folder: str | Path, config_class: Any = ManagerTowerConfig) -> A
     unknown = sorted(set(values) - {field.name for field in dataclasses.fields(config_class)})
     if f"{name}Config" != config_class.__name__ or unknown:
         wanted = config_class.__name__.removesuffix("Config")
-        raise ValueError(
-            f"{file} is not the config of a {wanted}: model {show(name)}, unknown fields "
-            f"{show(unknown)}"
-        )
+        problem = f'its "model" is {show(name)}'
+        if name is None:
+            problem = f'it has no "model": "{wanted}", which a config.json of this program has'
+        elif name == wanted:
+            problem = f"it has the unknown fields {show(unknown)}"
+        raise ValueError(f"{file} is not the config of a {wanted}: {problem}")
     try:
         return config_class(**values)
     except (ValueError, TypeError) as error:  # a TypeError where a list is a number, or null
@@ -942,6 +1017,7 @@ def is_mllm_config(values: dict[str, Any]) -> bool:
     return values.get("model") == "LlavaManager" or "mm_projector_type" in values
 
 
+@checked
 def load_model(folder: str | Path, **overrides: Any) -> Any:
     """A checkpoint folder -> ManagerTower or LlavaManager, on the CPU.
 
@@ -950,10 +1026,21 @@ def load_model(folder: str | Path, **overrides: Any) -> Any:
     and `im_start_id` (see `load_llava`). Raises ValueError for whatever does not fit.
     """
     if is_mllm_config(read_config_values(folder)):
-        return load_llava(folder, **overrides)
-    return load_tower(folder, **overrides)
+        load: Callable = load_llava
+        names = set(inspect.signature(load_llava).parameters) - {"folder"}
+    else:
+        load = load_tower
+        names = {field.name for field in dataclasses.fields(ManagerTowerConfig)}
+    unknown = sorted(set(overrides) - names)
+    if unknown:
+        raise ValueError(
+            f"load_model: {', '.join(unknown)} means nothing for {folder}; it may be "
+            f"{', '.join(sorted(names))}"
+        )
+    return load(folder, **overrides)
 
 
+@checked
 def load_llava(
     folder: str | Path,
     dtype: torch.dtype = torch.float32,
@@ -970,6 +1057,7 @@ def load_llava(
     if is_official:
         known = {} if im_start_id is None else {"im_start_id": im_start_id}
         with naming(Path(folder) / "config.json"):
+            check_kind(values, QWEN_KINDS)
             config = LlavaManagerConfig.from_official(values, vision, **known)
     elif vision is not None or im_start_id is not None:
         raise ValueError(
@@ -1023,6 +1111,7 @@ FREE_FIELDS = (
 )
 
 
+@checked
 def load_tower(folder: str | Path, **overrides: Any) -> ManagerTower:
     """A checkpoint folder of ours -> ManagerTower; overrides are other values of FREE_FIELDS.
 
@@ -1139,7 +1228,7 @@ def refuse_differences(folder: str | Path, state: State, model: nn.Module) -> No
         if in_file != in_model:
             differences.append(f"{key}: {in_file} in the file, {in_model} in the model")
     if differences:
-        listed = textwrap.shorten("; ".join(differences), 600)
+        listed = shorten("; ".join(differences), 600)
         raise ValueError(f"{folder} does not fit the model. {listed}")
 
 
@@ -1168,7 +1257,8 @@ def is_mllm(checkpoint: str | Path) -> bool:
     return is_mllm_config(values)
 
 
-def load_two_tower(checkpoint: str, head: str = "", device: str = "auto") -> Loaded:
+@checked
+def load_two_tower(checkpoint: str | Path, head: str = "", device: str = "auto") -> Loaded:
     """A ManagerTower folder. Raises ValueError if it lacks the head that is needed."""
     if is_mllm(checkpoint):
         raise ValueError(
@@ -1177,7 +1267,8 @@ def load_two_tower(checkpoint: str, head: str = "", device: str = "auto") -> Loa
     place = World(device).device
     config = read_config(checkpoint)
     if head and head not in config.heads:
-        raise ValueError(f"{checkpoint} has no {head} head, only {', '.join(config.heads)}")
+        others = f", only {', '.join(config.heads)}" if config.heads else ": it has no heads"
+        raise ValueError(f"{checkpoint} has no {head} head{others}")
     tokenizer = load_tokenizer(checkpoint)
     with naming(checkpoint):
         check_tokenizer(tokenizer, config.vocab_size, config.pad_token_id)
@@ -1198,7 +1289,10 @@ def stored_transform(folder: str | Path) -> str:
     return "clip" if "mlm" in values.get("heads", ()) else "albef"
 
 
-def load_mllm(checkpoint: str, tokenizer: str = "", device: str = "auto") -> Loaded:
+@checked
+def load_mllm(
+    checkpoint: str | Path, tokenizer: str | Path | None = None, device: str = "auto"
+) -> Loaded:
     """A LLaVA-OV-Manager folder, in evaluation mode, and in bf16 on CUDA."""
     if not is_mllm(checkpoint):
         raise ValueError(
@@ -1251,7 +1345,8 @@ def read_weights(source: str | Path) -> tuple[State, dict]:
         part, _ = read_weights_file(file)
         missing = sorted(set(keys) - set(part))
         if missing:
-            raise ValueError(f"{file} lacks {show(missing)}, which the index says it has")
+            listed = shorten(", ".join(missing), 250)
+            raise ValueError(f"{file} lacks {listed}, which the index says it has")
         state.update(part)
     with naming(source):
         return unwrap(state), settings
@@ -1326,18 +1421,35 @@ BRIDGETOWER_DEAD = (r".*(position|token_type)_ids", r"itc_cross_modal_head\..*")
 
 # what its config.json may say of the whole, and of each part: ours computes with it
 BRIDGETOWER_SUPPORTED: dict[str, dict[str, Any]] = {
-    "": {"hidden_act": "gelu", "link_tower_type": "add", "share_link_tower_layers": False},
+    "": {
+        "model_type": "bridgetower",
+        "hidden_act": "gelu",
+        "layer_norm_eps": 1e-5,
+        "link_tower_type": "add",
+        "share_link_tower_layers": False,
+        "share_cross_modal_transformer_layers": True,
+    },
     "text_config": {
         "hidden_act": "gelu",
         "layer_norm_eps": 1e-5,
         "position_embedding_type": "absolute",
+        "is_decoder": False,
     },
-    "vision_config": {"layer_norm_eps": 1e-5},
+    "vision_config": {
+        "layer_norm_eps": 1e-5,
+        "share_layernorm": True,
+        "remove_last_layer": False,
+    },
 }
+# what transformers takes for an absent key of its text_config
+BRIDGETOWER_DEFAULTS = {"num_attention_heads": 12, "pad_token_id": 1}
 
 
-def check_bridgetower(settings: dict) -> None:
-    """Raises ValueError for a config.json that says what our model does not compute with."""
+def bridgetower_settings(settings: dict) -> dict:
+    """The settings of a config.json, with those of the text encoder that it leaves out.
+
+    Raises ValueError for one that says what our model does not compute with.
+    """
     for name, supported in BRIDGETOWER_SUPPORTED.items():
         part = settings.get(name) if name else settings
         if part is None:
@@ -1345,6 +1457,13 @@ def check_bridgetower(settings: dict) -> None:
         if not isinstance(part, dict):
             raise ValueError(f"{name} of its config.json is {show(part)}; it must be an object")
         check_settings(part, supported, f"{name or 'the whole'} of its config.json:")
+    if not settings:  # weights alone
+        return settings
+    said = {}
+    for key, value in as_dict(settings.get("text_config")).items():
+        if value is not None:  # null is an absent key
+            said[key] = value
+    return {**settings, "text_config": {**BRIDGETOWER_DEFAULTS, **said}}
 
 
 def bridgetower_key(key: str) -> str:
@@ -1422,6 +1541,9 @@ COUNTS = {
     "managed_layers_image": "image_managers.0.scale",
 }
 
+# part of transformers' config.json -> the field of which it says the number of layers
+LAYERS = {"": "num_layers", "text_config": "text_layers", "vision_config": "vision_layers"}
+
 
 def infer_config(state: State, settings: dict) -> ManagerTowerConfig:
     """The config of a state in the official layout.
@@ -1438,6 +1560,7 @@ def infer_config(state: State, settings: dict) -> ManagerTowerConfig:
         values[field] = count_numbers(state, our_key) or values[field]
     infer_derived_sizes(state, values)
     infer_fusion(state, values)
+    check_layers(settings, values)
     infer_from_settings(settings, values)
     if values["vocab_size"] <= values["pad_token_id"]:
         key = official_keys()["text_encoder.word_embedding.weight"]
@@ -1518,8 +1641,24 @@ def infer_from_settings(settings: dict, values: dict[str, Any]) -> None:
     values["num_heads"] = text_heads or number_in(settings, "num_heads", usual_heads)
     drop_rate = number_in(settings, "drop_rate", 0.1)
     values["dropout"] = number_in(text_settings, "hidden_dropout_prob", drop_rate)
-    longest = values["max_positions"] - 2
-    values["max_text_len"] = min(number_in(settings, "max_text_len", 50), longest)
+    values["pad_token_id"] = number_in(text_settings, "pad_token_id", values["pad_token_id"])
+    longest = values["max_positions"] - 1 - values["pad_token_id"]
+    # of fewer than 3 positions the config says that no text fits
+    values["max_text_len"] = max(3, min(number_in(settings, "max_text_len", 50), longest))
+
+
+def check_layers(settings: dict, values: dict[str, Any]) -> None:
+    """Raises ValueError for settings with other numbers of layers than the weights have: with some
+    of them left out, transformers computes something else.
+    """
+    for name, field in LAYERS.items():
+        part = as_dict(settings.get(name)) if name else settings
+        layers = part.get("num_hidden_layers")
+        if layers is not None and layers != values[field]:
+            raise ValueError(
+                f"num_hidden_layers of {name or 'the whole'} is {show(layers)}, but the weights "
+                f"have {values[field]}"
+            )
 
 
 def number_in(settings: dict, name: str, default: float) -> Any:
@@ -1533,10 +1672,16 @@ def number_in(settings: dict, name: str, default: float) -> Any:
 
 
 # ---------------------------------------------------------------- the conversion
-# how a key of CLIP, or of RoBERTa, ends -> the dimensions of its tensor
-ENCODER_MARKS = {CLIP["class_embedding"]: 1, str(ROBERTA["word_embedding.weight"]): 2}
+# how a key of an encoder ends -> the dimensions of its tensor, and the layouts that have it
+ENCODER_MARKS: dict[str, tuple[int, tuple[Layout, ...]]] = {
+    CLIP["class_embedding"]: (1, IMAGE_LAYOUTS),
+    str(HF_SIGLIP["patch.bias"]): (1, (HF_SIGLIP_LAYOUT,)),
+    str(ROBERTA["word_embedding.weight"]): (2, TEXT_LAYOUTS),
+    "embed_tokens.weight": (2, (QWEN_LAYOUT,)),
+}
 
 
+@checked
 def convert_weights(
     source: str | Path,
     out: str | Path,
@@ -1546,27 +1691,33 @@ def convert_weights(
     """Official weights -> a folder of ours; nothing in their files is executed.
 
     ManagerTower, BridgeTower, METER and HF's BridgeTower become a checkpoint folder, in float32;
-    CLIP and RoBERTa a folder for --vision or --text. The tokenizer, and the texts of a VQA model's
+    CLIP, SigLIP, RoBERTa and Qwen2 a folder for --vision or --text, and LLaVA-OV-Manager one for
+    --checkpoint, under their own names. The tokenizer, and the texts of a VQA model's
     answers, go along. Raises ValueError, with the source's name, for anything else.
     """
     out = Path(out)
     state, settings = read_weights(source)
     text_tokenizer = load_tokenizer(tokenizer) if tokenizer else None
     with naming(source):
+        if text_tokenizer:
+            check_special_ids(text_tokenizer, settings, "its config.json")
         refuse_our_own(state)
         if any(re.fullmatch(BRIDGETOWER_MARK, key) for key in state):
-            check_bridgetower(settings)
+            settings = bridgetower_settings(settings)
             state = bridgetower_to_official(state)
     if official_keys()["text_transform.weight"] in state:
         convert_tower(source, state, settings, out, answers)
+    elif is_mllm_config(settings):
+        with naming(source):
+            convert_llava(state, settings, out)
     elif any(key.endswith(tuple(ENCODER_MARKS)) for key in state):
         with naming(source):
             check_marks(state)
             convert_encoder(state, settings, out)
     else:
         raise ValueError(
-            f"{source} is no ManagerTower, BridgeTower, METER, CLIP or RoBERTa: "
-            f"{list(state)[:4]} ..."
+            f"{source} is no ManagerTower, BridgeTower, METER, CLIP, SigLIP, RoBERTa, Qwen2 or "
+            f"LLaVA-OV-Manager: {describe_keys(state)}"
         )
     if text_tokenizer:
         text_tokenizer.save(out)
@@ -1589,9 +1740,16 @@ def convert_tower(
     print(f"{out}: {config}")
 
 
+def describe_keys(state: State) -> str:
+    """What a file holds, for a message."""
+    if not state:
+        return "it holds no tensor"
+    return f"it has the keys {shorten(', '.join(sorted(state)), 200)}"
+
+
 def check_marks(state: State) -> None:
     for key, tensor in state.items():
-        for mark, dimensions in ENCODER_MARKS.items():
+        for mark, (dimensions, _) in ENCODER_MARKS.items():
             if key.endswith(mark) and tensor.dim() != dimensions:
                 raise ValueError(
                     f"wrong shape: {key} is {tuple(tensor.shape)}, should have {dimensions} "
@@ -1599,10 +1757,17 @@ def check_marks(state: State) -> None:
                 )
 
 
-def unknown_keys(state: State) -> list[str]:
-    """The keys that neither CLIP nor RoBERTa has, whatever their number of layers."""
-    is_text = any(key.endswith(str(ROBERTA["word_embedding.weight"])) for key in state)
-    layout, prefix = find_layout(state, TEXT_LAYOUTS if is_text else IMAGE_LAYOUTS)
+def published_layout(state: State) -> tuple[Layout, str]:
+    """The layout of an encoder that has one of ENCODER_MARKS, and what its keys begin with."""
+    layouts: tuple[Layout, ...] = ()
+    for mark, (_, layouts_with_mark) in ENCODER_MARKS.items():
+        if any(key.endswith(mark) for key in state):
+            layouts = layouts_with_mark
+    return find_layout(state, layouts)
+
+
+def unknown_keys(state: State, layout: Layout, prefix: str) -> list[str]:
+    """The keys that no encoder of this layout has, whatever its number of layers."""
     patterns = list(layout.dead)
     for row in expand(layout.names, "", prefix, 1):
         for name in row.theirs:
@@ -1611,18 +1776,37 @@ def unknown_keys(state: State) -> list[str]:
 
 
 def convert_encoder(state: State, settings: dict, out: Path) -> None:
-    """CLIP or RoBERTa under its own names; `load_unimodal` reads it, and its config.json."""
+    """An encoder under its own names; `load_unimodal` reads it, and its config.json."""
     visual = {key: tensor for key, tensor in state.items() if key.startswith("visual.")}
     if visual:  # CLIP's text encoder is not used
         state = visual
-    unknown = unknown_keys(state)
+    layout, prefix = published_layout(state)
+    if layout is QWEN_LAYOUT:
+        state = whole_language_model(state)
+    if layout.settings:
+        check_kind(settings, layout.settings.kinds)
+    unknown = unknown_keys(state, layout, prefix)
     if unknown:
-        raise ValueError(f"it is no CLIP and no RoBERTa, as it has {show(unknown)}")
+        raise ValueError(
+            "it is no CLIP, SigLIP, RoBERTa or Qwen2, as it has the keys "
+            f"{shorten(', '.join(unknown), 200)}"
+        )
+    published = settings if "model_type" in settings else {}  # a config.json of transformers
+    write_published(state, published, out, "an encoder, for --vision or --text")
+
+
+def convert_llava(state: State, settings: dict, out: Path) -> None:
+    """An official LLaVA-OV-Manager; `load_llava` reads it, and compares it with its config.json."""
+    check_kind(settings, QWEN_KINDS)
+    refuse(bad_values(state))
+    write_published(state, settings, out, "a LLaVA-OV-Manager, for --checkpoint")
+
+
+def write_published(state: State, settings: dict, out: Path, what: str) -> None:
+    """Weights as they are, and their config.json, if they have one."""
     out.mkdir(parents=True, exist_ok=True)
-    if "model_type" in settings:  # it is a config.json of transformers
+    if settings:
         write_json(out / "config.json", settings)
     state = {key: tensor.contiguous() for key, tensor in state.items()}
     write_atomically(out / "model.safetensors", lambda path: save_file(state, path))
-    print(
-        f"{out / 'model.safetensors'}: {len(state)} tensors of an encoder, for --vision or --text"
-    )
+    print(f"{out / 'model.safetensors'}: {len(state)} tensors of {what}")

@@ -6,8 +6,11 @@ Everything here works without torchrun too: one process is a world of size 1.
 
 import contextlib
 import errno
+import io
+import multiprocessing
 import os
 import random
+import re
 import select
 import signal
 import sys
@@ -21,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fields import FlagError, show
+from fields import FlagError, shorten, show
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 PATIENCE = 10.0  # seconds that other processes give rank 0 to say what is wrong
@@ -30,31 +33,63 @@ PATIENCE = 10.0  # seconds that other processes give rank 0 to say what is wrong
 MOST_WORKERS = 256
 
 
-def environment_number(name: str, default: int) -> int:
+MOST_PROCESSES = 2**20
+# what torchrun puts into the environment of each of several processes
+TORCHRUNS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def environment_number(name: str, default: int, least: int, most: int) -> int:
     """A number that torchrun puts into the environment. Raises ValueError for anything else."""
     text = os.environ.get(name, str(default))
-    if not (text.isascii() and text.isdigit()):
-        raise ValueError(f"the environment variable {name} is {show(text)}; torchrun sets a number")
+    is_number = text.isascii() and text.isdigit() and len(text) < 10
+    if not is_number or not least <= int(text) <= most:
+        raise ValueError(
+            f"the environment variable {name} is {show(text)}; torchrun sets a number from "
+            f"{least} to {most}"
+        )
     return int(text)
+
+
+def check_environment(rank: int, size: int) -> None:
+    """Raises ValueError unless the variables of several processes are all there, and agree."""
+    missing = [name for name in TORCHRUNS if not os.environ.get(name)]
+    is_alone = "RANK" in missing and size == 1
+    if is_alone or (not missing and rank < size):
+        return
+    place = f"process {os.environ.get('RANK', 'none')} of {size}"
+    if missing:
+        place += f", without {', '.join(missing)}"
+    raise ValueError(
+        f"the environment variables say {place}; start several processes with torchrun, or unset "
+        "RANK and WORLD_SIZE"
+    )
+
+
+def join_processes(backend: str) -> None:
+    """Meet the other processes. Raises ValueError if that fails, or takes too long."""
+    port = environment_number("MASTER_PORT", 0, least=1, most=65535)
+    try:
+        dist.init_process_group(backend)
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"the processes do not meet at {os.environ['MASTER_ADDR']}, port {port}, which "
+            f"MASTER_ADDR and MASTER_PORT name ({first_line_of(error)})"
+        ) from error
 
 
 class World:
     """Rank, size and device of this process; it joins the others that torchrun started."""
 
     def __init__(self, device: str = "auto"):
-        self.rank = environment_number("RANK", 0)
-        self.size = environment_number("WORLD_SIZE", 1)
-        local_rank = environment_number("LOCAL_RANK", 0)
-        if self.rank >= self.size or (self.size > 1 and "RANK" not in os.environ):
-            raise ValueError(
-                f"the environment variables say process {os.environ.get('RANK', 'none')} of "
-                f"{self.size}; start several processes with torchrun, or unset RANK and WORLD_SIZE"
-            )
+        self.rank = environment_number("RANK", 0, least=0, most=MOST_PROCESSES)
+        self.size = environment_number("WORLD_SIZE", 1, least=1, most=MOST_PROCESSES)
+        local_rank = environment_number("LOCAL_RANK", 0, least=0, most=MOST_PROCESSES)
+        check_environment(self.rank, self.size)
         self.device = choose_device(device, local_rank)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         if "RANK" in os.environ and not dist.is_initialized():
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            join_processes("nccl" if self.device.type == "cuda" else "gloo")
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Sum over all processes, in place."""
@@ -230,6 +265,7 @@ def silent_libraries() -> Iterator[None]:
 
 # ---------------------------------------------------------------- how a script ends
 INTERRUPTED = 128 + signal.SIGINT  # the exit status after Ctrl-C, as shells have it
+TERMINATED = 128 + signal.SIGTERM  # ... after SIGTERM
 CLOSED = 128 + signal.SIGPIPE  # ... and when nobody reads the output any more
 
 LOST = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
@@ -244,15 +280,38 @@ OUTPUT_ERRORS = (errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EFBIG)
 WORKER_DIED = ("exited unexpectedly", "is killed by signal")  # what torch says of a DataLoader's
 
 
+class Stopped(Exception):
+    """SIGTERM has ended a run before its last step. An empty message: it is said already."""
+
+
+class Remarks(io.FileIO):
+    """stderr, on which no write fails: what a full disk does not take, of a progress bar or of
+    anything else, is lost, and the work goes on.
+    """
+
+    def write(self, content: Any) -> int:
+        try:
+            return super().write(content)
+        except OSError:
+            return len(content)
+
+
 def sentence_of(error: BaseException) -> str:
     """The message of an error.
 
     Of one that a DataLoader worker sent, with its traceback, the last line.
     """
     lines = str(error).strip().split("\n")
-    if "DataLoader worker" in lines[0]:
+    if "in DataLoader worker process" in lines[0]:
         return lines[-1].partition(": ")[2] or lines[-1]
     return "\n".join(lines) or type(error).__name__
+
+
+def first_line_of(error: BaseException) -> str:
+    """What a library's error says, for a message: one line of bounded length, without objects."""
+    line = sentence_of(error).partition("\n")[0][:1000]
+    line = re.sub(r"<[^<>]* at 0x[0-9a-f]+>", "it", line)
+    return shorten(line.strip(), 200) or type(error).__name__
 
 
 def is_lost_connection(error: BaseException) -> bool:
@@ -266,7 +325,7 @@ def is_lost_connection(error: BaseException) -> bool:
 
 def sentence_of_allocation(error: BaseException) -> str | None:
     """What to say of sizes that do not fit into memory or into a number; None for other errors."""
-    first_line = sentence_of(error).partition("\n")[0]
+    first_line = first_line_of(error)
     if isinstance(error, MemoryError | OverflowError):
         return f"the sizes that were asked for are too large ({first_line})"
     if any(words in first_line for words in ALLOCATION):
@@ -292,8 +351,10 @@ def sentence_of_os(error: OSError) -> str:
 
 
 def sentence_of_system(error: BaseException) -> str | None:
-    """What to say of memory, processes and packages that fail; None for a fault of the program."""
-    first_line = str(error).strip().partition("\n")[0]
+    """What to say of memory, processes, packages and compilers that fail; None for a fault of the
+    program.
+    """
+    first_line = first_line_of(error)
     if isinstance(error, ImportError):
         return sentence_of_import(error)
     if isinstance(error, RecursionError):
@@ -305,7 +366,17 @@ def sentence_of_system(error: BaseException) -> str | None:
         )
     if isinstance(error, dist.DistError):
         return f"the processes do not reach one another ({first_line})"
-    return sentence_of_allocation(error)
+    return sentence_of_compiler(error) or sentence_of_allocation(error)
+
+
+def sentence_of_compiler(error: BaseException) -> str | None:
+    """What to say if --compile finds no C++ compiler, or none that works; None for other errors."""
+    if type(error).__module__ != "torch._inductor.exc":
+        return None
+    return (
+        f"torch.compile does not work here ({first_line_of(error)}): leave out --compile, or "
+        "install what it needs, on a CPU a C++ compiler"
+    )
 
 
 def sentence_of_import(error: ImportError) -> str | None:
@@ -331,7 +402,10 @@ def printable(sentence: str) -> str:
 def is_first_process() -> bool:
     """Whether this is rank 0, or no torchrun is there."""
     rank = os.environ.get("RANK", "0")
-    return not rank.isdigit() or int(rank) == 0
+    size = os.environ.get("WORLD_SIZE", "1")
+    if not (rank.isdigit() and size.isdigit()):
+        return True
+    return int(rank) == 0 or int(rank) >= int(size)
 
 
 def flush_output() -> bool:
@@ -371,6 +445,23 @@ def prepare_streams() -> None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
         elif hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
+    stderr = sys.__stderr__
+    if stderr is not None and sys.stderr is stderr:  # the stream of a test is another one
+        remarks: Any = Remarks(2, "w", closefd=False)
+        sys.stderr = io.TextIOWrapper(
+            remarks, stderr.encoding, errors="backslashreplace", write_through=True
+        )
+
+
+def end_loaders() -> None:
+    """End the processes that load data: what they print would stand behind the last line."""
+    loaders = [child for child in multiprocessing.active_children() if child.daemon]
+    # torch raises one if a loader ends by a signal
+    with contextlib.suppress(RuntimeError):
+        for loader in loaders:
+            loader.terminate()
+        for loader in loaders:
+            loader.join(1)
 
 
 def say_error(sentence: str) -> None:
@@ -378,8 +469,10 @@ def say_error(sentence: str) -> None:
     if not is_first_process():
         # Nearly always all processes meet the same error. Rank 0 says it and ends, and torchrun
         # then ends this one too. If this one is still here after a while, only it knows.
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_DFL)
         time.sleep(PATIENCE)
+    end_loaders()
     for bar in list(getattr(tqdm, "_instances", ())):
         bar.close()  # else the sentence would stand behind it
     with contextlib.suppress(ValueError):
@@ -387,13 +480,24 @@ def say_error(sentence: str) -> None:
     print(f"error: {printable(sentence)}", file=sys.stderr, flush=True)
 
 
+def end_of_signal(error: KeyboardInterrupt | Stopped) -> tuple[int, str]:
+    """`end_of` of what a signal has ended."""
+    status = TERMINATED if isinstance(error, Stopped) else INTERRUPTED
+    # a terminal and torchrun send a signal to all processes: the first one says it
+    if not is_first_process():
+        return status, ""
+    if isinstance(error, KeyboardInterrupt) and not str(error):
+        return status, "interrupted"
+    return status, str(error)
+
+
 def end_of(error: BaseException) -> tuple[int, str] | None:
     """(exit status, what to say) after an error; None for a fault of the program.
 
     What to say is empty where another process says it, or nobody listens.
     """
-    if isinstance(error, KeyboardInterrupt):
-        return INTERRUPTED, str(error) or "interrupted"
+    if isinstance(error, KeyboardInterrupt | Stopped):
+        return end_of_signal(error)
     if isinstance(error, FlagError):
         return 2, sentence_of(error)
     if isinstance(error, BrokenPipeError) and is_output_closed():
@@ -412,7 +516,7 @@ def end_of(error: BaseException) -> tuple[int, str] | None:
 def one_sentence(main: Callable[[list[str]], Any]) -> None:
     """Run main with the command line. What is wrong with the user's input is said in one sentence.
 
-    Exit status 1; 2 for a command line that cannot be read; 130 after Ctrl-C.
+    Exit status 1; 2 for a command line that cannot be read; 130 after Ctrl-C; 143 after SIGTERM.
     """
     if not is_first_process() and ("-h" in sys.argv or "--help" in sys.argv):
         sys.exit(0)  # rank 0 prints the page
@@ -422,6 +526,9 @@ def one_sentence(main: Callable[[list[str]], Any]) -> None:
         if not flush_output():
             sys.exit(CLOSED)
     except (Exception, KeyboardInterrupt) as error:
+        if isinstance(error, KeyboardInterrupt):
+            # it is pressed again, or torchrun sends it again
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
         end = end_of(error)
         if end is None:
             raise  # a traceback helps to find it

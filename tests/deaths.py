@@ -94,7 +94,7 @@ def run(folder: Path, flags: list[str], prepare=lambda: None) -> int:
     """Train in folder/run, in a child: 0 finished, 3 one clear sentence about the disk, else a
     fault, see log.txt.
     """
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     if pid := os.fork():
         return wait(pid)
     os.chdir(folder)

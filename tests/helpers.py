@@ -4,14 +4,21 @@ The environment variable MANAGER_GOLDEN points the parity tests at the full gold
 """
 
 import functools
+import importlib
 import io
 import json
 import os
+import runpy
 import socket
 import subprocess
 import sys
+import tempfile
+import traceback
 from collections import OrderedDict
 from pathlib import Path
+
+# tiny models are no quicker with several threads, and forks of a process with threads may hang
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest
@@ -491,3 +498,66 @@ def lightning_checkpoint(path, state, settings, extra=None):
         "extra": extra,
     }
     torch.save(content, path)
+
+
+# ---------------------------------------------------------------- forks instead of new interpreters
+def run_in_forks(work, *arguments, processes):
+    """work(rank, *arguments) in so many forks of this process, which have imported everything.
+
+    A new interpreter takes longer to import torch than the work itself takes.
+    """
+    # every optimizer and DDP import it: here once, and not in each fork
+    importlib.import_module("torch._dynamo")
+    torch.multiprocessing.start_processes(work, arguments, processes, start_method="fork")
+
+
+def fork_script(script, flags, *, out, err, environment=None, prepare=None):
+    """Do in a fork of this process what `python SCRIPT FLAGS` does, and return the fork's id.
+
+    out, err: open files that get what it prints. environment: all of its environment variables.
+    prepare: called in the fork at first.
+    """
+    importlib.import_module("torch._dynamo")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    child = os.fork()
+    if child:
+        return child
+    status = 1
+    try:
+        os.dup2(out.fileno(), 1)
+        os.dup2(err.fileno(), 2)
+        sys.stdout = open(1, "w", closefd=False)
+        sys.stderr = open(2, "w", closefd=False)
+        if environment is not None:
+            os.environ.clear()
+            os.environ.update(environment)
+        if prepare is not None:
+            prepare()
+        sys.argv = [str(script), *[str(flag) for flag in flags]]
+        sys.path.insert(0, str(Path(script).resolve().parent))
+        runpy.run_path(str(script), run_name="__main__")
+        status = 0
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def status_of(child):
+    """Wait for the end of a fork; its exit status, negative if a signal ended it."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def run_script_in_fork(script, *flags, prepare=None):
+    """As run_script, in a fork. Each script should be run by run_script too, in some test."""
+    with tempfile.TemporaryFile("a+") as out, tempfile.TemporaryFile("a+") as err:
+        child = fork_script(ROOT / script, flags, out=out, err=err, prepare=prepare)
+        status = status_of(child)
+        out.seek(0)
+        err.seek(0)
+        return subprocess.CompletedProcess([script, *flags], status, out.read(), err.read())

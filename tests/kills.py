@@ -729,13 +729,16 @@ def check_error(run: Forks | Program, *words: str) -> str:
     return sentences[0]
 
 
-def check_stopped(run: Forks | Program, step: int) -> None:
-    """A signal has ended it with one sentence, and what was saved before is there."""
+def check_stopped(run: Forks | Program, step: int, number: int) -> None:
+    """A signal has ended it with its status and one sentence, and what was saved is there."""
     statuses = run.wait()
     text = run.output()
     check_no_traceback(run)
     sentences = [line for line in lines_of(text) if STOPPED.search(line)]
     is_torchrun = isinstance(run, Program) and run.number > 1  # which says the signal again
+    status = 1 if is_torchrun else 128 + number
+    assert status in statuses, f"exit status {statuses}, not {status}\n{text}"
+    assert 0 not in statuses, f"exit status {statuses}: a scheduler takes 0 for the end\n{text}"
     said_once = len(sentences) == 1 or (is_torchrun and sentences)
     assert said_once, f"{len(sentences)} sentences say why it ended ({statuses})\n{text}"
     out_dir = run.folder / "run"
@@ -763,7 +766,7 @@ def stop_by(
         else:
             os.kill(run.process_ids()[only_rank], number)
         time.sleep(0.01)
-    check_stopped(run, step)
+    check_stopped(run, step, number)
     bench.finish(folder, case)
 
 
@@ -819,7 +822,7 @@ def sigint_before_the_first_step(bench: Bench) -> None:
     run = start(Case(), folder)
     wait_until(lambda: run.output() or run.is_over(), "the first word")
     run.send(signal.SIGINT)
-    check_stopped(run, 0)
+    check_stopped(run, 0, signal.SIGINT)
     bench.finish(folder)
 
 

@@ -10,12 +10,13 @@ import sys
 
 import pytest
 import torch
-from helpers import run_script, save_tiny_mllms, save_tiny_towers
+from helpers import run_script, run_script_in_fork, save_tiny_mllms, save_tiny_towers
 from PIL import Image
 
 import ask
 import chat
 import data
+import fields
 import images
 import multigrid
 import scenes
@@ -294,6 +295,13 @@ def chat_flags(mllm):
     return ("chat", *files, "--max_new_tokens", 4)
 
 
+class Terminal:
+    """A terminal: `input` reads from it, and is replaced too."""
+
+    def isatty(self):
+        return True
+
+
 def type_lines(monkeypatch, *lines):
     """The user types these, and then nothing more."""
     left = list(lines)
@@ -303,6 +311,7 @@ def type_lines(monkeypatch, *lines):
             raise EOFError
         return left.pop(0)
 
+    monkeypatch.setattr(sys, "stdin", Terminal())
     monkeypatch.setattr("builtins.input", read)
     return left
 
@@ -413,6 +422,7 @@ def test_ctrl_c_ends_a_conversation_quietly(mllm, monkeypatch, capsys):
             raise KeyboardInterrupt
         return lines.pop()
 
+    monkeypatch.setattr(sys, "stdin", Terminal())
     monkeypatch.setattr("builtins.input", read)
     turns = ask.chat(ChatOptions(str(mllm / "static"), max_new_tokens=4))
     assert len(turns) == 2 and capsys.readouterr().err == ""
@@ -550,7 +560,7 @@ def test_help_lists_the_commands_and_their_flags(capsys):
     run("-h")
     page = capsys.readouterr().out
     for name, command in ask.COMMANDS.items():
-        assert f"  {name} " in page and ask.describe(command).splitlines()[0] in page
+        assert f"  {name} " in page and fields.describe_command(command).splitlines()[0] in page
         with pytest.raises(SystemExit):
             run(name, "-h")
         flags = capsys.readouterr().out
@@ -564,7 +574,117 @@ def test_the_script_ends_in_one_sentence(folder):
     flags = ("--checkpoint", folder / "vqa", "--image", picture, "--question", "is it red?")
     done = run_script("ask.py", "question", *flags)
     assert done.returncode == 0 and done.stdout.count("%") == 5
-    done = run_script("ask.py", "frobnicate")
+    done = run_script_in_fork("ask.py", "frobnicate")
     assert done.returncode == 2
     assert done.stderr.startswith("error: ask.py has no command 'frobnicate'")
     assert json.loads((folder / "vqa" / "answers.json").read_text()) == scenes.DEMO_ANSWERS
+
+
+# ---------------------------------------------------------------- words that are no text
+@pytest.mark.parametrize("word", ["<mask>", "</s>", "<s>", "<pad>", "<unk>"])
+@pytest.mark.parametrize("command", ["question", "match", "search"])
+def test_a_special_token_in_a_text_is_refused(folder, tmp_path, command, word):
+    where = {"search": ("--folder", folder / "pictures", "--out", tmp_path / "x.png")}
+    picture = where.get(command, ("--image", folder / "pictures" / "0.png"))
+    flag = "--question" if command == "question" else "--text"
+    checkpoint = folder / ("vqa" if command == "question" else "retrieval")
+    with pytest.raises(ValueError, match=f"the text has {word} in it, which is no text for the"):
+        run(command, "--checkpoint", checkpoint, *picture, flag, f"a red{word} circle")
+    assert not (tmp_path / "x.png").exists()
+
+
+@pytest.mark.parametrize("text", ["a < b", "<image>", "[MASK]", "<|im_end|>", "</ s>", "<html>"])
+def test_other_models_tokens_are_ordinary_text(folder, text, capsys):
+    image = str(folder / "pictures" / "0.png")
+    assert len(ask.match(MatchOptions(str(folder / "retrieval"), image, [text]))) == 1
+
+
+# ---------------------------------------------------------------- conversations from a pipe
+def pipe_in(monkeypatch, text):
+    """What another program writes, and then it ends."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+
+
+def test_a_conversation_from_a_pipe_goes_on_after_a_slip(mllm, monkeypatch, capsys):
+    questions = ["is there a red circle?", "where is it?"]
+    pipe_in(monkeypatch, f"and in <image>?\n{questions[0]}\nred</s><|im_end|>\n{questions[1]}")
+    run(*chat_flags(mllm))
+    captured = capsys.readouterr()
+    assert captured.out.splitlines() == answers_of(mllm, questions)
+    assert captured.err.count("\n") == captured.err.count("error: ") == 2
+
+
+@pytest.mark.parametrize(
+    "text, message, num_errors",
+    [
+        ("<image>\n", "none of the lines could be answered", 1),
+        ("<image>\n<|im_end|>\n\nwhere is it?\n", "none of the lines could be answered", 2),
+        ("<image>\n" * 100_000, "5 lines in a row could not be answered", 5),
+        ("where is it?\n" + "<image>\n" * 9, "5 lines in a row could not be answered", 5),
+    ],
+)
+def test_failures_of_a_pipe_end_in_a_sentence(mllm, monkeypatch, capsys, text, message, num_errors):
+    pipe_in(monkeypatch, text)
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        run(*chat_flags(mllm))
+    assert capsys.readouterr().err.count("error: ") == num_errors
+
+
+def test_failures_at_a_terminal_are_no_end(mllm, monkeypatch, capsys):
+    type_lines(monkeypatch, *["<image>"] * 9)
+    run(*chat_flags(mllm))
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.count("error: ") == 9
+
+
+def test_a_line_without_an_end_is_not_read(monkeypatch):
+    class Endless:
+        """What /dev/zero gives."""
+
+        longest = 0
+
+        def isatty(self):
+            return False
+
+        def readline(self, size=-1):
+            assert 0 < size < 2**25
+            self.longest = max(self.longest, size)
+            return "\0" * size
+
+    monkeypatch.setattr(sys, "stdin", Endless())
+    with pytest.raises(ValueError, match="a line of the input has more than 16777216 characters"):
+        ask.read_line()
+    assert sys.stdin.longest > 2**20  # a slip of the user is said, and no end
+
+
+def test_empty_input_from_a_pipe_is_no_error(mllm, monkeypatch, capsys):
+    for text in ("", "\n", "  \nnever read\n"):
+        pipe_in(monkeypatch, text)
+        run(*chat_flags(mllm))
+    assert capsys.readouterr() == ("", "")
+
+
+# ---------------------------------------------------------------- names that are not UTF-8
+def test_files_whose_names_are_not_utf8_are_pictures_as_others(folder, mllm, tmp_path, capsys):
+    odd_folder = tmp_path / os.fsdecode(b"pictures \xff")
+    odd_folder.mkdir()
+    odd = odd_folder / os.fsdecode(b"caf\xe9.png")
+    picture = Image.open(folder / "pictures" / "0.png")
+    picture.save(odd)
+    plain = str(folder / "pictures" / "0.png")
+    options = ("--checkpoint", folder / "vqa", "--question", "is it red?", "--image")
+    run("question", *options, plain)
+    expected = capsys.readouterr().out
+    run("question", *options, odd)
+    assert capsys.readouterr().out == expected
+    out = tmp_path / os.fsdecode(b"sheet \xfe.png")
+    flags = ("--checkpoint", folder / "retrieval", "--text", "a circle", "--folder", odd_folder)
+    for _ in range(2):  # the sheet is known again
+        run("search", *flags, "--out", out)
+        assert "caf\\udce9.png" in capsys.readouterr().out and Image.open(out).width == 224
+    run(*chat_flags(mllm)[:3], "--image", odd, "--question", "what is it?", "--max_new_tokens", 2)
+    with pytest.raises(ValueError, match=r"\\udce8.png': no such file"):
+        run("question", *options, os.fsdecode(b"caf\xe8.png"))
+    for name in ("a\0b.png", "half \ud83d.png"):
+        with pytest.raises(ValueError, match="--image is .*; it must be a text in UTF-8, without"):
+            run("question", *options, name)

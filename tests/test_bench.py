@@ -3,6 +3,7 @@ re-rank give equal scores.
 """
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -179,3 +180,28 @@ def test_help_lists_all_flags(capsys):
         for flag in ("--model", "--batch_size", "--rounds", "--device", "--json"):
             assert flag in page
     assert "towers" in page and "retrieval" in page, "the other comparisons"
+
+
+@pytest.mark.parametrize("share_images", [False, True])
+def test_flops_counted_without_values_are_those_of_a_real_step(share_images):
+    config = ManagerTowerConfig.tiny()
+    model = ManagerTower(config)
+    batch = bench.random_pairs(config, 14)
+    task = bench.Pretraining(model, ("mlm", "itm"), share_images)
+    loss = partial(bench.pretraining_loss, task, batch)
+    real = bench.count_gflop(partial(bench.step, loss, model, True, "fp32", CPU))
+    assert bench.training_gflop(config, share_images) == pytest.approx(real / 14, rel=1e-9)
+
+
+def test_pictures_of_every_recipe_are_measured(tmp_path, monkeypatch, capsys):
+    small = partial(ManagerTowerConfig.tiny, patch_size=32)
+    monkeypatch.setattr(bench.ManagerTowerConfig, "base", small)
+    numbers = tmp_path / "numbers.json"
+    bench.main(["data", "--pictures", "1", "--rounds", "1", "--json", str(numbers)])
+    page = capsys.readouterr().out
+    for name in ("pre-training: clip, 64 px", "vqav2: albef_randaug_wohf, 576 px", "MLLM: tiles"):
+        assert name in page
+    rows = json.loads(numbers.read_text())["rows"]
+    for row in rows:
+        assert 0 < row["to_tensor"] < row["transform"]
+        assert row["rate"] == pytest.approx(1000 / (row["decode"] + row["transform"]))

@@ -126,7 +126,7 @@ BROKEN = [
     (b"\xff\xfe", "line 3, is UTF-16"),
     (b'{"image": "\xe4.png"}', "line 3: the byte 0xe4 is not UTF-8"),
     (r'{"image": "a.png", "captions": ["\ud83d"]}', "line 3, has half a character"),
-    ("{}", "line 3: an image expected, found None"),
+    ("{}", "line 3: an image expected, but there is no 'image' in {}"),
     ('{"image": "a.png"}', "line 3: there is no 'captions'"),
     ('{"image": "a.png", "captions": []}', r"line 3: 'captions' is \[\]; it must not be empty"),
     ('{"image": "a.png", "captions": {"a": 1}}', "line 3: 'captions' is .*; it must be a list"),
@@ -374,15 +374,15 @@ def test_what_is_no_file_is_refused(tmp_path):
 @pytest.mark.parametrize("suffix", ["jsonl", "json"])
 def test_a_record_is_at_most_as_long_as_a_line_may_be(suffix, tmp_path, monkeypatch):
     monkeypatch.setattr(data, "PIECE", 64)
-    monkeypatch.setattr(data, "MOST_BYTES_OF_A_LINE", 1000)
+    monkeypatch.setattr(files, "MOST_BYTES_OF_A_LINE", 1000)
     records = [RECORD, {**RECORD, "captions": ["x" * 900]}, {**RECORD, "captions": ["x" * 9000]}]
     path = tmp_path / f"x.{suffix}"
     if suffix == "json":
         path.write_text(json.dumps(records))
-        message = "x.json is not JSON: an item has .* MiB; .* at most 0 .line 1, byte"
+        message = "x.json is not JSON: an item has .* KiB; .* at most 1 KiB .line 1, byte"
     else:
         write_records(path, records)
-        message = "x.jsonl, line 3 has 0 MiB; a record must have at most 0"
+        message = "x.jsonl, line 3 has 9 KiB; it must be at most 1 KiB"
     with pytest.raises(ValueError, match=message):
         open_captions(path)
 
@@ -394,7 +394,7 @@ def test_a_line_of_100_mb_costs_no_memory(tmp_path):
         for _ in range(100):
             file.write(b"[" * 2**20)
     tracemalloc.start()
-    with pytest.raises(BadSample, match="x.jsonl, line 2 has 100 MiB; a record must have at most"):
+    with pytest.raises(BadSample, match="x.jsonl, line 2 has 100 MiB; it must be at most 16 MiB"):
         open_captions(path)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
@@ -1519,3 +1519,138 @@ def test_conversations_are_padded_and_their_pictures_stand_in_one_list(
     assert torch.equal(batch["images"][0].pixels, items[1]["images"][0].pixels)
     assert torch.equal(batch["images"][2].pixels, items[2]["images"][1].pixels)
     assert batch["image_index"] == [0, 1, 2]
+
+
+# ---------------------------------------------------------------- several records of one picture
+def captioned(*pictures):
+    """A record for each picture, with a caption of its own."""
+    return [{"image": name, "captions": [f"text {i}"]} for i, name in enumerate(pictures)]
+
+
+@pytest.fixture
+def copies(tmp_path):
+    """Two pictures, the first one under several paths."""
+    (tmp_path / "s").mkdir()
+    for i in range(2):
+        (tmp_path / f"{i}.png").write_bytes(png(i))
+    (tmp_path / "link.png").symlink_to("0.png")
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        archive.add(tmp_path / "0.png", "0.png")
+        archive.add(tmp_path / "1.png", "1.png")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("0.png", "0.png", "1.png"),
+        ("0.png", "./s/../0.png", "1.png"),
+        ("0.png", "link.png", "1.png"),
+        ("a.tar::0.png", "./a.tar::0.png", "a.tar::1.png"),
+    ],
+)
+def test_records_of_one_picture_are_one_picture_of_a_retrieval_set(names, copies, tokenizer):
+    path = write_records(copies / "x.jsonl", captioned(*names))
+    source = open_captions(path)
+    retrieval = data.group_by_picture(source)
+    assert retrieval == ([0, 2], ["text 0", "text 1", "text 2"], [0, 0, 1])
+    absolute = write_records(copies / "s" / "y.jsonl", captioned(str(copies / names[0])))
+    both = data.group_by_picture(open_source("captions", [path, absolute]))
+    assert both == retrieval  # the same caption of the same picture counts once
+    check_false_pictures(source, tokenizer)
+
+
+def check_false_pictures(source, tokenizer):
+    """A pair is called false if, and only if, its picture is another one."""
+    dataset = pretraining(source, tokenizer)
+    labels = []
+    for position in range(60):
+        item = dataset[0, position, position % len(dataset)]
+        is_own = torch.equal(item["pixels"], item["itm_pixels"])
+        assert is_own == bool(item["itm_labels"])
+        labels.append(is_own)
+    assert sum(labels) == 30
+
+
+def test_rows_of_one_picture_in_an_arrow_file(tmp_path, tokenizer):
+    columns = {"image": [png(0), png(0), png(1)], "caption": [["a"], ["b", "a"], ["a"]]}
+    write_arrow(tmp_path / "x.arrow", columns)
+    source = open_source("captions", [tmp_path / "x.arrow"])
+    retrieval = data.group_by_picture(source)
+    assert retrieval == ([0, 2], ["a", "b", "a"], [0, 0, 1])
+    check_false_pictures(source, tokenizer)
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "arrow"])
+def test_matching_needs_two_different_pictures(suffix, copies, tokenizer):
+    if suffix == "jsonl":
+        path = write_records(copies / "x.jsonl", captioned("0.png", "./0.png", "link.png"))
+    else:
+        path = copies / "x.arrow"
+        write_arrow(path, {"image": [png(0)] * 3, "caption": [["a"], ["b"], ["c"]]})
+    with pytest.raises(ValueError, match="at least two images, the data has one"):
+        pretraining(open_source("captions", [path]), tokenizer)
+
+
+def test_different_pictures_are_drawn_as_ever(manifest, tokenizer):
+    dataset = pretraining(open_captions(manifest), tokenizer)
+    for row in range(48):
+        own = int(dataset.source.image_of[row])
+        rng = np.random.default_rng(row)
+        expected = own
+        while expected == own:
+            expected = int(dataset.source.image_of[rng.integers(48)])
+        assert dataset.draw_other_image(row, np.random.default_rng(row)) == expected
+    drawn = demo_source("captions", "heldout", 40)
+    texts = drawn.texts()
+    retrieval = data.group_by_picture(drawn)
+    assert retrieval.records == list(range(40))
+    assert retrieval.texts == [row["text"] for row in texts]
+    assert retrieval.image_index == [row["image_index"] for row in texts]
+
+
+# ---------------------------------------------------------------- misspelt keys
+MISSPELT = [
+    (
+        "questions",
+        question(answer={"y": 1}),
+        "no 'answers', but 'answer' is {'y': 1}; the key must",
+    ),
+    ("questions", question(Answers={"y": 1}), "no 'answers', but 'Answers' is"),
+    ("questions", question(answers=None, anwsers={"y": 1}), "no 'answers', but 'anwsers' is"),
+    ("questions", question(questionType="what"), "no 'question_type', but 'questionType' is"),
+    ("questions", {**question(), "answers": {"y": 1}}, "beside 'questions'; it must be in each"),
+    (
+        "statements",
+        {"images": ["a", "b"], "sentence": "x", "lable": True},
+        "no 'label' in .*; its key 'lable' looks like it",
+    ),
+    ("hypotheses", {"image": "a", "hypothesis": "x", "Label": "neutral"}, "its key 'Label' looks"),
+    ("captions", {"image": "a", "caption": ["x"]}, "its key 'caption' looks like it"),
+    ("captions", {"Image": "a", "captions": ["x"]}, "no 'image', but 'Image' is 'a'"),
+    ("chat", conversation(TAGGED, GPT, iamge="a"), "no 'image', but 'iamge' is 'a'"),
+    ("chat", {"conversation": [TAGGED, GPT], "image": "a"}, "its key 'conversation' looks like it"),
+]
+
+
+@pytest.mark.parametrize("kind, record, message", MISSPELT)
+def test_a_key_that_looks_like_a_missing_one_is_named(kind, record, message, tmp_path):
+    path = write_records(tmp_path / "x.jsonl", [record])
+    with pytest.raises(BadSample, match=f"x.jsonl, line 1: .*{message}"):
+        open_source(kind, [path])
+
+
+@pytest.mark.parametrize(
+    "kind, record",
+    [
+        ("questions", question(answer=None, answer_type="other", question_id=5, url="u")),
+        ("questions", question(answers={"y": 1}, answer="y", question_types=["what"])),
+        ("questions", {**question(answers={"y": 1}), "answers": 5, "idx": 1, "source": "s"}),
+        ("captions", {"image": "a", "captions": ["x"], "caption": "x", "images": [], "id": 1}),
+        ("chat", conversation(TURN, GPT, image_id=5, images=[], Image=None, image_source="a")),
+    ],
+)
+def test_keys_that_nobody_misses_are_left_alone(kind, record, tmp_path):
+    if record.get("questions", [{}])[0].get("question_types"):
+        record["questions"][0]["question_type"] = "what"
+    assert len(open_source(kind, [write_records(tmp_path / "x.jsonl", [record])])) == 1

@@ -6,7 +6,6 @@ import json
 
 import pytest
 import torch
-import torch.multiprocessing
 from helpers import (
     MT,
     close,
@@ -15,6 +14,7 @@ from helpers import (
     meta,
     people,
     present,
+    run_in_forks,
     run_small,
     save_tiny_towers,
 )
@@ -299,7 +299,7 @@ def test_two_processes_equal_one(folder, tmp_path):
     one.mkdir()
     two.mkdir()
     run_all(0, 1, folder, one)
-    torch.multiprocessing.spawn(run_all, (2, folder, two), nprocs=2)
+    run_in_forks(run_all, 2, folder, two, processes=2)
     for file in ("vqav2.json", "test.json", "submit.json", "flickr30k.json"):
         assert (one / file).read_text() == (two / file).read_text(), file
     submission = json.loads((two / "submit.json").read_text())
@@ -345,7 +345,7 @@ DEMO = (*VQA, "--data", "demo")
         ),
         (
             ("--task", "vqav2", "--checkpoint", "nlvr2", "--data", "demo"),
-            "has no vqa head, only nlvr2",
+            "has no vqa head",
         ),
         (
             ("--task", "nlvr2", "--checkpoint", "nlvr2", "--data", "demo", "--submit", "x"),
@@ -355,8 +355,12 @@ DEMO = (*VQA, "--data", "demo")
         ((*VQA, "--data_root", "x", "--split", "a,,b"), "the name of a --split is empty"),
         ((*VQA, "--data_root", "x", "--split", "a,a"), "the --split 'a' is named twice"),
         ((*VQA, "--data_root", "x"), "--data_root x: there is no such folder or file"),
-        ((*DEMO, "--annotations", "x"), "x: no such file"),
-        ((*DEMO, "--annotations", "broken.json"), "broken.json, annotation 0: there is no"),
+        ((*VQA, "--data_root", ".", "--annotations", "x"), "x: no such file"),
+        (
+            (*VQA, "--data_root", ".", "--annotations", "broken.json"),
+            "broken.json, annotation 0: there is no",
+        ),
+        ((*DEMO, "--annotations", "broken.json"), "--annotations are for .* of --data demo"),
         ((*DEMO, "--batch_size", "0"), "--batch_size is 0; it must be a whole number from 1 on"),
     ],
 )
@@ -488,3 +492,40 @@ def test_all_flags_are_listed(capsys):
     page = capsys.readouterr().out
     for name in eval.EvalConfig.__dataclass_fields__:
         assert f"--{name} " in page
+
+
+def test_one_line_a_caption_is_the_same_retrieval_set(folder, tmp_path):
+    captions = [["a red circle", "a blue square"], ["a triangle"], ["one", "two"], ["yellow"]]
+    grouped = []
+    single = []
+    for i, texts in enumerate(captions):
+        image = str(folder / "pictures" / f"{i}.png")
+        grouped.append({"image": image, "captions": texts})
+        single += [{"image": image, "captions": [text]} for text in texts]
+    write_lines(tmp_path / "flickr30k_grouped.jsonl", grouped)
+    write_lines(tmp_path / "flickr30k_single.jsonl", single)
+    flags = ("--task", "flickr30k", "--checkpoint", folder / "retrieval", "--data_root", tmp_path)
+    run(*flags, "--split", "grouped,single", "--out", tmp_path / "out.json")
+    splits = json.loads((tmp_path / "out.json").read_text())["splits"]
+    assert splits["grouped"] == splits["single"]
+    assert (splits["single"]["images"], splits["single"]["texts"]) == (4, 6)
+
+
+def test_questions_without_answers_are_said_to_be_only_counted(folder, tmp_path, capsys):
+    row = {"image": str(folder / "pictures" / "0.png"), "questions": [{"id": 1, "question": "x"}]}
+    write_lines(tmp_path / "vqav2_test.jsonl", [row])
+    flags = ("--task", "vqav2", "--checkpoint", folder / "vqa", "--data_root", tmp_path)
+    run(*flags, "--split", "test", "--out", tmp_path / "out.json")
+    assert "note: its questions have no 'answers', so they are only" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [("x" * 300, "--out 'xxx.* cannot be written: File name too long"), ("new/", "it is a folder")],
+)
+def test_an_output_that_no_file_can_be_is_refused(name, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = ("--task", "vqav2", "--checkpoint", "nowhere", "--data", "demo")
+    with pytest.raises(ValueError, match=message):
+        run(*flags, "--out", name)
+    assert not (tmp_path / "new").exists()

@@ -5,12 +5,13 @@ one grammar of flags for all scripts, whose help pages are complete.
 import dataclasses
 import json
 import math
+import os
 import re
 import sys
 from dataclasses import dataclass
 
 import pytest
-from helpers import ROOT, run_script
+from helpers import ROOT, run_script, run_script_in_fork
 
 import ask
 import bench
@@ -395,6 +396,7 @@ def entries_of(page):
         entry = part.partition("\n\n")[0]  # a blank line ends a group of flags
         name = re.split(r"[\s,]", entry, maxsplit=1)[0]
         assert name not in entries, f"--{name} is listed twice"
+        entry = re.sub(r"-\n +", "-", entry)  # argparse breaks lines at hyphens too
         entries[name] = " ".join(entry.split())
     return entries
 
@@ -558,7 +560,7 @@ def test_every_field_of_a_config_is_an_option_with_a_type_that_is_checked():
 
 # ---------------------------------------------------------------- as a user sees it
 def test_help_and_errors_of_a_script():
-    page = run_script("train.py", "-h", "--recipe", "pretrain")
+    page = run_script_in_fork("train.py", "-h", "--recipe", "pretrain")
     assert page.returncode == 0
     assert page.stderr == ""
     assert page.stdout.startswith("usage: train.py [--FLAG VALUE ...]")
@@ -680,3 +682,24 @@ def test_a_config_of_another_model_or_with_unknown_keys_is_refused(tmp_path):
             read_config(tmp_path, ManagerTowerConfig)
     with pytest.raises(ValueError, match="nowhere is not a checkpoint folder"):
         read_config(tmp_path / "nowhere", ManagerTowerConfig)
+
+
+# ---------------------------------------------------------------- names of files
+@dataclass
+class Places:
+    image: str = option("", "a file", path=True)
+    name: str = option("", "a name that is stored")
+
+
+def test_a_path_need_not_be_utf8():
+    """Its bytes reach the system as they were; what is stored in files must be UTF-8."""
+    odd = os.fsdecode(b"caf\xe9.png")
+    assert parse_flags(Places, ["--image", odd]).image == odd
+    for flag in ("--image", "--name"):
+        for value in ("a\0b", "half \ud83d", odd):
+            if (flag, value) == ("--image", odd):
+                continue
+            config = parse_flags(Places, [f"{flag}={value}"])
+            with pytest.raises(FieldError, match="in UTF-8, without the character NUL"):
+                check_fields(config)
+    check_fields(Places(image=odd))

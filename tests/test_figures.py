@@ -15,6 +15,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 import ask
+import fields
 import figures
 from figures import (
     CurvesOptions,
@@ -428,7 +429,7 @@ def test_help_lists_the_commands_and_their_flags(capsys):
     run("-h")
     page = capsys.readouterr().out
     for name, command in figures.COMMANDS.items():
-        assert f"  {name} " in page and ask.describe(command).splitlines()[0] in page
+        assert f"  {name} " in page and fields.describe_command(command).splitlines()[0] in page
         with pytest.raises(SystemExit):
             run(name, "-h")
         flags = capsys.readouterr().out
@@ -442,3 +443,29 @@ def test_the_padding_of_a_tall_picture_is_left_and_right(tmp_path):
     drawn = np.asarray(Image.open(tmp_path / "grid.png").convert("RGB"))
     reddish = (drawn == (110, 0, 0)).all(-1)
     assert reddish.any() and reddish.sum(0).max() > reddish.sum(1).max()
+
+
+def test_more_curves_than_a_picture_can_show_are_cut_and_said(tmp_path, capsys):
+    rows = []
+    for step in range(3):
+        rows.append({"step": step, "loss": 1.0, "eval": {f"m{k}": k + 0.5 for k in range(5000)}})
+    out = tmp_path / "curves.png"
+    found = figures.curves(CurvesOptions([str(write_log(tmp_path / "run", rows))], str(out)))
+    assert len(found["metrics"]) == 5000 and Image.open(out).size == (1650, 630)
+    note = "note: of 5000 curves of metrics the first 50 are drawn"
+    assert capsys.readouterr().out.splitlines()[0] == note
+
+
+def test_names_that_are_not_utf8_are_names_as_others(mllm, tmp_path, capsys):
+    odd = os.fsdecode(b"caf\xe9")
+    run_folder = write_log(tmp_path / odd, ROWS)
+    run("curves", "--run", run_folder, "--out", tmp_path / f"{odd} curves.png")
+    Image.open(mllm / "a.png").save(tmp_path / f"{odd}.png")
+    run("grid", "--image", tmp_path / f"{odd}.png", "--out", tmp_path / f"{odd} grid.png")
+    flags = ("--checkpoint", mllm / "adaptive_last", "--image", tmp_path / f"{odd}.png")
+    run("managers", *flags, "--out", tmp_path / f"{odd} managers.png")
+    for name in ("curves", "grid", "managers"):
+        assert Image.open(tmp_path / f"{odd} {name}.png").width > 300
+    assert capsys.readouterr().out.count("written: ") == 4
+    with pytest.raises(ValueError, match="has no log.jsonl"):
+        run("curves", "--run", tmp_path / f"{odd} nowhere", "--out", tmp_path / "x.png")

@@ -5,14 +5,15 @@ trees with real pictures.
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
-import torch.multiprocessing
-from helpers import MT, free_port, join, log_rows, losses, needs
+from helpers import MT, free_port, join, log_rows, losses, needs, run_in_forks
 from safetensors.torch import load_file, save_file
 
 import finetune
+import loop
 import prepare
 import scenes
 import tasks
@@ -305,9 +306,8 @@ def finetune_in_two(rank, port, prepared, pretrained, out):
 @pytest.mark.slow
 def test_two_processes_equal_one(prepared, pretrained, tmp_path):
     """Hard negatives are those of one micro-batch: of 4 in one process, or of 2 x 2."""
-    torch.multiprocessing.spawn(
-        finetune_in_two, (free_port(), prepared, pretrained, tmp_path / "two"), nprocs=2
-    )
+    where = (prepared, pretrained, tmp_path / "two")
+    run_in_forks(finetune_in_two, free_port(), *where, processes=2)
     for name in TWO:
         out = tmp_path / "one" / name
         flags = ("--data_root", prepared, *STILL, "--micro_batch_size", 4)
@@ -519,3 +519,71 @@ def test_text_only_guess_in_closed_form():
     assert guess == {"majority": 2 / 4, "text_only": 2 / 4}
     by_name = tasks.baselines(rows_of("a0 a0 b2 a1"), rows_of("b2 b2 b2 a1"))
     assert by_name == {"majority": {"accuracy": 0.0}, "text_only": {"accuracy": 3 / 4}}
+
+
+# ---------------------------------------------------------------- flags that mean nothing
+@pytest.mark.parametrize(
+    "flags,message",
+    [
+        ("vqav2 --data demo --train_split train", "--train_split means nothing with --data demo"),
+        ("nlvr2 --data demo --eval_split dev", "--eval_split means nothing with --data demo"),
+        ("nlvr2 --data demo --on_bad_sample=skip", "--on_bad_sample means nothing with --data"),
+        ("nlvr2 --data_root D --eval_size 5", "--eval_size means nothing with --data_root"),
+        ("vqav2 --data_root D --k_test 5", "--k_test means nothing with --task vqav2"),
+        ("vqav2 --data_root D --model tiny", "--model means nothing with --init x"),
+        ("vqav2 --data_root D --epochs 2 --max_steps 9", "--epochs means .* with --max_steps 9"),
+        ("vqav2 --data demo --epochs 2", "--epochs means nothing with --max_steps 1000"),
+    ],
+)
+def test_a_flag_that_means_nothing_is_refused(flags, message, tmp_path):
+    with pytest.raises(ValueError, match=message) as error:
+        finetune.main(["--init", "x", "--out_dir", str(tmp_path / "o"), "--task", *flags.split()])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "flags", ["flickr30k --k_test 5 --data demo", "vqav2 --epochs 2 --max_steps 0 --data demo"]
+)
+def test_a_flag_that_means_something_is_taken(flags, tmp_path):
+    with pytest.raises(ValueError, match="nowhere"):
+        finetune.main(["--init", "/nowhere", "--out_dir", str(tmp_path), "--task", *flags.split()])
+
+
+# ---------------------------------------------------------------- without the beginning
+def test_a_run_goes_on_when_its_init_is_gone(pretrained, tmp_path, monkeypatch):
+    monkeypatch.setattr(finetune, "demo_source", few_scenes)
+    init = tmp_path / "init"
+    shutil.copytree(pretrained, init)
+    out = tmp_path / "out"
+    flags = ["--task", "nlvr2", "--data", "demo", "--init", str(init), "--eval_size", "8"]
+    flags += ["--batch_size", "8", "--micro_batch_size", "8", "--max_steps", "4", "--dropout", "0"]
+    flags += ["--save_every", "2", "--log_every", "1", "--out_dir"]
+    finetune.main([*flags, str(tmp_path / "whole")])
+    # it ends after the save of step 2
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "is_due", lambda done, every, last: every and done % every == 0)
+        original = loop.Checkpoint.save
+
+        def save_and_end(checkpoint, step, *state):
+            original(checkpoint, step, *state)
+            raise ValueError("the power failed")
+
+        patch.setattr(loop.Checkpoint, "save", save_and_end)
+        with pytest.raises(ValueError, match="the power failed"):
+            finetune.main([*flags, str(out)])
+    shutil.rmtree(init)
+    # config.json and the weights for users are not needed either
+    (out / "config.json").unlink()
+    (out / "model.safetensors").unlink()
+    finetune.main([*flags, str(out)])
+    assert losses(out) == losses(tmp_path / "whole")
+    assert (out / "model.safetensors").read_bytes() == (
+        tmp_path / "whole" / "model.safetensors"
+    ).read_bytes()
+    (row,) = log_rows(out, "baselines")
+    assert "untrained" not in row["baselines"]
+    # what changes the run is refused as ever, and a new run needs it
+    with pytest.raises(ValueError, match="dropout was 0"):
+        finetune.main([*flags, str(out), "--dropout", "0.5"])
+    with pytest.raises(ValueError, match="init"):
+        finetune.main([*flags, str(out), "--fresh"])

@@ -184,7 +184,10 @@ BAD_PICTURES = {
     "float 0..255": (numbers(0.0, 255.0, dtype=np.float32), "floating-point"),
     "float nan": (numbers(0.0, math.nan, dtype=np.float32), "floating-point"),
     "float inf": (numbers(0.0, math.inf, dtype=np.float32), "floating-point"),
-    "32 bits 0..255": (numbers(0, 9, 255, dtype=np.int32), "32 bits, but only from 0 to 255"),
+    "32 bits 0..255": (
+        numbers(0, 9, 255, dtype=np.int32),
+        "more than 8 bits, but are only from 0 to 255",
+    ),
     "32 bits negative": (numbers(-1, 900, dtype=np.int32), "from -1 to 900, where 0 to 65535"),
     "32 bits large": (numbers(0, 2**31 - 1, dtype=np.int32), "to 2147483647, where 0 to 65535"),
     "0 x 0": (Image.new("RGB", (0, 0)), "0 x 0 pixels, so there is nothing to see"),
@@ -455,3 +458,142 @@ def test_a_transform_is_a_function_of_the_picture_and_its_random_numbers():
     view = transform(picture(3), np.random.default_rng(1))
     assert torch.equal(view, sent(picture(3), np.random.default_rng(1)))
     assert not torch.equal(view, transform(picture(3), np.random.default_rng(2)))
+
+
+# ---------------------------------------------------------------- files that Pillow reads otherwise
+def png_chunk(name, content):
+    check = zlib.crc32(name + content)
+    return struct.pack(">I", len(content)) + name + content + struct.pack(">I", check)
+
+
+def png_by_hand(bits, colour_type, pixels, extra=b"", interlace=0, side=8):
+    """A PNG of 8 x 8 pixels. pixels: the rows, each with its filter; extra: further chunks."""
+    header = struct.pack(">IIBBBBB", side, side, bits, colour_type, 0, 0, interlace)
+    chunks = png_chunk(b"IHDR", header) + extra + png_chunk(b"IDAT", zlib.compress(pixels))
+    return b"\x89PNG\r\n\x1a\n" + chunks + png_chunk(b"IEND", b"")
+
+
+def gray_rows(number, side=8, value=200):
+    return (b"\0" + bytes([value]) * side) * number
+
+
+def interlaced(side, value=200):
+    """Adam7: the seven passes of a gray square."""
+    starts_and_steps = ((0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4))
+    starts_and_steps += ((2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1))
+    passes = []
+    for top, left, row_step, column_step in starts_and_steps:
+        width = len(range(left, side, column_step))
+        if width:
+            passes.append(gray_rows(len(range(top, side, row_step)), width, value))
+    return b"".join(passes)
+
+
+def transparent(*values):
+    return png_chunk(b"tRNS", struct.pack(f">{len(values)}H", *values))
+
+
+def tiff_by_hand(num_strips, **more):
+    """A gray TIFF of 8 x 8 pixels in strips of two rows. more: further tags, t258=(8,)."""
+    tags = {256: (8,), 257: (8,), 258: (8,), 259: (1,), 262: (1,), 277: (1,), 278: (2,)}
+    tags |= {int(name[1:]): values for name, values in more.items()}
+    tags |= {273: tuple(1000 + 16 * i for i in range(num_strips)), 279: (16,) * num_strips}
+    start = 8 + 2 + 12 * len(tags) + 4
+    entries = b""
+    behind = b""
+    for tag, values in sorted(tags.items()):
+        content = struct.pack(f"<{len(values)}H", *values)
+        if len(content) > 4:
+            place = start + len(behind)
+            behind += content
+            content = struct.pack("<I", place)
+        entries += struct.pack("<HHI", tag, 3, len(values)) + content.ljust(4, b"\0")
+    head = b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4) + behind
+    return head.ljust(1000, b"\0") + bytes([200]) * 16 * num_strips
+
+
+RED = png_chunk(b"PLTE", b"\xff\0\0" * 3)
+PALETTE_OF_8_BITS = tuple(range(256)) * 3
+MISREAD = {
+    "half of the rows": (png_by_hand(8, 0, gray_rows(4)), "PNG that lacks its last rows"),
+    "a row less": (png_by_hand(8, 0, gray_rows(7)), "PNG that lacks its last rows"),
+    "no row at all": (png_by_hand(8, 0, b""), "."),
+    "no last pass": (png_by_hand(8, 0, interlaced(8)[:-36], b"", 1), "PNG that lacks its last"),
+    "a row of the last pass less": (
+        png_by_hand(8, 0, interlaced(8)[:-9], b"", 1),
+        "PNG that lacks its last rows",
+    ),
+    "a row of an odd last pass less": (
+        png_by_hand(8, 0, interlaced(9)[:-10], b"", 1, side=9),
+        "PNG that lacks its last rows",
+    ),
+    "no palette": (png_by_hand(8, 3, gray_rows(8)), "colour 200, but its palette has 0 colours"),
+    "a palette too late": (
+        png_by_hand(8, 3, gray_rows(8))[:-12] + RED + png_chunk(b"IEND", b""),
+        "its palette has 0 colours",
+    ),
+    "a short palette": (png_by_hand(8, 3, gray_rows(8, value=3), RED), "the colour 3, but its pal"),
+    "TIFF, a strip less": (tiff_by_hand(3), "TIFF that lacks some of its strips or tiles"),
+    "TIFF, a short palette": (tiff_by_hand(4, t262=(3,), t320=(40000,) * 30), "has 10 colours"),
+    "TIFF, a palette of 8 bits": (
+        tiff_by_hand(4, t262=(3,), t320=PALETTE_OF_8_BITS),
+        "a palette of 8 bits, which would be black",
+    ),
+    "TIFF, signed": (tiff_by_hand(4, t339=(2,)), "gray TIFF of 8 bits that are signed"),
+    "no palette of a picture": (Image.new("P", (2, 2)), "its palette has 0 colours"),
+}
+
+
+@pytest.mark.parametrize("name", MISREAD)
+def test_what_pillow_would_make_black_is_refused(name, capfd):
+    content, words = MISREAD[name]
+    with pytest.raises(BadSample, match=f"not a readable image .*{words}") as error:
+        load_image(content)
+    assert len(str(error.value)) < 200
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("value", [0, 1, 200, 255])
+@pytest.mark.parametrize("side", [1, 2, 3, 8, 9])
+def test_whole_files_of_these_kinds_are_read(side, value):
+    flat = np.full((side, side, 3), value)
+    for content in (
+        png_by_hand(8, 0, gray_rows(side, side, value), side=side),
+        png_by_hand(8, 0, interlaced(side, value), b"", 1, side=side),
+    ):
+        assert np.array_equal(np.array(load_image(content)), flat)
+
+
+def test_whole_tiffs_are_read():
+    assert np.array(load_image(tiff_by_hand(4))).tolist() == [[[200] * 3] * 8] * 8
+    full = tuple(257 * i for i in range(256)) * 3
+    assert np.array(load_image(tiff_by_hand(4, t262=(3,), t320=full))).max() == 200
+
+
+def test_a_transparent_index_beyond_the_palette_is_no_error():
+    """Some GIFs have one, for what they leave open."""
+    square = Image.new("P", (8, 8), 1)
+    square.putpalette([0, 0, 0, 200, 90, 30])
+    square.paste(9, (0, 0, 4, 4))
+    square.info["transparency"] = 9
+    assert load_image(square).getpixel((0, 0)) == (255, 255, 255)
+    assert load_image(square).getpixel((7, 7)) == (200, 90, 30)
+
+
+SIXTEEN = struct.pack(">8H", 0, 1000, 2000, 30000, 40000, 50000, 60000, 65535)
+TRANSPARENT = [
+    (1, 0, b"\x0f", (0,), [255] * 8),
+    (2, 0, b"\x1b\x1b", (1,), [0, 255, 170, 255, 0, 255, 170, 255]),
+    (4, 0, b"\x01\x23\x45\x67", (1,), [0, 255, 34, 51, 68, 85, 102, 119]),
+    (8, 0, bytes(range(8)), (3,), [0, 1, 2, 255, 4, 5, 6, 7]),
+    (16, 0, SIXTEEN, (1000,), [0, 255, 8, 117, 156, 195, 233, 255]),
+    (8, 2, b"\x09\x08\x07" * 7 + bytes(3), (9, 8, 7), [255] * 7 + [0]),
+    (16, 2, struct.pack(">24H", *[1000, 2000, 30000] * 7, 0, 0, 0), (1000, 2000, 30000), None),
+]
+
+
+@pytest.mark.parametrize("bits, colour_type, row, colour, expected", TRANSPARENT)
+def test_the_transparent_colour_of_a_png_lies_over_white(bits, colour_type, row, colour, expected):
+    content = png_by_hand(bits, colour_type, (b"\0" + row) * 8, transparent(*colour))
+    found = np.array(load_image(content))[3, :, 0].tolist()
+    assert found == (expected or [255] * 7 + [0])

@@ -163,7 +163,7 @@ def test_what_each_manager_adds():
             inputs["input_ids"], None, inputs["images"], model.config
         )
         _, experts = model.encode_images(inputs["images"])
-        increments = model.plan_managers(batch, experts).experts.increments
+        increments = model.plan_managers(batch, experts).increments
         for k, increment in enumerate(increments):
             added[k] = increment[None]
         for key, value in golden.items():
@@ -725,15 +725,66 @@ def test_without_a_text_query_an_image_is_its_own():
     ids, mask = pad([[IMAGE_TOKEN, 5, 6, 2], [IMAGE_TOKEN, 9, IMAGE_TOKEN]])
     batch = llava_manager.expand_placeholders(ids, mask, images, config)
     managed = llava_manager.find_managed(batch, config)
-    query, query_mask = llava_manager.find_query(batch, managed, torch.device("cpu"))
+    blocks = llava_manager.find_blocks(batch, managed, config)
     length = batch.ids.shape[1]
-    own = [length + i for i in range(16)] + [length + 17 + i for i in range(16)]
-    assert query.tolist() == [16, 17, *own]
-    for token, readable in enumerate(query_mask[0].split(16)):
-        start = (0, 2, 18)[token]
-        count = (2, 16, 16)[token]
-        expected = [start <= i < start + count for i in range(34)]
-        assert readable.tolist() == [expected] * 16
+    # the first row reads its text, the two images of the second read themselves
+    assert blocks.tokens.tolist() == [list(range(16 * i, 16 * i + 16)) for i in range(3)]
+    assert blocks.slots.tolist() == list(range(48))
+    own = [range(length, length + 16), range(length + 17, length + 33)]
+    assert blocks.query.tolist() == [[16, 17, *[0] * 14], *map(list, own)]
+    assert blocks.query_mask[:, 0].sum(1).tolist() == [2, 16, 16]
+
+
+@pytest.mark.parametrize("grids", ["all", "base", "grids"])
+def test_blocks_of_different_size_are_padded(grids):
+    """Every managed token is in one block, and reads all of its row's query and nothing else."""
+    config = small(manager_type="adaptive_average", managed_grids=grids)
+    ids, mask = pad(ROWS)
+    images = [random_tiles(size, config) for sizes in ROW_SIZES for size in sizes]
+    batch = llava_manager.expand_placeholders(ids, mask, images, config)
+    managed = llava_manager.find_managed(batch, config)
+    blocks = llava_manager.find_blocks(batch, managed, config)
+    assert blocks.tokens.flatten()[blocks.slots].tolist() == list(range(int(managed.sum())))
+    length = batch.ids.shape[1]
+    positions = managed.flatten().nonzero()[:, 0]
+    block_of_token = blocks.slots // blocks.tokens.shape[1]
+    for number in range(len(blocks.tokens)):
+        (row,) = set((positions[block_of_token == number] // length).tolist())
+        read = blocks.query[number][blocks.query_mask[number, 0]] - row * length
+        text = batch.is_query[row].nonzero()[:, 0].tolist()
+        assert read.tolist() == (text or managed[row].nonzero()[:, 0].tolist())
+
+
+def test_the_plan_does_not_grow_with_the_square_of_the_batch():
+    """Twice the rows, twice the numbers: no token has a mask over the text of other rows."""
+    config = small(manager_type="adaptive_cross")
+    elements = []
+    for num_rows in (8, 16):
+        ids = torch.tensor(ROWS[:1] * num_rows)
+        images = [random_tiles((64, 40), config)] * num_rows
+        batch = llava_manager.expand_placeholders(ids, None, images, config)
+        managed = llava_manager.find_managed(batch, config)
+        blocks = llava_manager.find_blocks(batch, managed, config)
+        elements.append(sum(part.numel() for part in blocks))
+    assert elements[1] == 2 * elements[0]
+
+
+@pytest.mark.parametrize("max_length", [1, 9, 20, 25, 40, 200])
+def test_tokens_are_counted_without_making_the_batch(max_length):
+    """Labels, lengths and lost image tokens, as in the batch itself, padded on either side."""
+    config = small(max_length=max_length)
+    images = [random_tiles(size, config) for sizes in ROW_SIZES for size in sizes]
+    for side in ("left", "right"):
+        ids, mask = pad(ROWS, side)
+        batch = llava_manager.expand_placeholders(ids, mask, images, config, ids)
+        counts = llava_manager.count_tokens(ids, mask, images, config, ids)
+        assert counts.labels.tolist() == (batch.labels[:, 1:] != -100).sum(1).tolist()
+        assert counts.lengths.tolist() == batch.lengths.tolist()
+        left = (batch.image >= 0).sum(1)
+        whole = torch.zeros_like(left)
+        row_of_image = torch.arange(len(ROWS)).repeat_interleave(torch.tensor(batch.images_per_row))
+        whole.index_add_(0, row_of_image, batch.counts)
+        assert counts.lost.tolist() == (whole - left).tolist()
 
 
 def test_another_vision_side_takes_the_place_of_encode_images():

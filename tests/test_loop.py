@@ -2,6 +2,7 @@
 accumulation; resumed = uninterrupted, whatever the moment of death; what identifies a run; only one
 run a folder."""
 
+import functools
 import json
 import math
 import os
@@ -18,10 +19,10 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing
 from helpers import (
     MT,
     ROOT,
+    fork_script,
     free_port,
     golden,
     golden_model,
@@ -29,8 +30,11 @@ from helpers import (
     log_rows,
     losses,
     meta,
+    run_in_forks,
     run_script,
+    run_script_in_fork,
     run_small,
+    status_of,
 )
 from safetensors.torch import load_file
 from torch.nn import functional as F
@@ -47,7 +51,7 @@ from loop import lr_multiplier, param_groups
 from model import ManagerTower, ManagerTowerConfig
 from train import TrainConfig
 from weights import to_official
-from world import World
+from world import Stopped, World
 
 # ---------------------------------------------------------------- optimizer
 
@@ -154,6 +158,11 @@ def test_five_optimizer_steps():
 
 
 # ---------------------------------------------------------------- processes
+@functools.cache
+def few_words():
+    return tokenizer.train_tokenizer(["a small red circle is left of a large blue square"] * 3, 400)
+
+
 def first_gradients(world, losses_of, micro, dtype, share_images=False):
     """Losses and gradients of a tiny model at the first step of 8 rows."""
     run = TrainConfig(
@@ -163,15 +172,17 @@ def first_gradients(world, losses_of, micro, dtype, share_images=False):
         share_images=share_images,
         max_steps=2,
     )
-    words = tokenizer.train_tokenizer(
-        ["a small red circle is left of a large blue square"] * 3, 400
-    )
+    words = few_words()
     config = ManagerTowerConfig.tiny(
         heads=losses_of,
         manager_noise=False,
         vocab_size=words.vocab_size,
         image_size=16,
         patch_size=8,
+        vision_layers=2,
+        text_layers=2,
+        managed_layers_text=2,
+        managed_layers_image=2,
     )
     torch.manual_seed(0)
     task = objectives.Pretraining(ManagerTower(config).to(dtype), losses_of, share_images)
@@ -196,6 +207,12 @@ def first_gradients(world, losses_of, micro, dtype, share_images=False):
         if parameter.grad is not None:
             gradients[name] = parameter.grad
     return means, gradients
+
+
+@functools.cache
+def whole_gradients(losses_of, dtype, share_images=False):
+    """first_gradients of one process with the whole batch in one pass."""
+    return first_gradients(World("cpu"), losses_of, 8, dtype, share_images)
 
 
 def check_same(other, whole, tolerance):
@@ -238,11 +255,11 @@ def gradients_of_several(rank, size, port, out):
 def test_one_process_and_several_agree(size, tmp_path):
     """Also where the batch of 8 does not divide: 3 processes take 3, 3 and 2 rows."""
     out = tmp_path / "several.pt"
-    torch.multiprocessing.spawn(gradients_of_several, (size, free_port(), out), nprocs=size)
+    run_in_forks(gradients_of_several, size, free_port(), out, processes=size)
     results = torch.load(out)
     assert results
     for (losses_of, share, dtype), several in results.items():
-        whole = first_gradients(World("cpu"), losses_of, 8, dtype, share)
+        whole = whole_gradients(losses_of, dtype, share)
         check_same(several, whole, TOLERANCE[dtype])
 
 
@@ -250,7 +267,7 @@ def test_accumulation_changes_nothing():
     one = World("cpu")
     for micro in (1, 2, 3, 5):
         for dtype, tolerance in TOLERANCE.items():
-            whole = first_gradients(one, ("mlm", "itm"), 8, dtype)
+            whole = whole_gradients(("mlm", "itm"), dtype)
             check_same(first_gradients(one, ("mlm", "itm"), micro, dtype), whole, tolerance)
 
 
@@ -304,19 +321,20 @@ def test_torchrun_with_three_processes_deals_unevenly(small, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "flags,sentence",
+    "processes,flags,sentence",
     [
-        (("--batch_size", 2), "error: --batch_size 2 cannot be dealt to 3 processes"),
-        (("--learning_rate", "-1"), "error: --learning_rate is -1.0; it must be"),
-        (("--nonsense", "1"), "error: unrecognized arguments: --nonsense 1"),
+        (3, ("--batch_size", 2), "error: --batch_size 2 cannot be dealt to 3 processes"),
+        (2, ("--learning_rate", "-1"), "error: --learning_rate is -1.0; it must be"),
+        (2, ("--nonsense", "1"), "error: unrecognized arguments: --nonsense 1"),
         (
+            2,
             ("--data_root", "/nowhere"),
             "error: --data_root /nowhere: there is no such folder or file",
         ),
     ],
 )
-def test_an_error_under_torchrun_is_said_once(flags, sentence, tmp_path):
-    result = run_script("train.py", "--out_dir", tmp_path / "x", *flags, processes=3)
+def test_an_error_under_torchrun_is_said_once(processes, flags, sentence, tmp_path):
+    result = run_script("train.py", "--out_dir", tmp_path / "x", *flags, processes=processes)
     assert result.returncode == 1
     assert result.stderr.count(sentence) == 1 and result.stderr.count("error: ") == 1, result.stderr
     ours = result.stderr.split("ChildFailedError")[0]
@@ -328,18 +346,14 @@ def test_killed_run_resumes_to_the_same_bits(small, tmp_path):
     exact = "--max_steps 12 --save_every 3 --eval_every 2 --dropout 0.1 --out_dir".split()
     run_small(small, *exact, tmp_path / "whole")
     flags = [*small, *exact, tmp_path / "killed", "--num_workers", "2"]
-    process = subprocess.Popen(
-        [sys.executable, ROOT / "train.py", *flags],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    with open(tmp_path / "said.txt", "a") as said:
+        child = fork_script(ROOT / "train.py", flags, out=said, err=said)
     log = tmp_path / "killed" / "log.jsonl"
     end = time.time() + 280
     while time.time() < end and not (log.exists() and log.read_text().count("\n") >= 6):
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    os.kill(child, signal.SIGKILL)
+    assert status_of(child) == -signal.SIGKILL, (tmp_path / "said.txt").read_text()
     assert log.read_text().count("\n") >= 4
     run_small(small, *exact, tmp_path / "killed")
     for file in ("model.safetensors", "best/model.safetensors", "log.jsonl"):
@@ -370,12 +384,34 @@ def test_sigterm_saves_and_the_run_goes_on(small, tmp_path, capsys, monkeypatch)
         patch.setattr(
             train, "fit", lambda run, task, rows, *args: original(run, task, Terminate(rows), *args)
         )
-        run_small(flags)
-    assert "SIGTERM: saved step 3" in capsys.readouterr().out
+        with pytest.raises(Stopped):
+            run_small(flags)
+    said = capsys.readouterr().out
+    assert f"SIGTERM: saved step 3 in {tmp_path}; the same command goes on from there." in said
+    assert "held out  " not in said
     run_small(flags)
     assert [r["step"] for r in log_rows(tmp_path, "loss")] == [1, 2, 3, 4, 5, 6]
     run_small(flags)
     assert "is finished: 6 of 6 steps" in capsys.readouterr().out
+
+
+ONE_LAYER = (
+    "--vision_layers 1 --text_layers 1 --num_layers 1 --managed_layers_text 1 "
+    "--managed_layers_image 1 --batch_size 4 --micro_batch_size 4 --eval_size 4"
+).split()
+
+
+def few_pictures(small, folder, number=12):
+    """The first of the small run's pictures and captions, copied into folder/few."""
+    whole = Path(small[small.index("--data_root") + 1])
+    few = folder / "few"
+    few.mkdir()
+    for split in ("train", "val"):
+        lines = (whole / f"coco_{split}.jsonl").read_text().splitlines()[:number]
+        (few / f"coco_{split}.jsonl").write_text("".join(line + "\n" for line in lines))
+        for line in lines:
+            shutil.copy(whole / json.loads(line)["image"], few)
+    return few
 
 
 @pytest.mark.slow
@@ -383,8 +419,10 @@ def test_death_at_every_write_flush_and_rename(small, tmp_path):
     """See tests/deaths.py: it dies, or finds the disk full, at each of them in turn, and resumes to
     the same bits.
     """
+    # fewer pictures and a model of fewer layers: the same files are written at the same moments
+    flags = [*small, *ONE_LAYER, "--data_root", few_pictures(small, tmp_path)]
     result = subprocess.run(
-        [sys.executable, ROOT / "tests" / "deaths.py", tmp_path, *small],
+        [sys.executable, ROOT / "tests" / "deaths.py", tmp_path / "runs", *flags],
         capture_output=True,
         text=True,
         timeout=280,
@@ -403,11 +441,11 @@ def test_a_file_that_does_not_fit_is_one_sentence(small, tmp_path, name):
     """
     run_small(small, "--max_steps", 2, "--save_every", 1, "--out_dir", tmp_path / "whole")
     most = (tmp_path / "whole" / name).stat().st_size - 100
-    result = run_script(
+    result = run_script_in_fork(
         "train.py",
         *small,
         *("--max_steps", 2, "--out_dir", tmp_path / "cut"),
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (most, most)),
+        prepare=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (most, most)),
     )
     assert result.returncode == 1
     assert re.search(r"^error: cannot write .*Nothing is lost$", result.stderr, re.M), result.stderr
@@ -766,7 +804,7 @@ def test_a_folder_called_training_state_is_refused(small, finished, tmp_path):
     shutil.copytree(finished, out)
     (out / "training_state.pt").unlink()
     (out / "training_state.pt").mkdir()
-    with pytest.raises(ValueError, match=READABLE):
+    with pytest.raises(ValueError, match="training_state.pt is a folder, and .* writes a file"):
         run_small(small, "--max_steps", 2, "--save_every", 1, "--out_dir", out)
 
 
@@ -1006,3 +1044,46 @@ def test_a_row_of_the_log_that_is_none_is_named(small, tmp_path, row):
         file.write(row + "\n")
     with pytest.raises(ValueError, match=r"log.jsonl, line \d+"):
         run_small(small, "--max_steps", 1, "--out_dir", tmp_path)
+
+
+def test_after_fresh_the_command_goes_on_without_it(small, tmp_path, capsys, monkeypatch):
+    original = loop.fit
+    monkeypatch.setattr(
+        train, "fit", lambda run, task, rows, *args: original(run, task, Terminate(rows), *args)
+    )
+    with pytest.raises(Stopped):
+        run_small(small, "--max_steps", 6, "--fresh", "--out_dir", tmp_path)
+    assert "the same command, without --fresh, goes on" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "name,words",
+    [
+        ("best", "best cannot be written into: it is a file, not a folder"),
+        ("best/model.safetensors/x", "model.safetensors is a folder, and the run writes a file"),
+        ("log.jsonl/x", "log.jsonl is a folder, and the run writes a file"),
+    ],
+)
+def test_a_place_of_another_kind_is_found_before_the_work(small, tmp_path, capsys, name, words):
+    place = tmp_path / name
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.write_text("mine")
+    with pytest.raises(ValueError, match=words):
+        run_small(small, "--max_steps", 1, "--out_dir", tmp_path)
+    assert capsys.readouterr().out == ""
+    assert place.read_text() == "mine"
+    # --fresh puts it aside
+    run_small(small, "--max_steps", 1, "--fresh", "--out_dir", tmp_path)
+    assert (tmp_path / "before-1" / name).read_text() == "mine"
+
+
+def test_a_run_goes_on_without_the_tokenizer_that_it_was_given(small, tmp_path):
+    words = tmp_path / "words"
+    words.mkdir()
+    scenes.demo_tokenizer().save(words)
+    flags = [*small, "--tokenizer", words, "--save_every", 1, "--out_dir", tmp_path / "run"]
+    run_small(flags, "--max_steps", 2)
+    shutil.rmtree(words)
+    run_small(flags, "--max_steps", 2)
+    with pytest.raises(ValueError, match="words"):
+        run_small(flags, "--max_steps", 2, "--fresh")

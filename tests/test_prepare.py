@@ -6,15 +6,13 @@ What a checkpoint's file may hold is tested in test_weights.py.
 import json
 import os
 import re
-import subprocess
-import sys
 import time
 from itertools import combinations, product
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT
+from helpers import run_script, run_script_in_fork
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -105,10 +103,12 @@ def test_a_command_line_that_cannot_be_read_names_what_is_wrong():
 
 @pytest.mark.slow
 def test_an_error_of_the_script_is_one_sentence(tmp_path):
-    command = [sys.executable, str(ROOT / "prepare.py")]
     ends = []
-    for argv in (["vg", "--root", str(tmp_path), "--out", str(tmp_path)], ["nothing"]):
-        ended = subprocess.run([*command, *argv], capture_output=True, text=True)
+    for run, argv in (
+        (run_script, ["vg", "--root", str(tmp_path), "--out", str(tmp_path)]),
+        (run_script_in_fork, ["nothing"]),
+    ):
+        ended = run("prepare.py", *argv)
         assert ended.stderr.startswith("error: ") and "Traceback" not in ended.stderr
         ends.append(ended.returncode)
     assert ends == [1, 2]
@@ -524,7 +524,7 @@ def test_the_name_of_a_coco_picture_holds_its_folder_and_its_number(tmp_path):
     karpathy_tree(tmp_path)
     file = tmp_path / "karpathy" / "dataset_coco.json"
     content = json.loads(file.read_text())
-    for name in ("1.jpg", "COCO_val2014_x.jpg", "", "COCO_val2014_\u0663.jpg"):
+    for name in ("1.jpg", "COCO_val2014_x.jpg", "COCO_val2014_\u0663.jpg"):
         content["images"][1]["filename"] = name
         put(file, content)
         refuses("coco", tmp_path, f"entry 1: 'filename' is {name!r}; it must be like COCO_")
@@ -1120,3 +1120,37 @@ def test_an_empty_picture_or_a_folder_is_not_found(tmp_path, capsys):
     (pictures / "1.jpg").mkdir()
     (pictures / "2.jpg").symlink_to("nowhere")
     refuses("flickr30k", tmp_path, "no image of flickr30k is in")
+
+
+@pytest.mark.parametrize("filename", ["", " ", "./1000.jpg", "../1000.jpg", "a\0.jpg"])
+def test_a_filename_of_karpathys_is_no_path(tmp_path, filename):
+    """So that no picture has two names, and stands in two splits."""
+    karpathy_tree(tmp_path)
+    file = tmp_path / "karpathy" / "dataset_flickr30k.json"
+    content = json.loads(file.read_text())
+    content["images"][1]["filename"] = filename
+    put(file, content)
+    refuses("flickr30k", tmp_path, "entry 1: 'filename' is", "a file's name, without a folder")
+
+
+def test_an_empty_manifest_says_what_was_left_out(tmp_path):
+    karpathy_tree(tmp_path)
+    file = tmp_path / "karpathy" / "dataset_flickr30k.json"
+    content = json.loads(file.read_text())
+    for entry in content["images"]:
+        entry["sentences"] = []
+    put(file, content)
+    refuses("flickr30k", tmp_path, "would be empty", "images without a caption are left out")
+
+
+@pytest.mark.parametrize(
+    "key, typed, hint",
+    [("sentences", "sentnces", "'sentnces'"), ("filename", "FileName", "'FileName'")],
+)
+def test_a_misspelt_key_of_a_raw_file_is_named(tmp_path, key, typed, hint):
+    karpathy_tree(tmp_path)
+    file = tmp_path / "karpathy" / "dataset_coco.json"
+    content = json.loads(file.read_text())
+    content["images"][0][typed] = content["images"][0].pop(key)
+    put(file, content)
+    refuses("coco", tmp_path, f"entry 0: there is no '{key}'", f"its key {hint} looks like it")

@@ -2,13 +2,15 @@
 
 import os
 import re
+import select
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, log_rows
+from helpers import ROOT, fork_script, log_rows, status_of
 
 import eval
 import fields
@@ -48,14 +50,19 @@ def header(script):
     return lines
 
 
-def run_script(script, *arguments, **environment):
-    """Run a script with nothing of this environment but what Python needs."""
+def environment_of(**environment):
+    """Nothing of this process's environment but what Python needs."""
     kept = {
         name: os.environ[name] for name in ("PATH", "HOME", "VIRTUAL_ENV") if name in os.environ
     }
+    return {**kept, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment}
+
+
+def run_script(script, *arguments, **environment):
+    """Run a script with nothing of this environment but what Python needs."""
     return subprocess.run(
         ["bash", str(script), *arguments],
-        env={**kept, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment},
+        env=environment_of(**environment),
         capture_output=True,
         text=True,
         timeout=1800,
@@ -258,10 +265,56 @@ def test_help_prints_the_header():
 
 
 # ---------------------------------------------------------------- the demos
-def run_demo(name, out):
-    result = run_script(RUNS / f"{name}.sh", "--demo", str(out))
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout
+# the `python` of the demos: it asks this process for a fork that does the same, as a new
+# interpreter takes longer to import torch than these trainings take
+ASK_FOR_A_FORK = """#!/usr/bin/env bash
+{ printf '%q ' "$@"; echo; } > "$REQUESTS"
+read -r status < "$REPLIES"
+exit "$status"
+"""
+
+
+def run_demo(name, folder, place, finished):
+    """Run a demo, its `python` in forks, in the folder `place`. Returns what it printed.
+
+    finished: the command lines that were run before, by any demo; they are not run again.
+    """
+    program = folder / "programs" / "python"
+    program.parent.mkdir()
+    program.write_text(ASK_FOR_A_FORK)
+    program.chmod(0o755)
+    pipes = {"REQUESTS": str(folder / "requests"), "REPLIES": str(folder / "replies")}
+    for pipe in pipes.values():
+        os.mkfifo(pipe)
+    path = f"{program.parent}:{os.environ['PATH']}"
+    environment = environment_of(**pipes, PATH=path)
+    # reading and writing: a pipe without a reader or a writer would block, or end
+    with (
+        open(pipes["REQUESTS"], "r+b", buffering=0) as requests,
+        open(pipes["REPLIES"], "r+b", buffering=0) as replies,
+        open(folder / "out.txt", "a") as out,
+        open(folder / "err.txt", "a") as err,
+    ):
+        command = ["bash", str(RUNS / f"{name}.sh"), "--demo", str(place)]
+        demo = subprocess.Popen(command, env=environment, stdout=out, stderr=err)
+        waiting = b""
+        while demo.poll() is None:
+            if not select.select([requests], [], [], 0.02)[0]:
+                continue
+            waiting += requests.read(65536)
+            if waiting.endswith(b"\n"):
+                status = 0
+                if waiting not in finished:
+                    script, *flags = shlex.split(waiting.decode())
+                    child = fork_script(script, flags, out=out, err=err, environment=environment)
+                    status = status_of(child)
+                if status == 0:
+                    finished.add(waiting)
+                waiting = b""
+                replies.write(b"%d\n" % status)
+    said = (folder / "out.txt").read_text()
+    assert demo.returncode == 0, said + (folder / "err.txt").read_text()
+    return said
 
 
 def check_run(folder):
@@ -274,21 +327,40 @@ def check_run(folder):
 
 @pytest.mark.slow
 def test_the_demo_of_pretraining(tmp_path):
-    output = run_demo("pretrain", tmp_path)
-    assert f"The checkpoint is in {tmp_path}/pretrain" in output
+    """This one with the real `python`, as a user runs it."""
+    result = run_script(RUNS / "pretrain.sh", "--demo", str(tmp_path))
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert f"The checkpoint is in {tmp_path}/pretrain" in result.stdout
     check_run(tmp_path / "pretrain")
 
 
 @pytest.mark.slow
+def test_fine_tuning_starts_in_an_interpreter_of_its_own():
+    command = [sys.executable, str(ROOT / "finetune.py"), "-h"]
+    result = subprocess.run(command, env=environment_of(), capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "--task" in result.stdout
+
+
+@pytest.fixture(scope="module")
+def downstream(tmp_path_factory):
+    """The folder of all downstream demos, which begin with the same pre-training; and the command
+    lines that were run there.
+    """
+    return tmp_path_factory.mktemp("downstream"), set()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DOWNSTREAM)
-def test_the_demo_of_a_downstream_task(name, tmp_path):
-    output = run_demo(name, tmp_path)
+def test_the_demo_of_a_downstream_task(name, downstream, tmp_path):
+    out, finished = downstream
+    output = run_demo(name, tmp_path, out, finished)
     last = output.splitlines()[-1]
-    with_vlp = tmp_path / name
-    without_vlp = tmp_path / f"{name}_unimodal"
+    with_vlp = out / name
+    without_vlp = out / f"{name}_unimodal"
     assert last == f"demo of {name}: with VLP in {with_vlp}, without in {without_vlp}"
     assert output.count(f"{name} demo") == 2, "both are evaluated"
-    for folder in (tmp_path / "pretrain", with_vlp, without_vlp):
+    for folder in (out / "pretrain", with_vlp, without_vlp):
         check_run(folder)
     for folder in (with_vlp, without_vlp):
         assert (folder / "eval.json").is_file()
@@ -297,13 +369,13 @@ def test_the_demo_of_a_downstream_task(name, tmp_path):
 
 @pytest.mark.slow
 def test_the_demo_of_the_mllm(tmp_path):
-    output = run_demo("llava", tmp_path)
+    output = run_demo("llava", tmp_path, tmp_path / "out", set())
     assert output.splitlines()[-1].startswith("demo of the MLLM: the four models are in")
     for model in ("baseline", "manager", "grid", "grid_manager"):
-        check_run(tmp_path / f"llava_{model}_stage1_5")
-        check_run(tmp_path / f"llava_{model}")
+        check_run(tmp_path / "out" / f"llava_{model}_stage1_5")
+        check_run(tmp_path / "out" / f"llava_{model}")
     for managers in ("none", "static"):
-        check_run(tmp_path / f"llava_stage1_{managers}")
+        check_run(tmp_path / "out" / f"llava_stage1_{managers}")
 
 
 # ---------------------------------------------------------------- a manager in a model of one's own

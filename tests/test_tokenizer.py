@@ -1,5 +1,6 @@
 """tokenizer.py against transformers, SentencePiece and published ids."""
 
+import base64
 import json
 import pickle
 
@@ -128,7 +129,10 @@ def test_sentencepiece_equals_the_library_and_adds_what_it_lacks(tmp_path):
         ({"tokenizer.json": "{}"}, "tokenizer.json is not a readable"),
         ({"x.model": "?"}, "x.model is not a readable"),
         ({"vocab.json": '{"a": 0}'}, "merges.txt is needed, but there is no such file"),
-        ({"vocab.json": '{"a": 0}', "merges.txt": "#version: 0.2\n"}, "lacks .'<s>'"),
+        (
+            {"vocab.json": '{"a": 0}', "merges.txt": "#version: 0.2\n"},
+            "lacks <s>, <pad>, </s>, <unk>, <mask>: give",
+        ),
     ],
 )
 def test_what_is_no_tokenizer_is_named(files, message, tmp_path):
@@ -279,3 +283,122 @@ def test_a_text_that_the_library_refuses_is_shown():
     ours = demo_tokenizer()
     with pytest.raises(ValueError, match=r"the tokenizer cannot take 'a .ud83d': "):
         ours.encode("a \ud83d")
+
+
+# ---------------------------------------------------------------- files that would cost gigabytes
+def replace(pattern, content):
+    return {"type": "Replace", "pattern": pattern, "content": content}
+
+
+def sequence(*steps):
+    return {"type": "Sequence", "normalizers": list(steps)}
+
+
+A = {"String": "a"}
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+TWICE = {"Sequence": {"id": "A", "type_id": 0}}
+# 100 texts of 100,000 letters for the letter a, in SentencePiece's map without an index
+MAP = base64.b64encode(b"\0\0\0\0" + b"x" * 100_000 + b"\0").decode()
+
+
+@pytest.mark.parametrize(
+    "section, value, message",
+    [
+        ("normalizer", sequence(*[replace(A, "aa")] * 40), "may make a text more than 10000 times"),
+        ("normalizer", sequence(sequence(*[replace(A, "aaaaa")] * 9)), "may make a text more"),
+        ("normalizer", replace(A, "a" * 10**6), "'content' of a step has 1000000 letters"),
+        ("normalizer", sequence(*[replace({"String": ""}, "a")] * 30), "may make a text more"),
+        ("normalizer", sequence(*[replace({"Regex": "a?"}, "a")] * 30), "may make a text more"),
+        ("normalizer", sequence(*[{"type": "Prepend", "prepend": "ab"}] * 30), "may make a text"),
+        ("normalizer", sequence(*[{"prepend": "ab"}] * 30), "may make a text more"),
+        ("normalizer", sequence(*[{"type": "ByteLevel"}] * 30), "may make a text more"),
+        ("normalizer", sequence(*[{"type": "Lowercase"}] * 9000), "may make a text|9[0-9]+ steps"),
+        ("normalizer", sequence(*[{"type": "Nmt"}] * 9000), "goes through 9[0-9]+ steps"),
+        ("normalizer", {"type": "Precompiled", "precompiled_charsmap": MAP}, "may make a text"),
+        ("decoder", {"type": "Sequence", "decoders": [replace(A, "aa")] * 40}, "may make a text"),
+        ("pre_tokenizer", {"type": "Sequence", "pretokenizers": [BYTES] * 30}, "may make a text"),
+        (
+            "post_processor",
+            {"type": "TemplateProcessing", "single": [TWICE] * 10**5, "pair": [TWICE]},
+            "goes through|may make a text",
+        ),
+        ("added_tokens", [{"id": 7, "content": "x" * 10**6}], "a token has 1000000 letters"),
+        (
+            "added_tokens",
+            [{"id": i, "content": "x" * 9000 + str(i)} for i in range(1000)],
+            "letters together; they must have at most 5242880",
+        ),
+        ("model", {"vocab": [["x" * 10**6, 0.0]]}, "a token has 1000000 letters"),
+        ("model", {"vocab": {"a": 0}, "end_of_word_suffix": "x" * 10**6}, "a token has 1000000"),
+    ],
+)
+def test_a_file_that_makes_much_of_a_short_text_is_refused(section, value, message, tmp_path):
+    tree = json.loads(word_level(["a", "red"]).to_str())
+    tree[section] = value
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tree))
+    with pytest.raises(ValueError, match=f"tokenizer.json: .*{message}") as error:
+        load_tokenizer(tmp_path)
+    assert len(str(error.value)) < 400
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        # Llama's; CLIP's; ALBERT's; BERT's; one that cleans texts in many steps
+        [{"type": "Prepend", "prepend": "▁"}, replace({"String": " "}, "▁")],
+        [{"type": "NFC"}, replace({"Regex": r"\s+"}, " "), {"type": "Lowercase"}],
+        [
+            replace({"String": "``"}, '"'),
+            replace({"String": "''"}, '"'),
+            {"type": "NFKD"},
+            {"type": "StripAccents"},
+            {"type": "Lowercase"},
+            replace({"Regex": " {2,}"}, " "),
+        ],
+        [{"type": "BertNormalizer", "clean_text": True, "handle_chinese_chars": True}],
+        [replace({"Regex": "[áàâ]"}, "a")] * 90,
+    ],
+)
+def test_the_steps_of_published_tokenizers_are_taken(steps, tmp_path):
+    for step in steps:
+        if step["type"] == "BertNormalizer":
+            step |= {"strip_accents": None, "lowercase": True}
+    tree = json.loads(word_level(["a", "red"]).to_str())
+    tree["normalizer"] = sequence(*steps)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tree))
+    ours = load_tokenizer(tmp_path)
+    assert (
+        ours.encode_piece("a red")
+        == tokenizers.Tokenizer.from_str(json.dumps(tree))
+        .encode("a red", add_special_tokens=False)
+        .ids
+    )
+
+
+@pytest.mark.parametrize("kind", ["roberta", "bridgetower", "opt"])
+def test_special_ids_are_those_of_the_config_beside_it(kind, tmp_path):
+    """A tokenizer that was saved anew with other ids, as many as the weights have rows."""
+    word_level(["a", "red"], ("</s>", "<pad>", "<s>", "<unk>", "<mask>")).save(
+        str(tmp_path / "tokenizer.json")
+    )
+    values = {"bos_token_id": 4, "pad_token_id": 3, "eos_token_id": 2}
+    config = {"model_type": kind, **values}
+    if kind == "bridgetower":
+        config = {"model_type": kind, "text_config": values}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert load_tokenizer(tmp_path).cls_id == 4
+    values["bos_token_id"] = 0
+    config.update(config if kind == "bridgetower" else values)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    if kind == "opt":  # others may name another token than <s>
+        assert load_tokenizer(tmp_path).cls_id == 4
+        return
+    message = "bos_token_id of .*config.json is 0, but the tokenizer has 4: it belongs to other"
+    with pytest.raises(ValueError, match=message):
+        load_tokenizer(tmp_path)
+
+
+def test_what_is_no_path_of_a_tokenizer_is_shown():
+    for path in (None, 3, b"x"):
+        with pytest.raises(ValueError, match="path is .*; it must be a text or a Path"):
+            load_tokenizer(path)

@@ -177,3 +177,12 @@ def test_mlm_guess_without_pictures_in_closed_form():
 def test_what_to_type_next_names_the_data():
     commands = train.next_commands(TrainConfig(data_root="D", out_dir="O"))
     assert commands == ["python figures.py managers --checkpoint O --data_root D"]
+
+
+@pytest.mark.parametrize("flag", ["--datasets", "--on_bad_sample"])
+def test_a_flag_that_means_nothing_to_the_scenes_is_refused(flag, tmp_path):
+    value = "coco" if flag == "--datasets" else "skip"
+    for words in ([flag, value], [f"{flag}={value}"]):
+        with pytest.raises(ValueError, match=f"^{flag} means nothing without --data_root"):
+            train.main([*words, "--out_dir", str(tmp_path / "x")])
+    assert not (tmp_path / "x").exists()

@@ -7,12 +7,12 @@ import dataclasses
 import functools
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing
 from helpers import (
     LOV,
     free_port,
@@ -22,6 +22,7 @@ from helpers import (
     log_rows,
     losses,
     read_llava,
+    run_in_forks,
 )
 from PIL import Image
 from safetensors.torch import load_file
@@ -425,7 +426,7 @@ def test_accumulation_changes_nothing(micro, whole, folder, tmp_path):
 def test_one_process_and_several_agree(size, micro, whole, folder, tmp_path):
     """Two processes accumulate; three take 2, 1 and 1 rows."""
     settings = (size, free_port(), folder, micro, tmp_path / "several.pt")
-    torch.multiprocessing.spawn(first_gradients, settings, nprocs=size)
+    run_in_forks(first_gradients, *settings, processes=size)
     check_same(tmp_path / "several.pt", whole)
 
 
@@ -717,3 +718,19 @@ def test_the_demo_takes_no_data_and_no_start(flags, tmp_path):
 def test_the_demo_has_no_epochs(tmp_path):
     with pytest.raises(ValueError, match="--max_steps is 0, which means one epoch; llava_demo"):
         run_demo(tmp_path / "out", "--max_steps", 0)
+
+
+def test_a_stage_goes_on_when_its_init_is_gone(folder, tmp_path, capsys):
+    init = tmp_path / "start"
+    shutil.copytree(folder / "start", init)
+    flags = ("--init", init, "--max_steps", 1)
+    run_stage("llava_stage2", folder, tmp_path / "run", *flags)
+    weights_file = tmp_path / "run" / "model.safetensors"
+    content = weights_file.read_bytes()
+    shutil.rmtree(init)
+    weights_file.unlink()
+    run_stage("llava_stage2", folder, tmp_path / "run", *flags)
+    assert "is finished: 1 of 1 steps" in capsys.readouterr().out
+    assert weights_file.read_bytes() == content
+    with pytest.raises(ValueError, match="start"):
+        run_stage("llava_stage2", folder, tmp_path / "other", *flags)

@@ -903,7 +903,7 @@ def test_load_model_errors(tmp_path):
         ("{", "config.json is not JSON"),
         ("[1]", "config.json must hold an object"),
         ("[" * 99999, "config.json is not JSON: brackets"),
-        ('{"model_type": "clip", "hidden_size": 9}', "model None, unknown fields .'model_type'"),
+        ('{"model_type": "clip", "hidden_size": 9}', 'it has no "model": "ManagerTower"'),
         (config.replace('"num_heads": 3', '"num_heads": -3'), "config.json: num_heads is -3"),
         (config.replace('"num_heads": 3', '"num_heads": "3"'), "config.json: num_heads is '3'"),
         (re.sub(r'"heads": \[[^]]*\]', '"heads": null', config), "config.json: "),
@@ -912,7 +912,7 @@ def test_load_model_errors(tmp_path):
         with pytest.raises(ValueError, match=message):
             load_model(tmp_path)
     (tmp_path / "config.json").write_text('{"model": "LlavaManager"}')
-    with pytest.raises(ValueError, match="not the config of a ManagerTower: model 'LlavaManager'"):
+    with pytest.raises(ValueError, match="of a ManagerTower: its .model. is 'LlavaManager'"):
         read_config(tmp_path)
     with pytest.raises(ValueError, match="no config.json"):
         load_model(tmp_path / "nothing")
@@ -1489,3 +1489,156 @@ def test_an_encoder_is_exported_under_its_published_names():
     encoder = ManagerTower(ManagerTowerConfig.tiny()).text_encoder
     exported = export_state(encoder.state_dict(), expand(ROBERTA, "", "roberta.", 3))
     assert exported["roberta.encoder.layer.2.attention.self.key.bias"].shape == (96,)
+
+
+# ---------------------------------------------------------------- what testers found last
+@pytest.mark.parametrize(
+    "part, values, message",
+    [
+        ("", {"model_type": "bert"}, "model_type is 'bert'; only 'bridgetower'"),
+        ("", {"layer_norm_eps": 1e-3}, "the whole .*layer_norm_eps is 0.001; only 1e-05"),
+        ("", {"share_cross_modal_transformer_layers": False}, "only True is supported"),
+        ("", {"num_hidden_layers": 2}, "num_hidden_layers of the whole is 2, .*have 3"),
+        ("text_config", {"num_hidden_layers": 3}, "of text_config is 3, but the weights have 4"),
+        ("text_config", {"is_decoder": True}, "is_decoder is True; only False"),
+        ("text_config", {"num_attention_heads": ...}, "64 is not a multiple of text_heads 12"),
+        ("", {"text_config": ...}, "text_heads 12"),
+        ("text_config", {"pad_token_id": -1}, "pad_token_id is -1"),
+        ("text_config", {"pad_token_id": 39}, "which is 40, and a text"),
+        ("vision_config", {"remove_last_layer": True}, "remove_last_layer is True; only False"),
+    ],
+)
+def test_every_setting_of_a_bridgetower_is_compared(tmp_path, part, values, message):
+    transformers = pytest.importorskip("transformers")
+    transformers.BridgeTowerModel(bridgetower_config()).save_pretrained(tmp_path / "bt")
+    change_json(tmp_path / "bt" / "config.json", part, **values)
+    with pytest.raises(ValueError, match=f"bt: .*{message}"):
+        convert_weights(tmp_path / "bt", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_bridgetower_may_have_another_padding_token(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = bridgetower_config()
+    config.text_config.pad_token_id = 0
+    theirs = randomize(transformers.BridgeTowerForMaskedLM(config))
+    theirs.save_pretrained(tmp_path / "bt")
+    convert_weights(tmp_path / "bt", tmp_path / "out")
+    model = load_model(tmp_path / "out").eval()
+    assert model.config.pad_token_id == 0
+    pixels = torch.randn(2, 3, 32, 32)
+    ids = torch.randint(3, 90, (2, 9))
+    ids[1, 6:] = 0
+    mask = (ids != 0).long()
+    with torch.no_grad():
+        expected = theirs(input_ids=ids, attention_mask=mask, pixel_values=pixels).logits
+        logits = model.heads["mlm"](model(pixels, ids, mask).text)
+    torch.testing.assert_close(logits[:, :6], expected[:, :6], atol=5e-3, rtol=1e-3)
+
+
+def as_bin(folder):
+    """The weights of a folder in PyTorch's format instead."""
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+def test_the_advice_for_bin_files_works_for_every_encoder(tmp_path):
+    """load_unimodal names a command, and what that writes is read."""
+    transformers = pytest.importorskip("transformers")
+    text, vision = hf_configs()
+    transformers.Qwen2ForCausalLM(text).save_pretrained(tmp_path / "Qwen2ForCausalLM")
+    transformers.Qwen2Model(text).save_pretrained(tmp_path / "Qwen2Model")
+    transformers.SiglipVisionModel(vision).save_pretrained(tmp_path / "siglip")
+    configs = []
+    for name in ("Qwen2ForCausalLM", "siglip"):
+        configs.append(json.loads((tmp_path / name / "config.json").read_text()))
+    config = LlavaManagerConfig.from_official(*configs)
+    expected = LlavaManager(config)
+    load_unimodal(expected, tmp_path / "siglip", tmp_path / "Qwen2ForCausalLM")
+    for name in ("Qwen2ForCausalLM", "Qwen2Model", "siglip"):
+        as_bin(tmp_path / name)
+    with pytest.raises(ValueError, match="prepare.py weights` makes a folder"):
+        load_unimodal(LlavaManager(config), tmp_path / "siglip", tmp_path / "Qwen2ForCausalLM")
+    for name in ("Qwen2ForCausalLM", "Qwen2Model", "siglip"):
+        convert_weights(tmp_path / name, tmp_path / "new" / name)
+    model = LlavaManager(config)
+    load_unimodal(model, tmp_path / "new" / "siglip", tmp_path / "new" / "Qwen2ForCausalLM")
+    assert torch.equal(model.llm.embed.weight, expected.llm.embed.weight)
+    key = "vision.blocks.0.qkv.weight"
+    assert torch.equal(model.state_dict()[key], expected.state_dict()[key])
+    if config.tie_embeddings:
+        load_unimodal(model, tmp_path / "new" / "siglip", tmp_path / "new" / "Qwen2Model")
+
+
+def test_the_advice_for_bin_files_works_for_an_official_llava(tmp_path):
+    official = {**read_llava("tiny/config_static_all.json"), "eos_token_id": 319}
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(official))
+    state = llava_state("static_all")
+    torch.save(state, folder / "pytorch_model.bin")
+    load = functools.partial(load_model, vision=official["tiny_vision_config"], im_start_id=318)
+    with pytest.raises(ValueError, match="prepare.py weights` makes a folder"):
+        load(folder)
+    convert_weights(folder, tmp_path / "new")
+    expected = from_official(state, llava_config("static_all"))
+    assert equal(load(tmp_path / "new").state_dict(), expected)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "qwen3", "falcon", "my_own", 5, ["qwen2"]])
+def test_every_other_family_is_refused_by_name(tmp_path, kind):
+    transformers = pytest.importorskip("transformers")
+    text, vision = hf_configs()
+    transformers.Qwen2ForCausalLM(text).save_pretrained(tmp_path / "qwen")
+    transformers.SiglipVisionModel(vision).save_pretrained(tmp_path / "siglip")
+    model = LlavaManager(small_llava())
+    change_json(tmp_path / "qwen" / "config.json", model_type=kind)
+    shown = re.escape(repr(kind))
+    with pytest.raises(ValueError, match=f"model_type is {shown}; it must be qwen2 or llava"):
+        load_unimodal(model, tmp_path / "siglip", tmp_path / "qwen")
+    with pytest.raises(ValueError, match=f"model_type is {shown}; it must be qwen2 or llava"):
+        convert_weights(tmp_path / "qwen", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_arguments_of_another_type_are_named(tmp_path):
+    tower = ManagerTower(ManagerTowerConfig.tiny(heads=("vqa",)))
+    save_model(tower, tmp_path / "tower")
+    save_model(LlavaManager(small_llava()), tmp_path / "llava")
+    for call, message in (
+        (lambda: load_model(None), "load_model: folder is None; it must be a text or a Path"),
+        (lambda: load_model(3), "load_model: folder is 3; it must be a text or a Path"),
+        (lambda: load_model(tmp_path / "llava", dtype="bf16"), "dtype is 'bf16'; it must be a dt"),
+        (lambda: load_model(tmp_path / "llava", device="gpu"), "device means nothing for .*llava"),
+        (lambda: load_model(tmp_path / "tower", dtype=torch.float16), "dtype means nothing for"),
+        (lambda: load_model(tmp_path / "tower", heads=3), "heads is 3"),
+        (lambda: load_model(tmp_path / "tower", heads=None), "heads is None"),
+        (lambda: weights.load_two_tower(tmp_path / "tower", device="gpu"), "is 'gpu'; it must be"),
+        (lambda: weights.load_two_tower(tmp_path / "tower", device=None), "device is None; it mus"),
+        (lambda: weights.load_mllm(tmp_path / "llava", tokenizer=4), "tokenizer is 4; it must be"),
+        (lambda: load_unimodal(None, "a", "b"), "model is None; it must be ManagerTower or Llava"),
+        (lambda: load_unimodal(tower, None, "b"), "vision is None; it must be a text or a Path"),
+        (lambda: convert_weights(tmp_path, None), "out is None; it must be a text or a Path"),
+    ):
+        with pytest.raises(ValueError, match=message) as error:
+            call()
+        assert "\n" not in str(error.value)
+
+
+def test_no_sentence_holds_an_empty_list(tmp_path):
+    save_file({}, tmp_path / "empty.safetensors")
+    torch.save({}, tmp_path / "empty.pt")
+    for name in ("empty.safetensors", "empty.pt"):
+        with pytest.raises(ValueError, match=f"{name} is no ManagerTower, .*: it holds no tensor"):
+            convert_weights(tmp_path / name, tmp_path / "out")
+    save_file({"x" * 900: torch.zeros(1)}, tmp_path / "long.safetensors")
+    with pytest.raises(ValueError, match="it has the keys xxx.*") as error:
+        convert_weights(tmp_path / "long.safetensors", tmp_path / "out")
+    assert len(str(error.value)) < 600
+    save_model(ManagerTower(ManagerTowerConfig.tiny(heads=())), tmp_path / "headless")
+    with pytest.raises(ValueError, match="has no itm head: it has no heads"):
+        weights.load_two_tower(str(tmp_path / "headless"), "itm", "cpu")
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(ValueError, match='it has no "model": "ManagerTower", which'):
+        load_model(tmp_path / "hf")

@@ -3,6 +3,7 @@ how a script ends: one sentence, exit status 1 or 2.
 """
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -11,8 +12,7 @@ import sys
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
-from helpers import ROOT, free_port, join, run_script, run_small
+from helpers import ROOT, free_port, join, run_in_forks, run_script, run_small
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -142,7 +142,7 @@ def work_in_several(rank, port, folder):
 def several(tmp_path_factory):
     """What each of three processes saw."""
     folder = tmp_path_factory.mktemp("several")
-    torch.multiprocessing.spawn(work_in_several, (free_port(), folder), nprocs=SIZE)
+    run_in_forks(work_in_several, free_port(), folder, processes=SIZE)
     return [torch.load(folder / f"{rank}.pt") for rank in range(SIZE)]
 
 
@@ -452,6 +452,7 @@ def test_of_several_processes_rank_0_speaks_first(monkeypatch, capsys):
     """The others wait. One that is alone with its error says it in the end."""
     waited = []
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(world.time, "sleep", waited.append)
     before = signal.getsignal(signal.SIGTERM)
 
@@ -470,6 +471,7 @@ def test_of_several_processes_rank_0_speaks_first(monkeypatch, capsys):
 def test_only_rank_0_prints_the_help_page(flag, monkeypatch, capsys):
     seen = []
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     assert end_of(seen.append, monkeypatch, capsys, [flag]) == (0, [])
     assert seen == []
     monkeypatch.setenv("RANK", "0")
@@ -507,3 +509,107 @@ def test_sizes_that_cannot_be_are_one_sentence(error, capsys):
     assert end.value.code == 1
     said = capsys.readouterr().err
     assert said.startswith("error: ") and said.count("\n") == 1
+
+
+# ---------------------------------------------------------------- signals and full streams
+@pytest.mark.parametrize("rank", ["0", "1"])
+@pytest.mark.parametrize(
+    "error,status",
+    [(KeyboardInterrupt("interrupted. All is kept"), 130), (world.Stopped("SIGTERM: saved"), 143)],
+)
+def test_what_a_signal_ends_is_said_by_the_first_process(error, status, rank, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    before = signal.getsignal(signal.SIGINT)
+
+    def main(argv):
+        raise error
+
+    try:
+        said = [f"error: {error}"] if rank == "0" else []
+        assert end_of(main, monkeypatch, capsys) == (status, said)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_a_full_stderr_ends_nothing():
+    body = "from tqdm import tqdm; [print(i) for i in tqdm(range(3), mininterval=0)]"
+    ended = run_main(body, "2>/dev/full")
+    assert (ended.returncode, ended.stdout) == (0, "0\n1\n2\n")
+    assert run_main("raise ValueError('x')", "2>/dev/full").returncode == 1
+
+
+def test_nothing_stands_behind_the_last_line(monkeypatch, capsys):
+    """What loads data has ended before the error is said."""
+    loaders = []
+
+    def main(argv):
+        loaders.append(iter(DataLoader(range(9), num_workers=2)))
+        raise ValueError("a is 5")
+
+    assert end_of(main, monkeypatch, capsys) == (1, ["error: a is 5"])
+    assert multiprocessing.active_children() == []
+
+
+# ---------------------------------------------------------------- torchrun's variables
+@pytest.mark.parametrize(
+    "values,words",
+    [
+        ({"RANK": "5", "WORLD_SIZE": "2"}, "process 5 of 2"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "process 0 of 2, without MASTER_ADDR, MASTER_PORT"),
+        ({"WORLD_SIZE": "2"}, "process none of 2, without RANK, MASTER_ADDR, MASTER_PORT"),
+        ({"RANK": "0"}, "process 0 of 1, without WORLD_SIZE, MASTER_ADDR, MASTER_PORT"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE is '0'; torchrun sets a number from 1 to"),
+        ({"RANK": "9" * 30}, "RANK is '9999"),
+        ({"MASTER_PORT": "abc"}, "MASTER_PORT is 'abc'; torchrun sets a number from 1 to 65535"),
+        ({"MASTER_PORT": "70000"}, "MASTER_PORT is '70000'"),
+        ({"MASTER_PORT": "-1"}, "MASTER_PORT is '-1'"),
+        ({"MASTER_PORT": "0"}, "MASTER_PORT is '0'"),
+    ],
+)
+def test_odd_variables_are_named(values, words, monkeypatch):
+    if "MASTER_PORT" in values:
+        values = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", **values}
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError) as error:
+        World("cpu")
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "error", [dist.DistNetworkError("timed out"), RuntimeError("Gloo connectFullMesh failed\nat x")]
+)
+def test_processes_that_do_not_meet_are_one_sentence(error, monkeypatch):
+    def fail(backend):
+        raise error
+
+    monkeypatch.setattr(dist, "init_process_group", fail)
+    values = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "far", "MASTER_PORT": "29500"}
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=r"do not meet at far, port 29500, .*\((timed|Gloo)"):
+        World("cpu")
+
+
+def test_a_process_that_cannot_be_speaks_at_once(monkeypatch):
+    monkeypatch.setenv("RANK", "5")
+    assert world.is_first_process()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert world.is_first_process()
+    monkeypatch.setenv("WORLD_SIZE", "6")
+    assert not world.is_first_process()
+
+
+def test_a_compiler_that_is_missing_is_one_sentence(monkeypatch, capsys):
+    from torch._inductor.exc import InductorError, InvalidCxxCompiler
+
+    def main(argv):
+        raise InductorError(InvalidCxxCompiler(), None)
+
+    status, lines = end_of(main, monkeypatch, capsys)
+    assert status == 1
+    assert len(lines) == 1
+    assert "torch.compile does not work here (InvalidCxxCompiler: No working C++ comp" in lines[0]
+    assert "leave out --compile" in lines[0]
