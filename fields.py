@@ -298,6 +298,10 @@ def parse_bool(text: str) -> bool:
     return values[text.lower()]
 
 
+def parse_optional_bool(text: str) -> bool | None:
+    return None if text.lower() == "none" else parse_bool(text)
+
+
 def parse_optional(text: str) -> str | None:
     return None if text.lower() == "none" else text
 
@@ -331,6 +335,7 @@ FLAG_READERS: dict[Any, tuple[Any, str]] = {
     float: (parse_number, "FLOAT"),
     str: (str, "TEXT"),
     bool: (parse_bool, "BOOL"),
+    bool | None: (parse_optional_bool, "BOOL"),
     str | None: (parse_optional, "TEXT"),
     tuple[str, ...]: (parse_texts, "A,B,..."),
     tuple[int, ...]: (parse_integers, "1,2,..."),
@@ -376,7 +381,7 @@ def add_flags(
         if default is not dataclasses.MISSING:
             help_text += f" [{show_default(default)}]"
         settings: dict[str, Any] = {"type": reader, "metavar": metavar}
-        if declared is bool:
+        if declared in (bool, bool | None):
             settings |= {"nargs": "?", "const": True}  # --compile alone means true
         if declared == list[str]:
             settings["action"] = "append"

@@ -17,11 +17,13 @@ import math
 import os
 import pickle
 import re
+import shutil
 import signal
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -161,7 +163,9 @@ class RunConfig:
         "auto", "auto = bf16 on CUDA, fp32 elsewhere", choices=("auto", "fp32", "bf16", "fp16")
     )
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
-    compile: bool = option(False, "compile the layers with torch.compile")
+    compile: bool | None = option(
+        None, "compile the layers with torch.compile; none = on CUDA, where Triton and cc are"
+    )
     checkpointing: bool = option(
         False, "compute activations again in the backward pass: less memory"
     )
@@ -863,9 +867,26 @@ def make_loader(
     )
 
 
+def compiles(run: RunConfig, device: torch.device) -> bool:
+    """Whether the layers are compiled: as --compile says, or on CUDA if a compiler is there."""
+    if run.compile is not None:
+        return run.compile
+    has_compiler = find_spec("triton") is not None and shutil.which("cc") is not None
+    return device.type == "cuda" and has_compiler
+
+
+# A compiled layer is compiled anew for training and for evaluation, for each kind of its inputs,
+# and once for all batch sizes after the first one; all layers of a class are counted together.
+MOST_RECOMPILATIONS = 64
+
+
 def wrap(task: Task, run: RunConfig, world: World) -> nn.Module:
     """The task compiled, if so wished, and in DDP if there are several processes."""
-    if run.compile:
+    if compiles(run, world.device):
+        from torch._dynamo import config as dynamo  # it takes seconds, so only where it is needed
+
+        dynamo.recompile_limit = MOST_RECOMPILATIONS
+        world.print("The layers are compiled, so the first steps are slow; not so: --compile false")
         # block by block, in place: quick, and no key of the state is renamed
         for module in task.model.modules():
             if isinstance(module, task.model.blocks_to_compile):
