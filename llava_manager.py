@@ -1319,11 +1319,9 @@ class LlavaManager(nn.Module):
         assert blocks is not None
         image = flat[managed.positions[blocks.tokens]]  # (G, P, D)
         query = flat[blocks.query]  # (G, Q, D)
-        # each token of a block reads all that is not padding; attention spreads the mask by itself
-        query_mask = blocks.query_mask
-        if self.config.query != "cross":
-            query_mask = query_mask.expand(-1, image.shape[1], -1)  # (G, P, Q)
-        increment = self.managers[number](managed.stack, image, query, query_mask)  # (G, P, D)
+        # each token of a block reads all that is not padding
+        manager = self.managers[number]
+        increment = manager(managed.stack, image, query, blocks.query_mask)  # (G, P, D)
         # without the padding of the blocks
         return increment.flatten(0, 1).index_select(0, blocks.slots)
 

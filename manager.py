@@ -287,8 +287,8 @@ def weighted_sum(weights, experts) -> Tensor:
     """
     total = None
     for weight, expert in zip(weights, experts, strict=True):
-        weighted = weight.to(expert.dtype) * expert
-        total = weighted if total is None else total + weighted
+        weight = weight.to(expert.dtype)
+        total = weight * expert if total is None else torch.addcmul(total, weight, expert)
     assert total is not None, "a sum over no experts"
     return total
 
@@ -359,9 +359,10 @@ class AdaptiveVisualManager(VisualManager):
             self.k_proj = nn.Linear(width, width)
 
     def context(self, hidden: Tensor, query: Tensor, query_mask: Tensor) -> Tensor:
-        """What each image token reads of the text, (B, L, D); zeros where there is no text at all.
+        """What the image tokens read of the text, (B, L, D), or (B, 1, D) where all read the same;
+        zeros where there is no text at all.
 
-        hidden (B, L, D); query (B, Q, D), the text; query_mask (B, L, Q), True where the image
+        hidden (B, L, D); query (B, Q, D), the text; query_mask (B, 1 or L, Q), True where the image
         token may see the text token.
         """
         if self.query == "last":
@@ -377,15 +378,15 @@ class AdaptiveVisualManager(VisualManager):
         return F.scaled_dot_product_attention(q, k, query[:, None], attn_mask=mask)[:, 0]
 
     def last_token(self, query: Tensor, query_mask: Tensor) -> Tensor:
-        """The last text token that each image token may see, (B, L, D)."""
+        """The last text token that each image token may see, (B, 1 or L, D)."""
         batch_size, num_tokens, num_queries = query_mask.shape
         width = query.shape[-1]
         if num_queries == 0:  # all pictures are cut off: there is no text token to choose
             return query.new_zeros(batch_size, num_tokens, width)
         # the largest position that the mask leaves is the last text token
         positions = torch.arange(num_queries, device=query.device)
-        last = (query_mask * positions).amax(-1)  # (B, L)
-        index = last[..., None].expand(-1, -1, width)  # (B, L, D)
+        last = (query_mask * positions).amax(-1)  # (B, 1 or L)
+        index = last[..., None].expand(-1, -1, width)  # (B, 1 or L, D)
         return query.gather(1, index)
 
     def score(
@@ -394,8 +395,8 @@ class AdaptiveVisualManager(VisualManager):
         """(B, N, L, 1); in training (B, N, L, D), for the noise is drawn for each element."""
         if self.query:
             assert query is not None and query_mask is not None, "this manager reads a text query"
-            context = self.context(hidden, query, query_mask)
-            hidden = torch.cat([context.to(hidden.dtype), hidden], dim=-1)  # (B, L, 2D)
+            context = self.context(hidden, query, query_mask).to(hidden.dtype)
+            hidden = torch.cat([context.expand_as(hidden), hidden], dim=-1)  # (B, L, 2D)
         scores = self.controller(hidden).transpose(1, 2)[..., None]  # (B, L, N) -> (B, N, L, 1)
         if not self.training:
             return scores
@@ -416,9 +417,8 @@ class AdaptiveVisualManager(VisualManager):
     ) -> Tensor:
         """What the image tokens gain before an LLM layer, (B, L, D).
 
-        experts (B, N, L, D), hidden (B, L, D), query (B, Q, D), query_mask (B, L, Q). The MLLM lays
-        all image tokens of a batch behind one another, as B = 1; query_mask then keeps the pictures
-        apart.
+        experts (B, N, L, D), hidden (B, L, D), query (B, Q, D), query_mask (B, 1 or L, Q). In the
+        MLLM B counts the rows of the batch that have a picture, with all tokens of their pictures.
         """
         scores = self.score(hidden, query, query_mask)
         # a generator: the weights s_n * g_n of one expert at a time, for together they would be as
