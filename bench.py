@@ -5,6 +5,9 @@ re-rank.
     python bench.py retrieval     re-ranking in batches, and by one pass for each image
     python bench.py llava         LLaVA-OV-Manager and LLaVA-OneVision: training, prefill, decoding
     python bench.py data          pictures a second that one CPU core makes ready for training
+    python bench.py roofline      an estimate: where the time of a step goes on a GPU
+    python bench.py plan          an estimate: memory and time of training on 1, 8 and 64 GPUs
+    python bench.py managers      what the managers move, and what torch.compile makes of them
 
 A round runs every case once, and a matrix product of the same precision: whatever else the machine
 does hits all alike. Printed are medians over the rounds. "of matmul" is the FLOP/s over those of
@@ -13,6 +16,9 @@ plain matrix products. "ratio" is the speed over that of the peer; for share_ima
 managers, over that without. "GiB" is what the allocator (CUDA), or the tensors of the call
 (elsewhere), hold at most, with the weights. Weights are random. The peers need
 requirements-dev.txt.
+
+The estimates run nothing on a GPU: FLOPs, bytes and kernels are counted on the meta device, whose
+tensors have no memory, and divided by assumed shares of what a data sheet says.
 
 The papers count 101.25 GFLOP for BridgeTower and 105.52 for ManagerTower (one VQA sample of 384 px
 and 50 tokens), and 39.43 and 43.20 ms on a TITAN V; of the MLLM, 4% more time with managers.
@@ -25,7 +31,6 @@ import dataclasses
 import io
 import statistics
 import time
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -36,10 +41,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 
 from chat import IGNORE, IMAGE_TOKEN
 from eval import check_output, retrieval_scores
@@ -50,10 +51,27 @@ from images import image_transform, load_image, normalize
 from llava_manager import OFFICIAL_FIELDS, VISION_FIELDS, LlavaManager, LlavaManagerConfig
 from loop import RunConfig, wrap
 from model import HEADS, ManagerTower, ManagerTowerConfig
-from multigrid import ImageTiles, count_image_tokens, preprocess_image
-from objectives import Pretraining, class_logits
+from multigrid import ImageTiles, preprocess_image
+from objectives import Pretraining
+from roofline import (
+    GPUS,
+    PLANNED,
+    PROMPT,
+    Footprint,
+    Prompt,
+    count_gflop,
+    estimate_managers,
+    estimate_plan,
+    estimate_roofline,
+    llava_prompt,
+    pretraining_loss,
+    random_pairs,
+    step,
+    tower_features,
+    training_gflop,
+)
 from tasks import TASKS
-from world import World, autocast, evaluating, one_sentence, resolve_precision
+from world import World, evaluating, one_sentence, resolve_precision
 
 PEER = "transformers"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -110,50 +128,45 @@ class DataConfig(BenchConfig):
     compile: bool = option(False, flag=False)
 
 
+@dataclass
+class EstimateConfig(BenchConfig):
+    """What the estimates have, which run on no GPU."""
+
+    gpu: str = option("h100", "the GPU to estimate for", choices=tuple(GPUS))
+    rounds: int = option(1, flag=False)
+    precision: str = option("bf16", flag=False)
+    device: str = option("cpu", flag=False)
+    compile: bool = option(False, flag=False)
+
+
+@dataclass
+class RooflineConfig(EstimateConfig):
+    """`roofline`, of the two-tower model."""
+
+    batch_size: int = option(32, "samples of a batch; an even number", least=2, most=4096)
+    train: bool = option(True, "a training step on MLM and ITM; false: inference")
+
+
+@dataclass
+class PlanConfig(EstimateConfig):
+    """`plan`, of both models."""
+
+    model: str = option(
+        "0.5b", "LLaVA-OV-Manager by its LLM, or a two-tower model", choices=PLANNED
+    )
+    batch_size: int = option(2, "samples of a GPU's step; an even number", least=2, most=4096)
+    gpus: tuple[int, ...] = option((1, 8, 64), "numbers of GPUs", least=1, most=100_000)
+
+
+@dataclass
+class ManagersConfig(EstimateConfig):
+    """`managers`, of the two-tower model."""
+
+    batch_size: int = option(32, "samples of a batch; an even number", least=2, most=4096)
+    gpu: str = option("h100", flag=False)
+
+
 # ---------------------------------------------------------------- FLOPs and memory of a call
-def count_gflop(call: Callable[[], Any]) -> float:
-    """GFLOP of a call.
-
-    Attention is counted in its plain form: of the fused kernels the CPU's are not counted, and
-    CUDA's with what they compute again.
-    """
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        call()
-    return counter.get_total_flops() / 1e9
-
-
-def storages_in(tree: Any) -> dict[int, torch.UntypedStorage]:
-    """The storages of all tensors in nested lists, tuples and dicts, by their address in C++."""
-    storages = {}
-    for leaf in tree_leaves(tree):
-        if isinstance(leaf, Tensor):
-            storage = leaf.untyped_storage()
-            storages[storage._cdata] = storage
-    return storages
-
-
-class Footprint(TorchDispatchMode):
-    """`peak`: the most bytes that tensors made under it held at a time, on any device, meta too."""
-
-    now = 0
-    peak = 0
-
-    def __torch_dispatch__(
-        self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
-    ) -> Any:
-        out = func(*args, **(kwargs or {}))
-        before = storages_in((args, kwargs))
-        for key, storage in storages_in(out).items():
-            if key not in before:  # neither a view of an argument nor changed in place
-                self.grow(storage.nbytes())
-                weakref.finalize(storage, self.grow, -storage.nbytes())
-        return out
-
-    def grow(self, nbytes: int) -> None:
-        self.now += nbytes
-        self.peak = max(self.peak, self.now)
-
-
 def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
     """What a call takes on top of what is there, by CUDA's allocator; of tensors elsewhere."""
     if device.type != "cuda":
@@ -306,55 +319,7 @@ def measure(
     return results
 
 
-def step(
-    function: Callable[[], Any],
-    module: nn.Module,
-    training: bool,
-    precision: str,
-    device: torch.device,
-) -> None:
-    """Inference; or forward and backward of function(), a loss, for the weights of `module`.
-
-    The optimizer is the same for all sides, and left out.
-    """
-    with torch.inference_mode(not training), autocast(precision, device):
-        loss = function()
-    if training:
-        loss.backward()
-        module.zero_grad()
-
-
 # ---------------------------------------------------------------- two towers
-MASKED_EVERY = 7  # of the tokens one in seven is masked, about the usual 15%
-FIRST_MASKED = 1
-
-
-def random_pairs(
-    config: ManagerTowerConfig, batch_size: int, device: str | torch.device = "cpu"
-) -> dict[str, Tensor]:
-    """A pre-training batch without padding: every seventh token masked, every other pair false.
-
-    input_ids, attention_mask, mlm_ids, mlm_labels (B, L); pixels, itm_pixels (B, 3, S, S);
-    itm_labels (B,).
-    """
-    length = config.max_text_len
-    ids = torch.randint(config.pad_token_id + 1, config.vocab_size, (batch_size, length))
-    is_masked = torch.arange(length) % MASKED_EVERY == FIRST_MASKED
-    pixels = torch.randn(batch_size, 3, config.image_size, config.image_size)
-    numbers = torch.arange(batch_size)
-    other_pixels = pixels[numbers | 1]  # an even row gets the picture of the row after it
-    batch = {
-        "pixels": pixels,
-        "input_ids": ids,
-        "attention_mask": torch.ones_like(ids),
-        "mlm_ids": ids,
-        "mlm_labels": ids.where(is_masked, IGNORE),
-        "itm_labels": numbers % 2,
-        "itm_pixels": other_pixels,
-    }
-    return {name: tensor.to(device) for name, tensor in batch.items()}
-
-
 def bridge_tower(config: ManagerTowerConfig) -> nn.ModuleDict:
     """transformers' two models for pre-training ("mlm" and "itm"), on one common body."""
     import transformers
@@ -400,17 +365,9 @@ def bridge_tower_loss(models: nn.ModuleDict, batch: dict[str, Tensor]) -> Tensor
     return mlm.loss + itm.loss
 
 
-def tower_features(model: ManagerTower, batch: dict[str, Tensor]) -> Any:
-    return model(batch["pixels"], batch["input_ids"], batch["attention_mask"])
-
-
 def bridge_tower_features(models: nn.ModuleDict, batch: dict[str, Tensor]) -> Any:
     body: Any = models["mlm"].bridgetower
     return body(batch["input_ids"], batch["attention_mask"], pixel_values=batch["pixels"])
-
-
-def pretraining_loss(task: Pretraining, batch: dict[str, Tensor]) -> Any:
-    return sum(task(batch).values())
 
 
 class Side(NamedTuple):
@@ -589,7 +546,6 @@ DECODED = 16  # tokens after the first one
 TRAINING_STEP = "training step"
 PREFILL = "prefill"
 DECODING = "decoding"
-PROMPT = 33  # ids, with the image's placeholder
 
 
 def llava_onevision(config: LlavaManagerConfig) -> nn.Module:
@@ -615,27 +571,6 @@ def llava_onevision(config: LlavaManagerConfig) -> nn.Module:
         tie_word_embeddings=config.tie_embeddings,
     )
     return transformers.LlavaOnevisionForConditionalGeneration(theirs)
-
-
-class Prompt(NamedTuple):
-    """The same prompt for each row of a batch."""
-
-    ids: Tensor  # (B, L), with one placeholder a row
-    images: list[ImageTiles]
-    num_image_tokens: int  # of one image
-
-
-def llava_prompt(
-    config: LlavaManagerConfig, grid: int, batch_size: int, device: torch.device
-) -> Prompt:
-    """32 tokens around one image of a base tile and grid x grid tiles (0: the base tile alone)."""
-    side = max(grid, 1) * config.image_size
-    shape = (1 + grid**2, 3, config.image_size, config.image_size)
-    image = ImageTiles(torch.randn(shape, device=device), (side, side))
-    ids = torch.randint(3, config.vocab_size - 1, (batch_size, PROMPT))
-    ids[:, PROMPT // 2] = IMAGE_TOKEN
-    num_image_tokens = count_image_tokens(len(image.pixels), image.size, config)
-    return Prompt(ids, [image] * batch_size, num_image_tokens)
 
 
 def expand_placeholders(tokens: Tensor, is_image: Tensor, count: int) -> Tensor:
@@ -802,7 +737,7 @@ def manager_overhead() -> list[OverheadResult]:
 # ---------------------------------------------------------------- pictures
 PICTURE_SIZE = (640, 480)  # of most of COCO
 GPU = "H100"
-GPU_TFLOPS = 989  # of an H100 in bf16, without sparsity, says NVIDIA
+GPU_TFLOPS = GPUS["h100"].tflops
 MFU = 0.4  # an assumption: what a well-tuned training run reaches of that
 
 
@@ -819,42 +754,6 @@ def random_jpegs(count: int) -> list[bytes]:
         Image.fromarray(grainy).save(file, "JPEG", quality=90)
         files.append(file.getvalue())
     return files
-
-
-class CountedPretraining(Pretraining):
-    """Pre-training on the meta device, whose tensors have no values: `random_pairs` are known."""
-
-    def places_where(self, condition: Tensor) -> Tensor:
-        if condition.dim() == 1:  # the false pairs
-            count = len(condition) // 2
-        else:  # the masked tokens (B, L)
-            count = len(condition) * len(range(FIRST_MASKED, condition.shape[1], MASKED_EVERY))
-        return torch.arange(count, device=condition.device)
-
-
-def training_gflop(config: ManagerTowerConfig, share_images: bool = False) -> float:
-    """GFLOP of a training step for one sample, counted on the meta device.
-
-    It is on MLM and ITM, or, in a model with the head of a classification, on that one.
-    """
-    samples = 2  # a true pair and a false one
-    meta = torch.device("meta")
-    with meta:
-        model = ManagerTower(config)
-    batch = random_pairs(config, samples, meta)
-    if "mlm" in config.heads:
-        task = CountedPretraining(model, ("mlm", "itm"), share_images)
-        loss = partial(pretraining_loss, task, batch)
-    else:
-        if HEADS[config.heads[0]].pictures == 2:
-            batch["pixels_1"] = batch["pixels"]
-        loss = partial(sum_of_logits, model, batch)
-    return count_gflop(partial(step, loss, model, True, "fp32", meta)) / samples
-
-
-def sum_of_logits(model: ManagerTower, batch: dict[str, Tensor]) -> Tensor:
-    """A loss of a classification; what is between the logits and the true one is a few FLOPs."""
-    return class_logits(model, model.config.heads[0], batch).sum()
 
 
 class PictureJob(NamedTuple):
@@ -967,6 +866,22 @@ def bench_data(config: DataConfig, device: torch.device) -> list[dict]:
     return results
 
 
+# ---------------------------------------------------------------- estimates
+def bench_roofline(config: RooflineConfig, device: torch.device) -> list[dict]:
+    """An estimate of where the time of a step goes on a GPU, from what is counted."""
+    return estimate_roofline(config.model, config.batch_size, config.gpu, config.train)
+
+
+def bench_plan(config: PlanConfig, device: torch.device) -> list[dict]:
+    """An estimate of memory and time of training on several GPUs, from what is counted."""
+    return estimate_plan(config.model, config.batch_size, config.gpus, config.gpu)
+
+
+def bench_managers(config: ManagersConfig, device: torch.device) -> list[dict]:
+    """What the managers of a training step move, and what torch.compile makes of two of them."""
+    return estimate_managers(config.model, config.batch_size)
+
+
 # ---------------------------------------------------------------- the command line
 class Bench(NamedTuple):
     """A command."""
@@ -981,6 +896,9 @@ BENCHES = {
     "retrieval": Bench(bench_retrieval, RetrievalConfig, has_peer=False),
     "llava": Bench(bench_llava, LlavaConfig, has_peer=True),
     "data": Bench(bench_data, DataConfig, has_peer=False),
+    "roofline": Bench(bench_roofline, RooflineConfig, has_peer=False),
+    "plan": Bench(bench_plan, PlanConfig, has_peer=False),
+    "managers": Bench(bench_managers, ManagersConfig, has_peer=False),
 }
 
 
