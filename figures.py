@@ -510,6 +510,17 @@ def read_run(folder: str, name: str, losses: Curves, metrics: Curves) -> None:
         )
 
 
+def with_numbers(found: Curves) -> Curves:
+    """The curves that have a finite number; the others are named."""
+    kept = {}
+    for name, (steps, values) in found.items():
+        if any(math.isfinite(value) for value in values):
+            kept[name] = (steps, values)
+        else:
+            print(f"note: {name} has no finite number, so it is not drawn")
+    return kept
+
+
 MOST_CURVES = 50  # of a panel, with as many names in its legend
 
 
@@ -530,6 +541,8 @@ def curves(options: CurvesOptions) -> dict[str, dict]:
     metrics: Curves = {}
     for name, folder in zip(short_names(options.run), options.run, strict=True):
         read_run(folder, name, losses, metrics)
+    losses = with_numbers(losses)
+    metrics = with_numbers(metrics)
     drawn_losses = first_curves(losses, "losses")
     drawn_metrics = first_curves(metrics, "metrics")
     panels = [

@@ -1040,8 +1040,8 @@ def make_pictures(folder: Path) -> list[Case]:
     cases = []
     for number, (file_format, mode, options) in enumerate(PICTURE_FILES):
         image = noise(number, "L" if mode == "I;16" else mode)
-        if mode == "I;16":
-            image = image.convert(mode)
+        if mode == "I;16":  # values of 16 bits: those of 8 would be refused
+            image = Image.fromarray(257 * np.asarray(image).astype(np.uint16))
         contents = {"a.picture": picture_file(image, file_format, **options)}
         cases.append(Case(f"{file_format} {mode}", contents, ("a.picture",)))
     return cases

@@ -469,3 +469,14 @@ def test_names_that_are_not_utf8_are_names_as_others(mllm, tmp_path, capsys):
     assert capsys.readouterr().out.count("written: ") == 4
     with pytest.raises(ValueError, match="has no log.jsonl"):
         run("curves", "--run", tmp_path / f"{odd} nowhere", "--out", tmp_path / "x.png")
+
+
+def test_a_metric_without_any_finite_number_is_named_and_not_drawn(tmp_path, capsys):
+    rows = [{"step": 1, "loss": 2.0}, {"step": 1, "eval": {"good": 0.5, "odd": math.nan}}]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    drawn = figures.curves(
+        figures.CurvesOptions(run=[str(tmp_path)], out=str(tmp_path / "curves.png"))
+    )
+    (name,) = drawn["metrics"]
+    assert name.endswith("good")
+    assert "odd has no finite number, so it is not drawn" in capsys.readouterr().out
