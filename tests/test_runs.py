@@ -6,11 +6,12 @@ import select
 import shlex
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, fork_script, log_rows, status_of
+from helpers import ROOT, SMALL, close, fork_script, free_port, log_rows, losses, status_of
 
 import eval
 import fields
@@ -24,7 +25,8 @@ from model import ManagerTowerConfig
 from tasks import TASKS
 
 RUNS = ROOT / "runs"
-SCRIPTS = sorted(path for path in RUNS.glob("*.sh") if path.name != "common.sh")
+OTHERS = ("common.sh", "slurm.sh")  # no table of the papers
+SCRIPTS = sorted(path for path in RUNS.glob("*.sh") if path.name not in OTHERS)
 DOWNSTREAM = ("vqav2", "nlvr2", "snli_ve", "flickr30k")
 CONFIGS = (
     train.TrainConfig,
@@ -106,7 +108,7 @@ def test_every_flag_in_runs_is_a_field_of_a_config():
     for config in CONFIGS:
         known |= set(fields.field_types(config))
     used = set()
-    for script in RUNS.glob("*.sh"):
+    for script in (*SCRIPTS, RUNS / "common.sh"):
         used |= set(re.findall(r"(?<![\w-])--([a-z][a-z_0-9]*)", script.read_text()))
     assert len(used) > 20
     assert used <= known, f"no field has the name {sorted(used - known)}"
@@ -431,3 +433,71 @@ def test_the_adaptive_manager_is_called_as_the_example_says(example):
     image = torch.randn(2, 7, 16)
     merged = manager(standardize(text_experts), previous=text, query=image)
     assert merged.shape == text.shape
+
+
+# ---------------------------------------------------------------- several machines
+@pytest.mark.slow
+def test_two_agents_of_torchrun_give_the_losses_of_one_process(tmp_path):
+    """Two nodes with a process each, on this machine: the order of the data is the same."""
+    # noise differs between the processes
+    flags = [*SMALL, "--manager_noise", "false", "--max_steps", "4", "--out_dir"]
+    rendezvous = f"127.0.0.1:{free_port()}"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2"]
+    torchrun += ["--nproc_per_node", "1", "--rdzv_backend", "c10d"]
+    torchrun += ["--rdzv_endpoint", rendezvous, "--rdzv_id", "two"]
+    together = [*torchrun, str(ROOT / "train.py"), *flags, str(tmp_path / "two")]
+    agents = [
+        subprocess.Popen(together, env=environment_of(), stdout=subprocess.DEVNULL)
+        for _ in range(2)
+    ]
+    assert [agent.wait(timeout=280) for agent in agents] == [0, 0]
+    train.main([*flags, str(tmp_path / "one")])
+    assert len(losses(tmp_path / "two")) == 4
+    close(torch.tensor(losses(tmp_path / "two")), torch.tensor(losses(tmp_path / "one")), 1e-5)
+
+
+FAKE_SLURM = {
+    # srun OPTIONS torchrun ...: the program itself, on this machine
+    "srun": 'shift\nexec "$@"\n',
+    "scontrol": 'if [ "$1" = show ]; then echo 127.0.0.1; else echo "$@" >> "$CALLS"; fi\n',
+    "torchrun": f'exec {sys.executable} -m torch.distributed.run "$@"\n',
+}
+
+
+@pytest.mark.slow
+def test_a_job_of_slurm_saves_at_sigterm_is_queued_again_and_goes_on(tmp_path):
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    for name, body in FAKE_SLURM.items():
+        (programs / name).write_text(f"#!/usr/bin/env bash\n{body}")
+        (programs / name).chmod(0o755)
+    environment = environment_of(
+        PATH=f"{programs}:{os.environ['PATH']}",
+        CALLS=str(tmp_path / "calls"),
+        SLURM_JOB_ID="7",
+        SLURM_JOB_NODELIST="here",
+        SLURM_JOB_NUM_NODES="1",
+        NPROC="1",
+        PORT=str(free_port()),
+    )
+    out = tmp_path / "run"
+    flags = [*SMALL, "--save_every", "1", "--max_steps", "100000", "--out_dir", str(out)]
+    command = ["bash", str(RUNS / "slurm.sh"), str(ROOT / "train.py"), *flags]
+    job = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 200
+    while not (out / "training_state.pt").exists() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    job.terminate()
+    job.wait(timeout=100)
+    assert (tmp_path / "calls").read_text() == "requeue 7\n"
+    steps = len(losses(out))
+    assert steps > 0
+    state = (out / "training_state.pt").read_bytes()
+    assert state and not list(out.glob("*.tmp*"))
+
+
+@pytest.mark.parametrize("arguments", [[], ["train.py"]])
+def test_slurms_script_outside_of_slurm_is_one_sentence(arguments):
+    done = run_script(RUNS / "slurm.sh", *arguments)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
