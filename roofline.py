@@ -9,12 +9,12 @@ an image.
 """
 
 import bisect
+import math
 import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -97,7 +97,7 @@ def step(
         module.zero_grad()
 
 
-# ---------------------------------------------------------------- steps without data, and without memory
+# ---------------------------------------------------------------- steps without data or memory
 MASKED_EVERY = 7  # of the tokens one in seven is masked, about the usual 15%
 FIRST_MASKED = 1
 
@@ -155,15 +155,20 @@ def training_gflop(config: ManagerTowerConfig, share_images: bool = False) -> fl
 
 
 def towers_on_meta(
-    config: ManagerTowerConfig, samples: int, share_images: bool = False
+    config: ManagerTowerConfig,
+    samples: int,
+    share_images: bool = False,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[ManagerTower, Callable[[], Tensor]]:
     """A model on the meta device, and the loss of a batch.
 
     It is on MLM and ITM, or, in a model with the head of a classification, on that one.
     """
     with META:
-        model = ManagerTower(config)
+        model = ManagerTower(config).to(dtype)
     batch = random_pairs(config, samples, META)
+    batch["pixels"] = batch["pixels"].to(dtype)
+    batch["itm_pixels"] = batch["itm_pixels"].to(dtype)
     if "mlm" in config.heads:
         task = CountedPretraining(model, ("mlm", "itm"), share_images)
         return model, partial(pretraining_loss, task, batch)
@@ -229,13 +234,20 @@ LINK_SHARE = 0.8  # of the links' bandwidth: an assumption
 LAUNCH_SECONDS = 5e-6  # of the CPU for each kernel, Python and autograd included: an assumption
 MEMORY_SHARE = 0.95  # of the memory that tensors may fill: an assumption
 ASSUMED = (
-    f"an ESTIMATE: nothing was run on that GPU. Assumed are {MATMUL_SHARE:.0%} of its FLOP/s, "
+    f"an ESTIMATE, nothing was run on that GPU. Assumed: {MATMUL_SHARE:.0%} of its FLOP/s, "
     f"{BANDWIDTH_SHARE:.0%} of its memory's bandwidth,\n{LINK_SHARE:.0%} of its links', "
-    f"{LAUNCH_SECONDS * 1e6:.0f} us of a CPU for each kernel, one kernel for each operation"
+    f"{LAUNCH_SECONDS * 1e6:.0f} us of a CPU a kernel, a kernel for each operation"
 )
 
-IN_BF16 = {F.linear, F.conv2d, torch.addmm, Tensor.__matmul__}
+IN_BF16 = {
+    F.linear,
+    F.conv2d,
+    F.scaled_dot_product_attention,
+    torch.addmm,
+    Tensor.__matmul__,
+}
 IN_FP32 = {F.layer_norm, F.cross_entropy, torch.softmax}
+IN_THE_WIDEST = {torch.addcmul, torch.cat, torch.stack}  # in fp32 if any of their tensors is
 
 
 def fused_attention(
@@ -267,6 +279,11 @@ def fused_rms_norm(x: Tensor, shape: Any, weight: Tensor, eps: float) -> Tensor:
     return torch.ops.aten._fused_rms_norm(x, shape, weight, eps)[0]
 
 
+def has_fp32(args: Any) -> bool:
+    dtypes = [leaf.dtype for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
+    return torch.float32 in dtypes
+
+
 FUSED: dict[Any, Callable[..., Tensor]] = {
     F.scaled_dot_product_attention: fused_attention,
     F.dropout: fused_dropout,
@@ -288,16 +305,23 @@ class AsOnCuda(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
+        if self.autocast:
+            args = self.cast(func, args)
         kwargs = kwargs or {}
-        if self.autocast and (func in IN_BF16 or func is F.scaled_dot_product_attention):
-            args = tree_map(self.to_bf16, args)
-        if self.autocast and func in IN_FP32:
-            args = tree_map(self.to_fp32, args)
         out = FUSED.get(func, func)(*args, **kwargs)
         # manager.standardize is the layer norm without weights: it keeps autocast's own dtype
-        if self.autocast and func is F.layer_norm and len(args) == 2:
+        is_standardize = func is F.layer_norm and kwargs.get("weight") is None
+        if self.autocast and is_standardize:
             return out.bfloat16()
         return out
+
+    def cast(self, func: Callable, args: tuple) -> tuple:
+        """The arguments as autocast gives them to a function."""
+        if func in IN_BF16:
+            return tree_map(self.to_bf16, args)
+        if func in IN_FP32 or (func in IN_THE_WIDEST and has_fp32(args)):
+            return tree_map(self.to_fp32, args)
+        return args
 
     def to_bf16(self, x: Any) -> Any:
         if not isinstance(x, Tensor) or x.dtype != torch.float32:
@@ -315,9 +339,15 @@ class AsOnCuda(TorchFunctionMode):
         return x
 
 
-def moved_bytes(x: Tensor) -> int:
-    """Of a tensor that is read or written once; what was expanded is read once."""
-    return min(x.nbytes, x.untyped_storage().nbytes())
+def moved_bytes(tree: Any) -> int:
+    """Bytes of all tensors in nested lists, tuples and dicts, each read or written once; so is what
+    was expanded.
+    """
+    total = 0
+    for leaf in tree_leaves(tree):
+        if isinstance(leaf, Tensor):
+            total += min(leaf.nbytes, leaf.untyped_storage().nbytes())
+    return total
 
 
 class Operation(NamedTuple):
@@ -337,6 +367,7 @@ class Operation(NamedTuple):
 
 # in-place operations that do not read what they change
 OVERWRITING = ("normal_", "uniform_", "bernoulli_", "zero_", "fill_", "copy_")
+NO_KERNELS = ("_unsafe_view", "detach")  # views that are not called so
 BETWEEN = "between them"  # experts are stacked, projected, joined; embeddings; the losses
 
 
@@ -376,17 +407,17 @@ class Ledger(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        name = func.overloadpacket.__name__
-        if func.is_view or name in ("_unsafe_view", "detach") or "empty" in name:
+        packet = func.overloadpacket
+        name = packet.__name__
+        if func.is_view or name in NO_KERNELS or "empty" in name:
             return out
         flops = 0
         kind = "memory"
-        if func.overloadpacket in flop_registry:
-            flops = flop_registry[func.overloadpacket](*args, **kwargs, out_val=out)
+        if packet in flop_registry:
+            flops = flop_registry[packet](*args, **kwargs, out_val=out)
             kind = "attention" if "attention" in name else "matmul"
         read = args[1:] if name in OVERWRITING else args
-        tensors = [leaf for leaf in tree_leaves((read, kwargs, out)) if isinstance(leaf, Tensor)]
-        nbytes = sum(moved_bytes(x) for x in tensors)
+        nbytes = moved_bytes((read, kwargs, out))
         self.operations.append(Operation(self.find_part(), kind, flops, nbytes))
         return out
 
@@ -408,6 +439,20 @@ def watch_parts(model: nn.Module, parts: dict[str, str], ledger: Ledger) -> None
             module.register_forward_hook(after)
 
 
+def backward(loss: Tensor) -> None:
+    """loss.backward() under the modes: there AsOnCuda would not act, which checkpoints need."""
+    engine: Any = torch.autograd.Variable._execution_engine
+    engine.run_backward(
+        (loss,),
+        (torch.ones_like(loss),),
+        False,  # keep the graph
+        False,  # make a graph of the backward pass
+        (),
+        allow_unreachable=True,
+        accumulate_grad=True,
+    )
+
+
 def count_step(
     loss: Callable[[], Any], train: bool = True, autocast: bool = True, ledger: Ledger | None = None
 ) -> tuple[Ledger, int]:
@@ -420,8 +465,7 @@ def count_step(
         value = loss()
         cuda.copies.clear()
         if train:
-            # a function, for in the method of the loss `cuda` would not act
-            torch.autograd.backward(value)
+            backward(value)
     return ledger, footprint.peak
 
 
@@ -439,7 +483,7 @@ PARTS = {
     "image_pooler": "heads",
     "heads": "heads",
 }
-COMPILED = "managers, if fused"
+FUSED_MANAGERS = "managers, if fused"
 OPTIMIZER_BYTES = 28  # AdamW reads weight, gradient and two moments in fp32, and writes three back
 
 
@@ -457,6 +501,16 @@ class RooflineRow(NamedTuple):
     launch_ms: float
 
 
+ROOFLINE_TITLES = (
+    "matmul, ms",
+    "attention",
+    "memory",
+    "sum",
+    "GB",
+    "GFLOP",
+    "launches",
+    "their ms",
+)
 ROOFLINE_HEAD = "{:>30s}{:>11s}{:>9s}{:>9s}{:>9s}{:>10s}{:>10s}{:>11s}"
 ROOFLINE_ROW = (
     "{name:22s}{matmul_ms:8.2f}{attention_ms:11.2f}{memory_ms:9.2f}{sum_ms:9.2f}{gigabytes:9.2f}"
@@ -492,11 +546,11 @@ def watch_managers(model: nn.Module, train: bool) -> list[Operation]:
     fused: list[Operation] = []
 
     def note(manager: Any, inputs: Any, output: Tensor) -> None:
-        read = sum(moved_bytes(x) for x in tree_leaves(inputs) if isinstance(x, Tensor))
+        read = moved_bytes(inputs)
         written = moved_bytes(output)
-        fused.append(Operation(COMPILED, "memory", 0, read + written))
+        fused.append(Operation(FUSED_MANAGERS, "memory", 0, read + written))
         if train:
-            fused.append(Operation(COMPILED, "memory", 0, 2 * read + written + 3 * read))
+            fused.append(Operation(FUSED_MANAGERS, "memory", 0, 2 * read + written + 3 * read))
 
     for module in model.modules():
         if isinstance(module, Manager):
@@ -504,17 +558,25 @@ def watch_managers(model: nn.Module, train: bool) -> list[Operation]:
     return fused
 
 
-def estimate_roofline(size: str, samples: int, gpu_name: str, train: bool) -> list[dict]:
-    """Where the time of a step of the two-tower model goes: tables, and their rows."""
-    gpu = GPUS[gpu_name]
-    architecture: ManagerTowerConfig = getattr(ManagerTowerConfig, size)()
+class PartsOfAStep(NamedTuple):
+    """The kernels of a step."""
+
+    by_part: dict[str, list[Operation]]
+    fused: list[Operation]  # instead of those of the managers that are no products
+    gflop: float  # with nothing computed twice: what an MFU is about
+
+    def products(self) -> list[Operation]:
+        """The managers' matrix products and attention, which are not fused."""
+        return [operation for operation in self.by_part["managers"] if operation.kind != "memory"]
+
+
+def count_parts(architecture: ManagerTowerConfig, samples: int, train: bool) -> PartsOfAStep:
+    """The kernels of a step of the two-tower model, by part, but for AdamW's."""
     model, loss = towers_on_meta(architecture, samples)
-    call = partial(step, loss, model, True, "fp32", META)
     if not train:
         batch = random_pairs(architecture, samples, META)
         loss = partial(tower_features, model.eval(), batch)
-        call = partial(step, loss, model, False, "fp32", META)
-    gflop = count_gflop(call)  # with nothing computed twice: what an MFU is about
+    gflop = count_gflop(partial(step, loss, model, train, "fp32", META))
 
     ledger = Ledger()
     watch_parts(model, PARTS, ledger)
@@ -523,38 +585,52 @@ def estimate_roofline(size: str, samples: int, gpu_name: str, train: bool) -> li
     by_part: dict[str, list[Operation]] = {part: [] for part in PARTS.values()}
     for operation in ledger.operations:
         by_part[operation.part].append(operation)
-    products = [operation for operation in by_part["managers"] if operation.kind != "memory"]
     by_part["AdamW"] = []
     if train:
         nbytes = OPTIMIZER_BYTES * sum(parameter.numel() for parameter in model.parameters())
-        by_part["AdamW"] = [Operation("AdamW", "memory", 0, nbytes)]
+        by_part["AdamW"].append(Operation("AdamW", "memory", 0, nbytes))
+    return PartsOfAStep(by_part, fused, gflop)
 
-    eager = [operation for operations in by_part.values() for operation in operations]
-    others = [operation for operation in eager if operation.part != "managers"]
-    by_part[COMPILED] = products + fused
-    by_part["a step, eager"] = eager
-    by_part["a step, managers fused"] = others + products + fused
-    rows = [roofline_row(name, operations, gpu) for name, operations in by_part.items()]
+
+def roofline_rows(parts: PartsOfAStep, gpu: Gpu) -> list[RooflineRow]:
+    """A row for each part, for fused managers, and for the step without and with these."""
+    rows = []
+    eager: list[Operation] = []
+    others: list[Operation] = []
+    for part, operations in parts.by_part.items():
+        rows.append(roofline_row(part, operations, gpu))
+        eager += operations
+        if part != "managers":
+            others += operations
+    managers = parts.products() + parts.fused
+    rows.append(roofline_row(FUSED_MANAGERS, managers, gpu))
+    rows.append(roofline_row("a step, eager", eager, gpu))
+    rows.append(roofline_row("a step, managers fused", others + managers, gpu))
+    return rows
+
+
+def estimate_roofline(size: str, samples: int, gpu_name: str, train: bool) -> list[dict]:
+    """Where the time of a step of the two-tower model goes: a table, and its rows."""
+    gpu = GPUS[gpu_name]
+    parts = count_parts(getattr(ManagerTowerConfig, size)(), samples, train)
+    rows = roofline_rows(parts, gpu)
 
     kind = "a training step" if train else "inference"
-    print(f"ManagerTower {size}, {kind} of {samples} samples in bf16 on an")
-    print(f"{gpu_name}, {ASSUMED}")
-    print(
-        ROOFLINE_HEAD.format(
-            "matmul, ms", "attention", "memory", "sum", "GB", "GFLOP", "launches", "their ms"
-        )
-    )
+    print(f"ManagerTower {size}, {kind} of {samples} samples in bf16 on {gpu_name}:")
+    print(ASSUMED)
+    print(ROOFLINE_HEAD.format(*ROOFLINE_TITLES))
     for row in rows:
         print(ROOFLINE_ROW.format(**row._asdict()))
+
     results = [row._asdict() for row in rows]
     # the CPU launches while the GPU computes
     for result in results[-2:]:
         result["step_ms"] = max(result["sum_ms"], result["launch_ms"])
-        result["model_gflop"] = gflop
-        result["mfu"] = gflop / result["step_ms"] / gpu.tflops
+        result["gflop_a_sample"] = parts.gflop / samples
+        result["mfu"] = parts.gflop / result["step_ms"] / gpu.tflops
         print(
             f"{result['name']}: {result['step_ms']:.1f} ms, the longer of GPU and launches; "
-            f"{gflop / samples:.1f} GFLOP a sample; MFU {result['mfu']:.1%}"
+            f"{result['gflop_a_sample']:.1f} GFLOP a sample; MFU {result['mfu']:.1%}"
         )
     return results
 
@@ -585,7 +661,7 @@ def managers_row(name: str, operations: list[Operation], expert_bytes: float) ->
     return ManagersRow(name, len(others), num_products, nbytes / 1e9, passes)
 
 
-def small_manager(kind: type[Manager], device: torch.device | str) -> Callable[[], Tensor]:
+def small_manager(kind: type[Manager], device: torch.device) -> Callable[[], Tensor]:
     """A manager with what it reads, which wants gradients: a call makes the sum of its output."""
     batch, num_experts, length, width = SMALL_EXPERTS
     manager: Any = AdaptiveManager(width, num_experts)
@@ -622,43 +698,41 @@ def inductor_kernels(call: Callable[[], Tensor]) -> list[list[Operation]]:
     return graphs
 
 
+def count_experts(architecture: ManagerTowerConfig, samples: int) -> int:
+    """Elements of the experts of both modalities: two rows a sample, of MLM and of ITM."""
+    patches = (architecture.image_size // architecture.patch_size) ** 2
+    tokens = architecture.num_experts("text") * architecture.max_text_len
+    tokens += architecture.num_experts("image") * (1 + patches)
+    return 2 * samples * tokens * architecture.hidden_size
+
+
+def compiled_rows(kind: type[Manager]) -> list[ManagersRow]:
+    """A small manager: eager, and what inductor makes of it."""
+    expert_bytes = 4.0 * math.prod(SMALL_EXPERTS)
+    ledger, _ = count_step(small_manager(kind, META), autocast=False)
+    rows = [managers_row(f"{kind.__name__}, eager", ledger.operations, expert_bytes)]
+    graphs = inductor_kernels(small_manager(kind, torch.device("cpu")))
+    for way, graph in zip(("forward", "backward"), graphs, strict=True):
+        rows.append(managers_row(f"{kind.__name__}, compiled, {way}", graph, expert_bytes))
+    return rows
+
+
 def estimate_managers(size: str, samples: int) -> list[dict]:
     """What the managers of a training step move, and what torch.compile makes of two of them."""
     architecture: ManagerTowerConfig = getattr(ManagerTowerConfig, size)()
-    model, loss = towers_on_meta(architecture, samples)
-    ledger = Ledger()
-    watch_parts(model, PARTS, ledger)
-    fused = watch_managers(model, True)
-    count_step(loss, ledger=ledger)
-    managers = [operation for operation in ledger.operations if operation.part == "managers"]
-    products = [operation for operation in managers if operation.kind != "memory"]
-    tokens = {"text": architecture.max_text_len, "image": model.image_encoder.num_tokens}
-    elements = 0
-    for modality, length in tokens.items():
-        elements += architecture.num_experts(modality) * length
-    # two rows a sample, of MLM and of ITM, in bf16
-    expert_bytes = 2 * 2 * samples * elements * architecture.hidden_size
+    parts = count_parts(architecture, samples, train=True)
+    expert_bytes = 2.0 * count_experts(architecture, samples)  # bf16
+    fused = parts.products() + parts.fused
     rows = [
-        managers_row("of a step, eager", managers, expert_bytes),
-        managers_row("of a step, if each fused", products + fused, expert_bytes),
+        managers_row("all, eager", parts.by_part["managers"], expert_bytes),
+        managers_row("all, if each were one kernel each way", fused, expert_bytes),
     ]
-    print(f"counted for ManagerTower {size} in bf16, {samples} samples")
+    print(f"the managers of ManagerTower {size}, a training step of {samples} samples in bf16,")
+    print(f"counted; and one with experts {SMALL_EXPERTS} in fp32, compiled for this CPU")
+    rows += compiled_rows(StaticManager)
+    rows += compiled_rows(AdaptiveManager)
     for row in rows:
         print(MANAGERS_ROW.format(**row._asdict()))
-
-    print(f"one manager, forward and backward in fp32, B, N, L, D = {SMALL_EXPERTS}; inductor's")
-    print("kernels are those for a CPU, after fusion")
-    small_bytes = 4.0 * np.prod(SMALL_EXPERTS)
-    for kind in (StaticManager, AdaptiveManager):
-        ledger, _ = count_step(small_manager(kind, META), autocast=False)
-        forward, backward = inductor_kernels(small_manager(kind, "cpu"))
-        for name, operations in (
-            ("eager", ledger.operations),
-            ("compiled, forward", forward),
-            ("compiled, backward", backward),
-        ):
-            rows.append(managers_row(f"{kind.__name__}, {name}", operations, small_bytes))
-            print(MANAGERS_ROW.format(**rows[-1]._asdict()))
     return [row._asdict() for row in rows]
 
 
@@ -724,20 +798,19 @@ class Counts(NamedTuple):
     block: int  # parameters of the largest block, which are gathered at a time
     outside: int  # parameters outside of all blocks
     activations: int  # bytes: what a step takes on top of weights and gradients
-    seconds: float  # of a step without AdamW
-    gflop: float  # of a step, with what is computed again
+    seconds: float  # of a step without AdamW: of its kernels, or of launching them
 
 
 class PlanRow(NamedTuple):
     """What each GPU holds, in GB, sends, and takes."""
 
     gpus: int
-    how: str  # DDP, or sharded: fp32 in shards, and one block after the other gathered in bf16
+    how: str  # alone, DDP, or sharded: fp32 in shards, gathered in bf16 block by block
     checkpointing: bool
     weights: float
     gradients: float
     moments: float
-    gathered: float
+    buffers: float  # of DDP: gradients to be sent; of shards: what is gathered
     activations: float
     memory: float  # the sum
     fits: bool
@@ -749,7 +822,7 @@ class PlanRow(NamedTuple):
 PLAN_HEAD = "{:>4s} {:9s}{:14s}{:>8s}{:>10s}{:>9s}{:>10s}{:>13s}{:>9s} {:5s}{:>9s}{:>8s}{:>11s}"
 PLAN_ROW = (
     "{gpus:4d} {how:9s}{checkpoints:14s}{weights:8.1f}{gradients:10.1f}{moments:9.1f}"
-    "{gathered:10.1f}{activations:13.1f}{memory:9.1f} {verdict:5s}{sent:9.2f}{seconds:8.3f}"
+    "{buffers:10.1f}{activations:13.1f}{memory:9.1f} {verdict:5s}{sent:9.2f}{seconds:8.3f}"
     "{rate:11.1f}"
 )
 
@@ -757,13 +830,14 @@ PLAN_ROW = (
 def count_plan(name: str, samples: int, sharded: bool, checkpointing: bool, gpu: Gpu) -> Counts:
     """Counts of a model of PLANNED: under autocast, or with the weights of a shard in bf16."""
     model: Any
+    dtype = torch.bfloat16 if sharded else torch.float32
     if name in QWEN2:
         model, loss = llava_on_meta(LlavaManagerConfig.base(**QWEN2[name]), samples)
+        model.to(dtype)
     else:
-        model, loss = towers_on_meta(getattr(ManagerTowerConfig, name)(), samples)
+        config = getattr(ManagerTowerConfig, name)()
+        model, loss = towers_on_meta(config, samples, dtype=dtype)
     model.set_checkpointing(checkpointing)
-    if sharded:
-        model.bfloat16()
     # gradients that are there already count for themselves
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -774,13 +848,13 @@ def count_plan(name: str, samples: int, sharded: bool, checkpointing: bool, gpu:
         if isinstance(module, model.blocks_to_compile):
             blocks.append(sum(parameter.numel() for parameter in module.parameters()))
     parameters = sum(parameter.numel() for parameter in model.parameters())
+    computing = sum(operation.seconds(gpu) for operation in ledger.operations)
     return Counts(
         parameters=parameters,
         block=max(blocks),
         outside=parameters - sum(blocks),
         activations=peak,
-        seconds=sum(operation.seconds(gpu) for operation in ledger.operations),
-        gflop=sum(operation.flops for operation in ledger.operations) / 1e9,
+        seconds=max(computing, LAUNCH_SECONDS * len(ledger.operations)),
     )
 
 
@@ -798,13 +872,19 @@ def plan_row(
     counts: Counts, gpus: int, sharded: bool, checkpointing: bool, samples: int, gpu: Gpu
 ) -> PlanRow:
     """Memory and time of one GPU of several. Messages are sent while it computes."""
-    own = counts.parameters / gpus if sharded else counts.parameters  # parameters of this GPU
-    gathered = 0.0
+    own = counts.parameters  # parameters that this GPU keeps
+    how = "alone"
+    buffers = 0.0
     if sharded:
+        own = -(-counts.parameters // gpus)
+        how = "sharded"
         # in bf16: outside of the blocks weights and gradients; of the blocks the weights of two,
         # as one is gathered ahead, and the gradients of one
-        gathered = 2.0 * (2 * counts.outside + 3 * counts.block)
-    memory = 16 * own + gathered + counts.activations
+        buffers = 2.0 * (2 * counts.outside + 3 * counts.block)
+    elif gpus > 1:
+        how = "DDP"
+        buffers = 4.0 * counts.parameters
+    memory = 16 * own + buffers + counts.activations
     sent = sent_bytes(counts, gpus, sharded)
     speed = gpu.link if gpus <= GPUS_OF_A_NODE else gpu.network
     sending = sent / (speed * 1e9 * LINK_SHARE)
@@ -812,12 +892,12 @@ def plan_row(
     seconds = max(counts.seconds, sending) + optimizing
     return PlanRow(
         gpus=gpus,
-        how="sharded" if sharded else "DDP",
+        how=how,
         checkpointing=checkpointing,
         weights=4 * own / 1e9,
         gradients=4 * own / 1e9,
         moments=8 * own / 1e9,
-        gathered=gathered / 1e9,
+        buffers=buffers / 1e9,
         activations=counts.activations / 1e9,
         memory=memory / 1e9,
         fits=memory <= MEMORY_SHARE * gpu.memory * 1e9,
@@ -835,12 +915,14 @@ def estimate_plan(name: str, samples: int, numbers: Sequence[int], gpu_name: str
         for checkpointing in (False, True):
             counts = count_plan(name, samples, sharded, checkpointing, gpu)
             for gpus in numbers:
+                if sharded and gpus == 1:
+                    continue
                 row = plan_row(counts, gpus, sharded, checkpointing, samples, gpu)
                 rows.append(row)
-    print(f"{name}, {counts.parameters} parameters, {samples} samples a GPU, on")
-    print(f"{gpu_name}, {ASSUMED}; {MEMORY_SHARE:.0%} of its memory for tensors.")
-    print("GB a GPU; sharded: fp32 in shards, one block after the other in bf16 (not in train.py)")
-    titles = ("GPUs", "how", "checkpointing", "weights", "gradients", "moments", "gathered")
+    print(f"{name}, {counts.parameters} parameters, {samples} samples a GPU, on {gpu_name}:")
+    print(f"{ASSUMED}; {MEMORY_SHARE:.0%} of its memory for tensors")
+    print("GB a GPU; sharded: fp32 in shards, gathered in bf16 block by block (not in train.py)")
+    titles = ("GPUs", "how", "checkpointing", "weights", "gradients", "moments", "buffers")
     print(PLAN_HEAD.format(*titles, "activations", "sum", "fits", "GB sent", "s", "samples/s"))
     for row in sorted(rows, key=lambda row: row.gpus):
         values = row._asdict()

@@ -7,12 +7,16 @@ from functools import partial
 
 import pytest
 import torch
+from helpers import ROOT
 from torch.utils.flop_counter import FlopCounterMode
 
 import bench
+import roofline
 from bench import Case, Footprint, OverheadResult, case_result, median_ratio, net_seconds
 from fields import FieldError, FlagError
+from llava_manager import LlavaManager, LlavaManagerConfig
 from model import ManagerTower, ManagerTowerConfig
+from roofline import GPUS, META, AsOnCuda, Ledger, count_plan, count_step, plan_row, watch_parts
 
 CPU = torch.device("cpu")
 
@@ -154,6 +158,11 @@ def test_a_ratio_is_the_median_over_rounds_and_decoding_is_less_its_prefill():
         (["--precision", "fp8"], "--precision is 'fp8'"),
         (["retrieval", "--model", "huge"], "--model is 'huge'"),
         (["llava", "--model", "large"], "--model is 'large'; it must be one of tiny, base"),
+        (["roofline", "--gpu", "tpu"], "--gpu is 'tpu'; it must be one of a100, h100, h200"),
+        (["roofline", "--batch_size", "0"], "--batch_size is 0"),
+        (["plan", "--model", "tiny"], "--model is 'tiny'; it must be one of 0.5b, 7b, 72b, base,"),
+        (["plan", "--gpus", "8,0"], "--gpus is 0; it must be a whole number from 1 to 100000"),
+        (["managers", "--batch_size", "1"], "--batch_size is 1"),
     ],
 )
 def test_a_value_that_is_not_allowed_is_named(argv, word):
@@ -205,3 +214,224 @@ def test_pictures_of_every_recipe_are_measured(tmp_path, monkeypatch, capsys):
     for row in rows:
         assert 0 < row["to_tensor"] < row["transform"]
         assert row["rate"] == pytest.approx(1000 / (row["decode"] + row["transform"]))
+
+
+# ---------------------------------------------------------------- estimates: what is counted
+def meta(*shape, dtype=torch.float32):
+    return torch.empty(shape, dtype=dtype, device=META, requires_grad=True)
+
+
+def test_a_product_is_one_kernel_with_the_flops_and_bytes_of_the_closed_form():
+    left = meta(3, 5)
+    right = meta(5, 7)
+    with torch.no_grad(), Ledger() as ledger:
+        (left @ right).view(7, 3).t()  # views are no kernels
+    (product,) = ledger.operations
+    assert product.kind == "matmul"
+    assert product.flops == 2 * 3 * 5 * 7
+    assert product.nbytes == 4 * (3 * 5 + 5 * 7 + 3 * 7)
+    # so small a product is bound by memory; a large one would be by the FLOP/s
+    h100 = GPUS["h100"]
+    assert product.seconds(h100) == pytest.approx(product.nbytes / (0.85 * 3.35e12))
+    large = product._replace(flops=10**12)
+    assert large.seconds(h100) == pytest.approx(1e12 / (0.65 * 989e12))
+
+
+def test_noise_that_overwrites_is_written_once_and_expanded_tensors_are_read_once():
+    with torch.no_grad(), Ledger() as ledger:
+        torch.empty(10, 10, device=META).normal_()
+        meta(1, 10).expand(10, 10) + meta(10, 10)
+    noise, total = ledger.operations
+    assert noise.nbytes == 400 and noise.flops == 0
+    assert total.nbytes == 40 + 400 + 400
+
+
+def test_forward_and_backward_belong_to_the_part_that_made_them():
+    model = torch.nn.ModuleDict({"first": torch.nn.Linear(8, 16), "second": torch.nn.Linear(16, 4)})
+    model = model.to(META)
+    x = meta(5, 8)
+    ledger = Ledger()
+    watch_parts(model, {"first": "one", "second": "two"}, ledger)
+    count_step(lambda: model["second"](model["first"](x).relu()).sum(), ledger=ledger)
+    parts = {part: [op for op in ledger.operations if op.part == part] for part in ("one", "two")}
+    # forward, the gradient of the input, that of the weight
+    for part, size in (("one", 8 * 16), ("two", 16 * 4)):
+        products = [op for op in parts[part] if op.kind == "matmul"]
+        assert [op.flops for op in products] == [2 * 5 * size] * 3
+    between = [op for op in ledger.operations if op.part == roofline.BETWEEN]
+    # relu, the sum, the first gradient, those of relu and sum
+    assert 3 <= len(between) <= 5 and all(op.kind == "memory" for op in between)
+
+
+def test_autocast_on_the_meta_device_follows_the_rules_of_cuda():
+    linear = torch.nn.Linear(4, 4, device=META)
+    x = meta(3, 4)
+    with AsOnCuda(autocast=True), Ledger() as ledger:
+        y = linear(linear(x))
+        assert y.dtype == torch.bfloat16
+        assert torch.softmax(y, -1).dtype == torch.float32
+        normed = torch.nn.functional.layer_norm(y, (4,), linear.bias, linear.bias)
+        assert normed.dtype == torch.float32
+        assert torch.addcmul(normed, y, y).dtype == torch.float32
+        assert torch.cat([y, y]).dtype == torch.bfloat16
+    # x, weight and bias are cast once; y for softmax and norm, and twice for addcmul
+    assert sum(op.kind == "matmul" for op in ledger.operations) == 2
+    assert len(ledger.operations) == 3 + 2 + 2 + 2 + 3 + 1
+    with AsOnCuda(autocast=False):
+        assert linear.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_is_one_kernel_each_way(masked):
+    q = meta(2, 3, 11, 8, dtype=torch.bfloat16)
+    mask = torch.ones(2, 1, 1, 11, dtype=torch.bool, device=META) if masked else None
+    attend = torch.nn.functional.scaled_dot_product_attention
+    ledger, _ = count_step(lambda: attend(q, q, q, mask, 0.1).sum())
+    kernels = [op for op in ledger.operations if op.kind == "attention"]
+    product = 2 * (2 * 3) * 11 * 11 * 8
+    assert [op.flops for op in kernels] == [2 * product, 5 * product]
+
+
+@pytest.mark.slow
+def test_the_training_step_has_the_known_flops():
+    config = ManagerTowerConfig.base()
+    assert bench.training_gflop(config) == pytest.approx(598.4, rel=0.01)
+    # counted where every picture is projected once; here it is projected for each row that reads it
+    assert bench.training_gflop(config, share_images=True) == pytest.approx(505.9, rel=0.02)
+
+
+# ---------------------------------------------------------------- estimates: the tables
+def test_the_roofline_adds_up_and_says_that_it_is_an_estimate(tmp_path, capsys):
+    file = tmp_path / "roofline.json"
+    argv = ["roofline", "--model", "tiny", "--batch_size", "4", "--json", str(file)]
+    bench.main(argv)
+    page = capsys.readouterr().out
+    assert "ESTIMATE, nothing was run on that GPU" in page and "65%" in page and "85%" in page
+    rows = rows_of(file)
+    parts = ["encoders", "between them", "managers", "cross-modal layers", "heads", "AdamW"]
+    for key in ("sum_ms", "gigabytes", "gflop", "launches"):
+        total = rows["a step, eager"][key]
+        assert total == pytest.approx(sum(rows[part][key] for part in parts))
+        saved = rows["managers"][key] - rows["managers, if fused"][key]
+        assert rows["a step, managers fused"][key] == pytest.approx(total - saved)
+        assert saved >= 0
+    eager = rows["a step, eager"]
+    assert eager["step_ms"] == max(eager["sum_ms"], eager["launch_ms"])
+    # attention computes its scores again in the backward pass; an MFU does not count that
+    assert 1 < eager["gflop"] / (4 * eager["gflop_a_sample"]) < 1.05
+    mfu = 4 * eager["gflop_a_sample"] * 1e9 / (eager["step_ms"] / 1000) / 989e12
+    assert eager["mfu"] == pytest.approx(mfu)
+
+    bench.main([*argv, "--train", "false"])
+    assert rows_of(file)["AdamW"]["launches"] == 0
+    assert rows_of(file)["a step, eager"]["gflop"] < eager["gflop"] / 2
+
+
+@pytest.mark.parametrize("model", ["base", "0.5b"])
+def test_a_plan_adds_up_and_more_gpus_need_no_more_memory(tmp_path, capsys, monkeypatch, model):
+    monkeypatch.setattr(roofline.ManagerTowerConfig, "base", ManagerTowerConfig.tiny)
+    monkeypatch.setattr(roofline.LlavaManagerConfig, "base", LlavaManagerConfig.tiny)
+    monkeypatch.setattr(roofline, "PLAN_GRID", 2)
+    file = tmp_path / "plan.json"
+    bench.main(["plan", "--model", model, "--gpus", "8,1,64", "--json", str(file)])
+    assert "ESTIMATE, nothing was run on that GPU" in capsys.readouterr().out
+    rows = json.loads(file.read_text())["rows"]
+    found = {(row["how"], row["gpus"], row["checkpointing"]): row for row in rows}
+    assert len(found) == 2 + 4 + 4
+    for row in rows:
+        parts = ("weights", "gradients", "moments", "buffers", "activations")
+        assert row["memory"] == pytest.approx(sum(row[part] for part in parts))
+        assert row["moments"] == pytest.approx(2 * row["weights"])
+        assert row["fits"]
+    for checkpointing in (False, True):
+        for how in ("DDP", "sharded"):
+            few = found[how, 8, checkpointing]
+            many = found[how, 64, checkpointing]
+            assert many["memory"] <= few["memory"] and many["sent"] > few["sent"]
+        assert found["alone", 1, checkpointing]["sent"] == 0
+    assert found["DDP", 8, True]["activations"] < found["DDP", 8, False]["activations"]
+    # all in bf16, where autocast has parts in fp32
+    assert found["sharded", 8, False]["activations"] < found["DDP", 8, False]["activations"]
+
+
+def test_a_plan_counts_bytes_as_the_closed_forms_say():
+    h100 = GPUS["h100"]
+    counts = roofline.Counts(
+        parameters=8_000_000_000, block=250_000_000, outside=1_000_000_000, activations=0, seconds=1
+    )
+    ddp = plan_row(counts, 8, False, False, 2, h100)
+    # weights, gradients, two moments, and the gradients in DDP's buckets
+    assert (ddp.weights, ddp.gradients, ddp.moments, ddp.buffers) == (32, 32, 64, 32)
+    assert not ddp.fits and ddp.sent == pytest.approx(2 * 7 / 8 * 32)
+    sharded = plan_row(counts, 8, True, False, 2, h100)
+    assert (sharded.weights, sharded.gradients, sharded.moments) == (4, 4, 8)
+    assert sharded.buffers == pytest.approx(2 * (2 * 1 + 3 * 0.25)) and sharded.fits
+    # blocks are gathered twice, what is outside of them once; gradients are in fp32
+    assert sharded.sent == pytest.approx(7 / 8 * (2 * (2 * 7 + 1) + 4 * 8))
+    # over the network sending takes longer than a second of computing
+    far = plan_row(counts, 64, True, False, 2, h100)
+    adam = 28 * 125_000_000 / (0.85 * 3.35e12)
+    assert far.seconds == pytest.approx(far.sent / (0.8 * 50) + adam)
+    assert far.rate == pytest.approx(64 * 2 / far.seconds)
+
+
+def test_activations_are_what_a_step_holds_beside_weights_and_gradients():
+    """By hand: of one layer its input is kept, which is there before, and its output's gradient."""
+    linear = torch.nn.Linear(64, 64, bias=False, device=META)
+    linear.weight.grad = torch.zeros_like(linear.weight)
+    x = meta(1000, 64)
+    x.grad = torch.zeros_like(x)
+    _, peak = count_step(lambda: linear(x).sum(), autocast=False)
+    y = 4 * 1000 * 64
+    assert y <= peak <= 2 * y + 4 * 64 * 64 + 64  # output or input's gradient; the weight's one
+
+
+@pytest.mark.parametrize(
+    ("name", "of_the_llm"), [("0.5b", 494_032_768), ("7b", 7_615_616_512), ("72b", 72_706_203_648)]
+)
+def test_the_planned_models_have_the_published_sizes(name, of_the_llm):
+    with META:
+        model = LlavaManager(LlavaManagerConfig.base(**roofline.QWEN2[name]))
+    assert sum(parameter.numel() for parameter in model.llm.parameters()) == of_the_llm
+    assert len(model.managers) == model.config.num_layers // 4
+
+
+@pytest.mark.slow
+def test_the_plan_of_the_small_models_is_plausible():
+    h100 = GPUS["h100"]
+    plain = count_plan("base", 32, False, False, h100)
+    kept = count_plan("base", 32, False, True, h100)
+    assert plain.parameters == kept.parameters
+    assert 0.7e9 < plain.activations / 32 < 1.1e9
+    # managers and stacks of experts are not computed again
+    assert kept.activations < 0.7 * plain.activations and kept.seconds > plain.seconds
+
+
+@pytest.mark.slow
+def test_what_managers_are_compiled_to(tmp_path, capsys):
+    """Needs a C++ compiler."""
+    file = tmp_path / "managers.json"
+    bench.main(["managers", "--model", "tiny", "--batch_size", "2", "--json", str(file)])
+    assert "StaticManager, compiled, forward" in capsys.readouterr().out
+    rows = rows_of(file)
+    assert len(rows) == 2 + 3 + 3
+    assert rows["all, if each were one kernel each way"]["kernels"] == 2 * 4  # 2 layers, 2 each
+    for kind in ("StaticManager", "AdaptiveManager"):
+        eager = rows[f"{kind}, eager"]
+        forward = rows[f"{kind}, compiled, forward"]
+        backward = rows[f"{kind}, compiled, backward"]
+        assert 0 < forward["kernels"] + backward["kernels"] < eager["kernels"] / 2
+        assert forward["passes"] + backward["passes"] < eager["passes"]
+    assert rows["StaticManager, compiled, forward"]["products"] == 0
+    assert rows["AdaptiveManager, compiled, forward"]["products"] == 4
+
+
+@pytest.mark.slow
+def test_estimates_in_the_readme_are_what_is_printed(capsys):
+    """Rows of `bench.py roofline` stand in README.md as they are printed, or not at all."""
+    readme = (ROOT / "README.md").read_text()
+    if "a step, managers fused" not in readme:
+        pytest.skip("README.md has none of them")
+    bench.main(["roofline"])
+    for line in capsys.readouterr().out.splitlines()[1:]:
+        assert line.strip() in readme

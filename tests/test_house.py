@@ -10,7 +10,7 @@ from helpers import ROOT
 
 GROUND = "manager fields files world tokenizer images multigrid metrics torch_files".split()
 MIDDLE = "model llava_manager chat data scenes weights loop tasks objectives".split()
-SCRIPTS = "train train_llava finetune eval ask figures prepare bench".split()
+SCRIPTS = "train train_llava finetune eval ask figures prepare bench roofline".split()
 FILES = {path.stem: path for path in sorted(ROOT.glob("*.py"))}
 
 
