@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from files import MOST_BYTES, parse_json, write_atomically
+from files import MOST_BYTES, need, parse_json, write_atomically
 
 MAGIC = b"an index of data"
 PIECE = 2**20  # bytes that are read at once
@@ -63,8 +63,8 @@ def write_index(path: Path, key: dict, index: Index) -> None:
         with open(temporary, "wb") as file:
             pieces: list[Any] = [header_of(key, index)]
             for values in index.arrays.values():
-                content = values.astype(values.dtype.newbyteorder("<"), copy=False).data
-                pieces += [content.cast("B"), padding(content.nbytes)]
+                content = np.ascontiguousarray(values, values.dtype.newbyteorder("<"))
+                pieces += [content.view(np.uint8), padding(content.nbytes)]
             for piece in pieces:
                 file.write(piece)
                 checksum = zlib.crc32(piece, checksum)
@@ -130,10 +130,11 @@ def read_index(path: Path, key: dict) -> Index | None:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             header, offset = read_header(file, size)
-            if header["key"] != key or not has_checksum(file, size):
+            if need(header, "key", dict) != key or not has_checksum(file, size):
                 return None
-            return Index(header["facts"], map_arrays(file, header["columns"], offset, size))
-    except (ValueError, KeyError, TypeError, OSError):
+            arrays = map_arrays(file, need(header, "columns", dict), offset, size)
+            return Index(need(header, "facts", dict), arrays)
+    except (ValueError, TypeError, OSError):
         return None  # whatever is wrong with it: it is no index
 
 
