@@ -66,8 +66,7 @@ def memory():
 
 def open_manifest(kind, path, title, with_index):
     """Open it in this process, and print what that cost."""
-    if not with_index:
-        data.INDEX_FROM = math.inf
+    data.INDEX_FROM = 0 if with_index else math.inf
     before = memory()
     clock = time.perf_counter()
     processor = time.process_time()
@@ -88,12 +87,12 @@ def open_manifest(kind, path, title, with_index):
     )
 
 
-def main():
+def main(arguments):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--records", type=int, default=1_000_000)
     parser.add_argument("--kinds", nargs="+", default=["captions", "chat"])
     parser.add_argument("--folder", help="where the manifests are written; default: as tempfile's")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     print(
         "kind     opening              records        rows  seconds      cpu  own MiB     peak"
         "   shared  digest"
@@ -104,8 +103,8 @@ def main():
             path = Path(folder) / f"{kind}.jsonl"
             write_manifest(path, kind, options.records)
             for title in ("without an index", "writes the index", "with the index"):
-                arguments = (kind, path, title, title != "without an index")
-                process = fork.Process(target=open_manifest, args=arguments)
+                with_index = title != "without an index"
+                process = fork.Process(target=open_manifest, args=(kind, path, title, with_index))
                 process.start()
                 process.join()
             sizes = [file.stat().st_size for file in Path(folder).glob(f"{kind}.jsonl*")]
@@ -116,4 +115,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

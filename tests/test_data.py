@@ -10,6 +10,7 @@ import tracemalloc
 from collections import Counter
 
 import numpy as np
+import open_manifests
 import pytest
 import torch
 from helpers import (
@@ -1974,7 +1975,7 @@ def test_what_a_killed_builder_left_is_removed(manifest, indexed):
     assert index_files(manifest.parent) == [name]
 
 
-@pytest.mark.parametrize("count", [10_000, 40_000])
+@pytest.mark.parametrize("count", [5_000, 20_000])
 def test_the_memory_of_a_process_does_not_grow_with_the_data(count, tmp_path, indexed):
     path = write_records(tmp_path / "x.jsonl", [{"image": "a", "captions": ["b", "c"]}] * count)
     open_captions(path)
@@ -1998,6 +1999,15 @@ def test_the_arrays_of_an_index_are_pages_of_the_file(manifest, indexed):
     for values in (source.image_of, source.lengths, part.places, part.starts, part.ends):
         assert not values.flags.owndata
         assert not values.flags.writeable
+
+
+def test_the_cost_of_opening_is_measured(tmp_path, capfd):
+    open_manifests.main(["--records", "30", "--folder", str(tmp_path)])
+    rows = [line.split() for line in capfd.readouterr().out.splitlines()]
+    digests = {row[-1] for row in rows if row[0] == "captions"}
+    assert len(digests) == 1
+    assert [row[-7] for row in rows if row[0] in ("captions", "chat")] == ["60"] * 3 + ["30"] * 3
+    assert not list(tmp_path.iterdir())
 
 
 def test_who_builds_an_index_shows_its_progress_whatever_its_rank(monkeypatch):
