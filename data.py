@@ -43,6 +43,7 @@ from fields import show
 from files import (
     BYTE_ORDER_MARK,
     OTHER_MARKS,
+    VERSION,
     BadSample,
     check_characters,
     check_line_length,
@@ -53,13 +54,16 @@ from files import (
     read_at,
     read_json,
     read_text,
+    remove_temporary_files,
     similar_key,
     split_member,
+    why_no_folder,
 )
 from images import load_image
+from index import Index, one_builder, read_index, write_index
 from multigrid import preprocess_image
 from tokenizer import Tokenizer
-from world import is_first_process, ranks
+from world import first_line_of, is_first_process, ranks
 
 SNLI_LABELS = ("contradiction", "neutral", "entailment")
 
@@ -538,6 +542,8 @@ def arrow_rows(path: str | Path, wanted_types: dict[str, str]) -> list[dict]:
 
 # ---------------------------------------------------------------- where records stand in a file
 PIECE = 2**20  # bytes of a file that are read at once
+LINES_A_REPORT = 10_000  # on the progress bar
+HEAD = 2**16  # bytes of a file's head and of its tail
 TOO_EARLY = 16  # an error so near to the end of what was read may be that end's
 
 
@@ -550,7 +556,7 @@ class Spans(NamedTuple):
 
 
 def as_spans(numbers: array, starts: array, ends: array) -> Spans:
-    return Spans(*[np.array(column, dtype=np.int64) for column in (numbers, starts, ends)])
+    return Spans(*[np.asarray(column, dtype=np.int64) for column in (numbers, starts, ends)])
 
 
 def is_json(path: str) -> bool:
@@ -582,8 +588,8 @@ def locate(path: str) -> tuple[str, int, int]:
     return file, offset, size
 
 
-def progress(path: str, total: int, unit: str) -> tqdm:
-    """A bar on stderr, of rank 0, for what takes more than two seconds."""
+def progress(path: str, total: int, unit: str, is_shown: bool = False) -> tqdm:
+    """A bar on stderr, of rank 0 or where is_shown, for what takes more than two seconds."""
     return tqdm(
         total=total,
         desc=f"reading {os.path.basename(path)}",
@@ -592,11 +598,12 @@ def progress(path: str, total: int, unit: str) -> tqdm:
         delay=2,
         mininterval=1,
         leave=False,
-        disable=not is_first_process(),  # the processes may not have met yet
+        # the processes may not have met yet
+        disable=not (is_shown or is_first_process()),
     )
 
 
-def find_lines(path: str) -> Spans:
+def find_lines(path: str, is_shown: bool = False) -> Spans:
     """The lines of JSON Lines that are not blank. No line is ever in memory as a whole."""
     file, position, size = locate(path)
     end_of_file = position + size
@@ -604,10 +611,12 @@ def find_lines(path: str) -> Spans:
     starts = array("q")
     ends = array("q")
     number = 0
-    with open(file, "rb") as stream:
+    with open(file, "rb") as stream, progress(path, size, "B", is_shown) as bar:
         stream.seek(position)
         while position < end_of_file:
             number += 1
+            if number % LINES_A_REPORT == 0:
+                bar.update(position - end_of_file + size - bar.n)
             start = position
             is_blank = True
             # a long line comes in pieces
@@ -728,7 +737,7 @@ class JsonReader:
         return ValueError(f"{self.path} is not JSON: {fault} (line {line}, byte {byte})")
 
 
-def find_items(path: str) -> Spans:
+def find_items(path: str, is_shown: bool = False) -> Spans:
     """The items of a .json file that holds one list, whatever it looks like.
 
     No more of it than one item and PIECE is ever in memory. Raises ValueError, with the line, for a
@@ -738,7 +747,7 @@ def find_items(path: str) -> Spans:
     starts = array("q")
     ends = array("q")
     reader = JsonReader(path)
-    with reader.stream, progress(path, reader.size, "B") as bar:
+    with reader.stream, progress(path, reader.size, "B", is_shown) as bar:
         if reader.peek() != "[":
             found = show(reader.window[reader.place : reader.place + 40])
             raise ValueError(f"{path} must hold a list, found {found}")
@@ -764,6 +773,20 @@ def find_items(path: str) -> Spans:
     return as_spans(numbers, starts, ends)
 
 
+def state_of(path: str) -> dict[str, Any]:
+    """What changes when a file does: size, time, and a hash of its head and tail. The key of an
+    index.
+    """
+    file, offset, size = locate(path)
+    length = min(size, HEAD)
+    with open(file, "rb") as stream:
+        modified = os.fstat(stream.fileno()).st_mtime_ns
+        head = os.pread(stream.fileno(), length, offset)
+        tail = os.pread(stream.fileno(), length, offset + size - length)
+    head_and_tail = hashlib.sha256(head + tail).hexdigest()
+    return {"size": size, "offset": offset, "modified": modified, "head_and_tail": head_and_tail}
+
+
 # ---------------------------------------------------------------- parts of a source
 @contextlib.contextmanager
 def named(part: "Part", index: int) -> Iterator[None]:
@@ -782,10 +805,29 @@ class Part:
     path: str  # for messages
     places: Any  # a sequence: record i is at places[i], a line or a row
     folder = ""  # the paths of pictures are relative to it
+    strategy = ""  # which records of the file are taken; see `sample_rows`
     unit = "row"  # what a place is called in messages
     # how many rows each record has, where that is known without a scan
     rows_each: int | None = None
     description = ""  # of a part with rows_each: what its texts are a function of
+
+    def text_bytes(self) -> int:
+        """How much is read at opening, in bytes."""
+        return 0
+
+    def key(self) -> dict[str, Any]:
+        """What an index of the part depends on."""
+        return state_of(self.path)
+
+    def find(self, is_shown: bool = False) -> None:
+        """Find out where the records are. is_shown: with a progress bar, whatever the rank."""
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What `find` has found, for an index."""
+        return {}
+
+    def take(self, arrays: dict[str, np.ndarray]) -> None:
+        """Take from an index what `find` would find."""
 
     def name(self, index: int) -> str:
         """File and line of a record."""
@@ -819,9 +861,9 @@ class Part:
 class Manifest(Part):
     """JSON Lines, or LLaVA's .json with one list; either may be a member of an archive.
 
-    Only the places of the records stay in memory. They are read when they are asked for, and so
-    many processes may share a manifest. folder: where the pictures are, if not beside the file.
-    strategy: see `sample_rows`.
+    Only the places of the records stay in memory, or in an index that many processes share. The
+    records are read when they are asked for. folder: where the pictures are, if not beside the
+    file. strategy: see `sample_rows`.
     """
 
     def __init__(
@@ -833,17 +875,34 @@ class Manifest(Part):
     ):
         self.path = str(path)
         self.folder = str(folder or Path(path).parent)
-        self.file, _, _ = locate(self.path)
-        if is_json(self.path):
-            self.unit = "item"
-            spans = find_items(self.path)
-        else:
-            self.unit = "line"
-            spans = find_lines(self.path)
-        chosen = sample_rows(strategy, len(spans.numbers), seed)
-        self.places = spans.numbers[chosen]
-        self.starts = spans.starts[chosen]
-        self.ends = spans.ends[chosen]
+        self.file, _, self.size = locate(self.path)
+        self.unit = "item" if is_json(self.path) else "line"
+        self.strategy = strategy
+        self.seed = seed
+
+    def text_bytes(self) -> int:
+        return self.size
+
+    def key(self) -> dict[str, Any]:
+        name, _ = parse_strategy(self.strategy)
+        seed = self.seed if name == "random" else None  # the others draw nothing
+        return {**state_of(self.path), "strategy": self.strategy, "seed": seed}
+
+    def find(self, is_shown: bool = False) -> None:
+        find_spans = find_items if self.unit == "item" else find_lines
+        spans = find_spans(self.path, is_shown)
+        if self.strategy != "all":
+            chosen = sample_rows(self.strategy, len(spans.numbers), self.seed)
+            spans = Spans(*[column[chosen] for column in spans])
+        self.take(spans._asdict())
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        return {"numbers": self.places, "starts": self.starts, "ends": self.ends}
+
+    def take(self, arrays: dict[str, np.ndarray]) -> None:
+        self.places = arrays["numbers"]
+        self.starts = arrays["starts"]
+        self.ends = arrays["ends"]
 
     def record(self, index: int) -> Any:
         name = self.name(index)
@@ -883,6 +942,9 @@ class ArrowFile(Part):
         self.places = range(table.num_rows)
         self.chunk_number = -1  # none yet
         self.chunk: list[dict] = []  # the texts of its rows
+
+    def text_bytes(self) -> int:
+        return arrow_table(self.file).select(self.text_columns).get_total_buffer_size()
 
     def parse(self, kind: str, index: int) -> Parsed:
         arrow_row = arrow_table(self.file).select(self.columns).slice(index, 1).to_pylist()[0]
@@ -952,6 +1014,27 @@ def digest_rows(rows: list[dict]) -> bytes:
     return json.dumps(values).encode()
 
 
+# an index is kept of sources with at least so many bytes of texts: about 100,000 records
+INDEX_FROM = 16 * 2**20
+# raise it when records are read, checked or digested in another way: older indices then count no
+# more
+INDEX_FORMAT = 1
+
+
+def say_no_index(path: Path, reason: str) -> None:
+    if is_first_process():
+        logging.warning(
+            "%s is not written (%s); every process reads the data anew, and keeps it in memory",
+            path,
+            reason,
+        )
+
+
+def say_waiting(path: Path) -> None:
+    if is_first_process():
+        logging.warning("waiting for another process, which reads the data and writes %s", path)
+
+
 class Source:
     """The rows of one kind over any number of parts, one part after the other.
 
@@ -961,10 +1044,12 @@ class Source:
     SNLI_LABELS); chat "conversation", "id", "length", and no text.
 
     Opening reads every text and no picture. What is broken raises BadSample with file and line, or
-    is left out with on_bad_sample="skip". HELD_OUT is the policy of rows that are measured on.
+    is left out with on_bad_sample="skip". HELD_OUT is the policy of rows that are measured on. Of
+    large sources what opening finds is kept in an index (index.py) beside the first file.
 
     has_answers: whether the questions have answers, all of them or none; None where that is not
-    scanned. lengths: the "length" of each row of conversations, int32.
+    scanned. lengths: the "length" of each row of conversations, int32. image_of: the number of the
+    record that each row belongs to, int32 (rows,).
 
     digest: a hash of all texts and labels in their order. It is the same for the same data at
     another place, and another one when a text changes. Drawn parts, which are not scanned, add
@@ -978,58 +1063,178 @@ class Source:
         self.seen = 0  # records that were scanned
         self.bad: set[str] = set()  # messages of the bad ones
         self.has_answers: bool | None = None
+        self.tagged = 0  # conversations with a tag, but without a picture
+        if self.is_large():
+            self.open_index()
+        else:
+            self.read()
+        paths = ", ".join(part.path for part in parts)
+        if self.tagged:
+            logging.warning(
+                "%s: %d of %d conversations have %s but no picture; the tag stays text",
+                paths,
+                self.tagged,
+                len(self.lengths),
+                IMAGE_TAG,
+            )
+        if len(self) == 0:
+            raise ValueError(f"no rows in {paths}")
+
+    def is_large(self) -> bool:
+        """Whether an index of the source is worth a file."""
+        if any(part.rows_each is not None for part in self.parts):
+            return False  # drawn
+        return sum(part.text_bytes() for part in self.parts) >= INDEX_FROM
+
+    def read(self, is_shown: bool = False) -> None:
+        """Find, read and check all records. is_shown: with progress bars, whatever the rank."""
+        for part in self.parts:
+            part.find(is_shown)
         # rows of each record, words of each conversation: packed, as there may be millions
         counts = array("i")
         lengths = array("i")
-        tagged = 0  # conversations with a tag, but without a picture
         digest = hashlib.sha256()
-        for part in parts:
+        for part in self.parts:
             if part.rows_each is not None:
                 # drawing every record only to count its rows would take minutes
                 digest.update(part.description.encode())
                 counts.extend([part.rows_each] * len(part.places))
                 continue
-            with progress(part.path, len(part.places), " records") as bar:
+            with progress(part.path, len(part.places), " records", is_shown) as bar:
                 for rows in self.scan(part):
                     digest.update(digest_rows(rows))
                     counts.append(len(rows))
                     for row in rows:
                         if "length" in row:
                             lengths.append(row["length"])
-                            tagged += is_tagged_without_picture(row)
+                            self.tagged += is_tagged_without_picture(row)
                     bar.update()
-        if tagged:
-            logging.warning(
-                "%s: %d of %d conversations have %s but no picture; the tag stays text",
-                ", ".join(part.path for part in parts),
-                tagged,
-                len(lengths),
-                IMAGE_TAG,
-            )
         self.digest = digest.hexdigest()
-        self.lengths = np.array(lengths, dtype=np.int32)
-        # the number of the record after the last one of each part: (parts,)
-        self.part_ends = np.cumsum([len(part.places) for part in parts])
+        self.lengths = np.asarray(lengths, dtype=np.int32)
         self.num_images = len(counts)
-        # the number of the record that each row belongs to: (rows,)
-        self.image_of = np.repeat(np.arange(len(counts), dtype=np.int32), np.array(counts))
-        if len(self) == 0:
-            raise ValueError(f"no rows in {', '.join(part.path for part in parts)}")
+        self.image_of = np.repeat(np.arange(len(counts), dtype=np.int32), np.asarray(counts))
+        self.bad_records = np.flatnonzero(np.asarray(counts) == 0)
+        self.number_parts()
+
+    def number_parts(self) -> None:
+        """Set part_ends: the number of the record after the last one of each part, (parts,)."""
+        self.part_ends = np.cumsum([len(part.places) for part in self.parts])
+
+    def key(self) -> dict[str, Any]:
+        """What an index depends on. JSON gives it back as it is."""
+        parts = [part.key() for part in self.parts]
+        return {"format": [VERSION, INDEX_FORMAT], "kind": self.kind, "parts": parts}
+
+    def index_path(self) -> Path:
+        """Beside the first file, one for each kind and each choice of files, whatever they hold."""
+        choice = [self.kind]
+        for part in self.parts:
+            choice += [os.path.basename(part.path), part.strategy]
+        name = hashlib.sha256(json.dumps(choice).encode()).hexdigest()[:8]
+        first_file, _, _ = locate(self.parts[0].path)
+        return Path(f"{first_file}.{self.kind}-{name}.index")
+
+    def open_index(self) -> None:
+        """As `read`, from the index. Where there is none, one process of the node writes it."""
+        path = self.index_path()
+        index = read_index(path, self.key())
+        if index is None:
+            reason = why_no_folder(path.parent)
+            if reason:
+                say_no_index(path, reason)
+                self.read()
+                return
+            with one_builder(path, lambda: say_waiting(path)) as is_builder:
+                # another process may have written it in the meantime
+                index = read_index(path, self.key())
+                if index is None and is_builder:
+                    self.build_index(path)
+                    return
+        if index is None:
+            self.read()
+            return
+        self.take(index)
+        self.meet_bad_records()
+
+    def build_index(self, path: Path) -> None:
+        """As `read`. What it has found is written, and then mapped as in all other processes."""
+        key = self.key()
+        self.read(is_shown=True)
+        index = self.as_index()
+        try:
+            if self.key() != key:
+                raise ValueError("the data changed while they were read")
+            remove_temporary_files(path.parent, (path.name,))
+            write_index(path, key, index)
+        except (ValueError, OSError) as error:
+            say_no_index(path, first_line_of(error))
+            return
+        written = read_index(path, key)
+        if written is not None:
+            self.take(written)  # and the own arrays are freed
+
+    def as_index(self) -> Index:
+        """What `read` has found, for an index."""
+        facts: dict[str, Any] = {
+            "digest": self.digest,
+            "num_images": self.num_images,
+            "has_answers": self.has_answers,
+            "tagged": self.tagged,
+        }
+        arrays: dict[str, np.ndarray] = {
+            "image_of": self.image_of,
+            "lengths": self.lengths,
+            "bad_records": self.bad_records,
+        }
+        for number, part in enumerate(self.parts):
+            for name, values in part.arrays().items():
+                arrays[f"{number} {name}"] = values
+        return Index(facts, arrays)
+
+    def take(self, index: Index) -> None:
+        """Take from an index what `read` finds."""
+        self.digest = index.facts["digest"]
+        self.num_images = index.facts["num_images"]
+        self.has_answers = index.facts["has_answers"]
+        self.tagged = index.facts["tagged"]
+        self.image_of = index.arrays["image_of"]
+        self.lengths = index.arrays["lengths"]
+        self.bad_records = index.arrays["bad_records"]
+        for number, part in enumerate(self.parts):
+            start = f"{number} "
+            own = {}
+            for name, values in index.arrays.items():
+                if name.startswith(start):
+                    own[name.removeprefix(start)] = values
+            part.take(own)
+        self.number_parts()
+
+    def meet_bad_records(self) -> None:
+        """Raise or tolerate the bad records of an index, as if all had just been scanned."""
+        for index in self.bad_records:
+            self.seen = int(index)
+            part, number = self.find(int(index))
+            self.scan_record(part, number)
+        self.seen = self.num_images
+
+    def scan_record(self, part: Part, index: int) -> list[dict]:
+        """The text rows of a record; none for a bad one that is tolerated."""
+        self.seen += 1
+        try:
+            rows = part.parse_texts(self.kind, index)
+            if self.kind == "questions":
+                with named(part, index):
+                    self.check_answers_alike(rows)
+        except BadSample as error:
+            # the record keeps its number, so that the names of the others stay right
+            tolerate(error, self.on_bad_sample, self.seen, self.bad)
+            rows = []
+        return rows
 
     def scan(self, part: Part) -> Iterator[list[dict]]:
-        """The text rows of each record of a part; none for a bad one that is tolerated."""
+        """The text rows of each record of a part."""
         for index in range(len(part.places)):
-            self.seen += 1
-            try:
-                rows = part.parse_texts(self.kind, index)
-                if self.kind == "questions":
-                    with named(part, index):
-                        self.check_answers_alike(rows)
-            except BadSample as error:
-                # the record keeps its number, so that the names of the others stay right
-                tolerate(error, self.on_bad_sample, self.seen, self.bad)
-                rows = []
-            yield rows
+            yield self.scan_record(part, index)
 
     def check_answers_alike(self, rows: list[dict]) -> None:
         """Raises BadSample unless these questions have answers as all those before have."""

@@ -5,13 +5,25 @@ import logging
 import os
 import pickle
 import tarfile
+import time
 import tracemalloc
 from collections import Counter
 
 import numpy as np
+import open_manifests
 import pytest
 import torch
-from helpers import ANSWERS, GOLDEN, LOV, QUESTIONS, picture, png, write_arrow, write_records
+from helpers import (
+    ANSWERS,
+    GOLDEN,
+    LOV,
+    QUESTIONS,
+    picture,
+    png,
+    run_in_forks,
+    write_arrow,
+    write_records,
+)
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -1654,3 +1666,352 @@ def test_keys_that_nobody_misses_are_left_alone(kind, record, tmp_path):
     if record.get("questions", [{}])[0].get("question_types"):
         record["questions"][0]["question_type"] = "what"
     assert len(open_source(kind, [write_records(tmp_path / "x.jsonl", [record])])) == 1
+
+
+# ---------------------------------------------------------------- the index of a large source
+@pytest.fixture
+def indexed(monkeypatch):
+    """Every source is large enough for an index."""
+    monkeypatch.setattr(data, "INDEX_FROM", 0)
+
+
+@pytest.fixture
+def readings(monkeypatch):
+    """A list that gets an entry for each time that a source reads all its records."""
+    entries = []
+    read = data.Source.read
+
+    def counted(source, *args, **kwargs):
+        entries.append(source.kind)
+        read(source, *args, **kwargs)
+
+    monkeypatch.setattr(data.Source, "read", counted)
+    return entries
+
+
+def index_files(folder):
+    return sorted(path.name for path in folder.iterdir() if ".index" in path.name)
+
+
+def all_of(source):
+    """What a user can see of a source, but for its pictures."""
+    records = range(source.num_images)
+    return {
+        "digest": source.digest,
+        "has_answers": source.has_answers,
+        "seen": source.seen,
+        "bad": sorted(source.bad),
+        "image_of": (source.image_of.tolist(), str(source.image_of.dtype)),
+        "lengths": (source.lengths.tolist(), str(source.lengths.dtype)),
+        "names": [source.name(index) for index in records],
+        "places": [[int(place) for place in part.places] for part in source.parts],
+        "texts": source.texts(),
+    }
+
+
+def write_parts(folder, kind):
+    """Files of one kind, some with blank lines and bad records."""
+    if kind == "captions":
+        lines = ['{"image": "a.png", "captions": ["one", "two"]}', "", "{"]
+        for i in range(3000):
+            lines.append(f'{{"image": "{i}.png", "captions": ["number {i}"], "image_id": {i}}}')
+        (folder / "a.jsonl").write_text("\n".join(lines))
+        (folder / "b.jsonl").write_text("\n".join(["[]", *lines[3:]]) + "\n\n")
+    elif kind == "questions":
+        write_records(folder / "a.jsonl", [question(answers={"y": 0.5})] * 20)
+        columns = {
+            "image": [png()],
+            "questions": [["q"]],
+            "question_id": [[1]],
+            "answers": [[["y"]]],
+            "answer_scores": [[[1.0]]],
+        }
+        write_arrow(folder / "b.arrow", columns)
+    else:
+        records = [{"id": i, "conversations": turns("<image>", f"a{i}")} for i in range(9)]
+        (folder / "a.json").write_text(json.dumps(records, indent=1))
+        write_records(folder / "b.jsonl", records)
+        entries = [
+            {"json_path": "a.json", "sampling_strategy": "random:5"},
+            {"json_path": "b.jsonl", "sampling_strategy": "end:3"},
+            {"json_path": "b.jsonl"},
+        ]
+        (folder / "mix.yaml").write_text(json.dumps({"datasets": entries}))
+
+
+def open_parts(folder, kind, policy="skip", seed=3):
+    if kind == "chat":
+        return open_chat(folder / "mix.yaml", seed=seed, on_bad_sample=policy)
+    paths = [path for path in sorted(folder.iterdir()) if path.suffix in (".jsonl", ".arrow")]
+    return open_source(kind, paths, policy)
+
+
+@pytest.mark.parametrize("kind", ["captions", "questions", "chat"])
+def test_a_source_is_the_same_with_and_without_an_index(kind, tmp_path, monkeypatch, readings):
+    write_parts(tmp_path, kind)
+    in_memory = all_of(open_parts(tmp_path, kind))
+    assert index_files(tmp_path) == []
+    monkeypatch.setattr(data, "INDEX_FROM", 0)
+    for times_read in (2, 2, 2):  # the first one writes it
+        source = open_parts(tmp_path, kind)
+        assert all_of(source) == in_memory
+        assert len(readings) == times_read
+        with pytest.raises(ValueError, match="read-only"):
+            source.image_of[0] = 1
+    assert len(index_files(tmp_path)) == 1
+
+
+def test_small_sources_and_drawn_ones_leave_no_file(manifest, tmp_path):
+    open_captions(manifest)
+    demo_source("captions", "train", 10)
+    assert index_files(manifest.parent) == []
+    assert data.INDEX_FROM > manifest.stat().st_size
+
+
+def test_bad_records_of_an_index_are_met_as_in_a_scan(tmp_path, indexed, readings, caplog):
+    write_parts(tmp_path, "captions")
+    source = open_parts(tmp_path, "captions")
+    messages = [record.message for record in caplog.records]
+    assert len(messages) == len(source.bad) == 2
+    caplog.clear()
+    open_parts(tmp_path, "captions")
+    assert [record.message for record in caplog.records] == messages
+    with pytest.raises(BadSample, match="a.jsonl, line 3, is not JSON: .*never skipped"):
+        open_parts(tmp_path, "captions", policy=data.HELD_OUT)
+    assert readings == ["captions"]
+
+
+def test_a_bad_record_is_named_when_the_index_is_built(tmp_path, indexed):
+    path = write_records(tmp_path / "x.jsonl", [RECORD, RECORD])
+    path.write_text(path.read_text() + '{"image": "a.png"}\n')
+    for _ in range(2):
+        with pytest.raises(BadSample, match="x.jsonl, line 3: there is no 'captions'"):
+            open_captions(path)
+    assert index_files(tmp_path) == []
+
+
+def rewrite_later(path, content):
+    """Other content of the same age in whole seconds, written a little later."""
+    modified = path.stat().st_mtime_ns
+    path.write_text(content)
+    os.utime(path, ns=(modified, modified + 1))
+
+
+CHANGES = {
+    "another line": lambda path: rewrite_later(path, path.read_text() + json.dumps(RECORD)),
+    "another text": lambda path: rewrite_later(path, path.read_text().replace("7 of", "8 of")),
+    "another time": lambda path: os.utime(path, (7, 7)),
+    "an older file": lambda path: path.write_text(json.dumps(RECORD)) and os.utime(path, (7, 7)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_an_index_of_older_data_is_built_anew(change, tmp_path, indexed, readings, monkeypatch):
+    records = [{"image": "a.png", "captions": [f"text {i} of {i}"]} for i in range(10)]
+    path = write_records(tmp_path / "x.jsonl", records)
+    open_captions(path)
+    names = index_files(tmp_path)
+    CHANGES[change](path)
+    source = open_captions(path)
+    assert len(readings) == 2
+    open_captions(path)
+    assert len(readings) == 2
+    assert index_files(tmp_path) == names
+    monkeypatch.setattr(data, "INDEX_FROM", 2**40)
+    assert all_of(source) == all_of(open_captions(path))
+
+
+def test_an_index_of_another_seed_or_edition_is_built_anew(
+    tmp_path, indexed, readings, monkeypatch
+):
+    write_parts(tmp_path, "chat")
+    first = ids(open_parts(tmp_path, "chat", seed=3))
+    assert ids(open_parts(tmp_path, "chat", seed=4)) != first
+    assert ids(open_parts(tmp_path, "chat", seed=3)) == first
+    monkeypatch.setattr(data, "INDEX_FORMAT", 10**6)
+    assert ids(open_parts(tmp_path, "chat", seed=3)) == first
+    assert len(readings) == 4
+    assert len(index_files(tmp_path)) == 1
+
+
+def test_each_kind_and_choice_of_files_has_its_own_index(tmp_path, indexed, readings):
+    records = [conversation(TAGGED, GPT, image="a.png")] * 3
+    paths = [write_records(tmp_path / f"{name}.jsonl", records) for name in "ab"]
+    for _ in range(2):
+        assert len(open_source("chat", paths)) == 6
+        assert len(open_source("chat", paths[:1])) == 3
+        assert len(open_source("chat_captions", paths[:1])) == 3
+    assert len(readings) == len(index_files(tmp_path)) == 3
+
+
+def damage(path, how, others):
+    content = path.read_bytes()
+    if how == "truncated":
+        path.write_bytes(content[:-70])
+    elif how == "flipped":
+        middle = len(content) - 100
+        changed = content[middle] ^ 1
+        path.write_bytes(content[:middle] + bytes([changed]) + content[middle + 1 :])
+    elif how == "zeros":
+        path.write_bytes(bytes(len(content)))
+    elif how == "pickle":
+        path.write_bytes(pickle.dumps(content))
+    elif how == "foreign":
+        path.write_bytes(others.read_bytes())
+    else:
+        path.write_bytes(b"")
+
+
+@pytest.mark.parametrize("how", ["truncated", "flipped", "zeros", "pickle", "foreign", "empty"])
+def test_a_damaged_or_foreign_index_is_built_anew(how, manifest, tmp_path, indexed, readings):
+    (tmp_path / "other").mkdir()
+    open_captions(write_records(tmp_path / "other/x.jsonl", [RECORD] * 24))
+    (other_name,) = index_files(tmp_path / "other")
+    expected = all_of(open_captions(manifest))
+    (name,) = index_files(tmp_path)
+    content = (tmp_path / name).read_bytes()
+    damage(tmp_path / name, how, tmp_path / "other" / other_name)
+    assert all_of(open_captions(manifest)) == expected
+    assert (tmp_path / name).read_bytes() == content
+    assert len(readings) == 3
+    open_captions(manifest)
+    assert len(readings) == 3
+
+
+def test_an_index_moves_with_its_data(tmp_path, indexed, readings):
+    (tmp_path / "old").mkdir()
+    path = write_records(tmp_path / "old/x.jsonl", [RECORD] * 4)
+    open_captions(path)
+    (tmp_path / "old").rename(tmp_path / "new")
+    source = open_captions(tmp_path / "new/x.jsonl")
+    assert len(readings) == 1
+    assert source.name(2) == f"{tmp_path}/new/x.jsonl, line 3"
+
+
+def full_disk(*_):
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("place", ["folder", "disk"])
+def test_where_nothing_can_be_written_the_data_are_kept_in_memory(
+    place, manifest, indexed, readings, monkeypatch, caplog
+):
+    if place == "folder":
+        monkeypatch.setattr(data, "why_no_folder", lambda _: "no file can be made there")
+    else:
+        monkeypatch.setattr(data, "write_index", full_disk)
+    for _ in range(2):
+        caplog.clear()
+        source = open_captions(manifest)
+        assert len(source) == 48
+        (message,) = caplog.messages
+        assert "index is not written (" in message
+        assert "keeps it in memory" in message
+    assert len(readings) == 2
+    assert index_files(manifest.parent) == []
+
+
+def test_data_that_change_while_they_are_read_get_no_index(manifest, indexed, monkeypatch, caplog):
+    scan = data.Source.scan
+
+    def disturbed(source, part):
+        os.utime(manifest, (9, 9))
+        return scan(source, part)
+
+    monkeypatch.setattr(data.Source, "scan", disturbed)
+    assert len(open_captions(manifest)) == 48
+    assert "not written (the data changed while they were read)" in caplog.text
+    assert index_files(manifest.parent) == []
+
+
+def test_an_archive_has_its_index_beside_it(tmp_path, indexed, readings):
+    write_records(tmp_path / "m.jsonl", [RECORD] * 3)
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        archive.add(tmp_path / "m.jsonl", "m.jsonl")
+    for _ in range(2):
+        part = data.Manifest(f"{tmp_path}/a.tar::m.jsonl", folder=tmp_path)
+        assert len(data.Source("captions", [part])) == 3
+    assert len(readings) == 1
+    (name,) = index_files(tmp_path)
+    assert name.startswith("a.tar.captions-")
+
+
+def open_in_a_process(rank, folder):
+    """Open the manifest, and leave its digest and the number of readings in a file."""
+    entries = []
+    read = data.Source.read
+
+    def slow_read(source, *args, **kwargs):
+        entries.append(rank)
+        # the others come in the meantime
+        while len(list(folder.glob("at *"))) < 3:
+            time.sleep(0.01)
+        time.sleep(0.3)
+        read(source, *args, **kwargs)
+
+    data.Source.read = slow_read
+    data.INDEX_FROM = 0
+    (folder / f"at {rank}").touch()
+    source = open_captions(folder / "coco_train.jsonl")
+    (folder / f"{source.digest} {len(entries)} {rank}").touch()
+
+
+def test_of_processes_that_open_it_at_once_one_reads_it(manifest):
+    run_in_forks(open_in_a_process, manifest.parent, processes=3)
+    digest = open_captions(manifest).digest
+    counts = [path.name.split()[1] for path in manifest.parent.glob(f"{digest} *")]
+    assert sorted(counts) == ["0", "0", "1"]
+    (name,) = index_files(manifest.parent)
+    assert name.endswith(".index")
+
+
+def test_what_a_killed_builder_left_is_removed(manifest, indexed):
+    open_captions(manifest)
+    (name,) = index_files(manifest.parent)
+    (manifest.parent / name).unlink()
+    for left in (f"{name}.tmp123", f"{name}.lock"):
+        (manifest.parent / left).touch()
+    open_captions(manifest)
+    assert index_files(manifest.parent) == [name]
+
+
+@pytest.mark.parametrize("count", [5_000, 20_000])
+def test_the_memory_of_a_process_does_not_grow_with_the_data(count, tmp_path, indexed):
+    path = write_records(tmp_path / "x.jsonl", [{"image": "a", "captions": ["b", "c"]}] * count)
+    open_captions(path)
+    tracemalloc.start()
+    source = open_captions(path)
+    kept, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert (source.num_images, len(source)) == (count, 2 * count)
+    assert kept < 2**17
+    assert peak < 2 * data.PIECE + 2**20
+    # three numbers of eight bytes a record, one of four bytes a row
+    (name,) = index_files(tmp_path)
+    size = (tmp_path / name).stat().st_size
+    assert 0 <= size - 24 * count - 4 * 2 * count < 2000
+
+
+def test_the_arrays_of_an_index_are_pages_of_the_file(manifest, indexed):
+    open_captions(manifest)
+    source = open_captions(manifest)
+    (part,) = source.parts
+    for values in (source.image_of, source.lengths, part.places, part.starts, part.ends):
+        assert not values.flags.owndata
+        assert not values.flags.writeable
+
+
+def test_the_cost_of_opening_is_measured(tmp_path, capfd):
+    open_manifests.main(["--records", "30", "--folder", str(tmp_path)])
+    rows = [line.split() for line in capfd.readouterr().out.splitlines()]
+    digests = {row[-1] for row in rows if row[0] == "captions"}
+    assert len(digests) == 1
+    assert [row[-7] for row in rows if row[0] in ("captions", "chat")] == ["60"] * 3 + ["30"] * 3
+    assert not list(tmp_path.iterdir())
+
+
+def test_who_builds_an_index_shows_its_progress_whatever_its_rank(monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert data.progress("x", 3, "B").disable
+    assert not data.progress("x", 3, "B", is_shown=True).disable
