@@ -366,7 +366,7 @@ def stored_config(run: RunConfig, fields: dict) -> Any:
         identity = read_index(file.parent).identity
     else:
         identity = json.loads(read_training_state(file)["identity"])
-    stored: dict = identity.get("config", {})
+    stored: Any = identity.get("config")
     try:
         return run.architecture(**{**stored, **fields})
     except (ValueError, TypeError) as error:
