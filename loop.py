@@ -102,6 +102,7 @@ def move_old_run(folder: Path) -> Path | None:
     A death on the way leaves some files here and some there. The next --fresh moves the rest.
     """
     # the training state first: without it nobody takes the rest for a run to go on with
+    # a run has one of two states, with or without --shard
     names = (STATE_FOLDER, *FILES, "best")
     present = [name for name in names if os.path.lexists(folder / name)]
     if not present:
@@ -207,6 +208,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        # torch's scaler looks at the rows of one process
         if self.shard and self.precision == "fp16":
             raise FieldError(
                 "shard does not go with precision fp16, whose scale needs whole gradients; "
@@ -243,9 +245,15 @@ class RunConfig:
         sharded = state_file(self.out_dir, True)
         whole = state_file(self.out_dir, False)
         if self.shard and whole.exists():
-            raise FieldError(f"{whole} is of a run without --shard, and goes on only without it")
+            raise FieldError(
+                f"out_dir {self.out_dir}: {whole} is of a run without --shard, and goes on only "
+                "without it"
+            )
         if not self.shard and sharded.exists():
-            raise FieldError(f"{sharded.parent} is of a run with --shard, and goes on only with it")
+            raise FieldError(
+                f"out_dir {self.out_dir}: {sharded.parent} is of a run with --shard, and goes on "
+                "only with it"
+            )
         # 2. the folders in it
         best = Path(self.out_dir) / "best"
         for name in FOLDERS:
@@ -360,8 +368,8 @@ def stored_config(run: RunConfig, fields: dict) -> Any:
 
     `Checkpoint` then refuses fields that change it.
     """
-    file = state_file(run.out_dir, run.shard)
     # what the run is told apart by holds all fields of its model
+    file = state_file(run.out_dir, run.shard)
     if run.shard:
         identity = read_index(file.parent).identity
     else:
@@ -803,9 +811,11 @@ class Checkpoint:
 
     def load_shards(self, optimizer: torch.optim.Optimizer) -> None:
         """`load` for --shard."""
+        # 1. whose it is
         folder = self.state_file.parent
         index = read_index(folder)
         self.refuse_another_run(index.identity)
+        # 2. this process' rows, whatever number of processes has written them
         try:
             if not 0 < index.step <= self.run.max_steps:
                 raise ValueError(f"step is {index.step} of {self.run.max_steps}")
@@ -815,6 +825,7 @@ class Checkpoint:
                 f"{folder} is not the training state of this run ({first_line_of(error)}); "
                 "--fresh starts anew"
             ) from error
+        # 3. where it was
         self.best = index.best
         self.step = index.step
 
@@ -890,13 +901,16 @@ class Checkpoint:
 
         Until then the files of the last state stay, and index.json names those.
         """
+        # 1. the folder, for all
         folder = self.state_file.parent
         self.guard(lambda: folder.mkdir(exist_ok=True), folder)
         self.world.barrier()
+        # 2. each process its rows
         rank = self.world.rank
         write_own = functools.partial(write_part, folder, step, self.model, optimizer, rank)
         self.guard(write_own, folder, everywhere=True)
         self.world.barrier()
+        # 3. now that all files are there, the index, and nothing needs the old ones any more
         index = Index(step, self.best, self.identity, self.world.size, {})
         self.guard(lambda: write_index(folder, index, self.model, optimizer), self.state_file)
         self.guard(lambda: remove_old_parts(folder), folder)
@@ -906,6 +920,7 @@ class Checkpoint:
 
         what: what it is a part of, for a message.
         """
+        # before the guard, which only rank 0 passes: all processes have a part of them
         if self.run.shard:
             weights = whole_weights(self.model, self.world.rank)
         else:
@@ -1057,6 +1072,7 @@ def train_step(
             scaler.scale(loss).backward()
         # for the log: sums over this process, then over all of them
         totals += torch.stack([sums[name].detach() for name in names]).double()
+    # what --shard does not deal has gradients of this process' rows alone
     if run.shard:
         average_whole_gradients(task, world)
     means = (world.sum(totals) / counts).tolist()

@@ -63,6 +63,20 @@ def shard_task(task: Any, groups: list[dict], precision: str, world: World) -> N
     Each process has all weights before, and may then read them only inside of the task's forward
     pass, or in `gathered`. precision: a resolved one.
     """
+    names = {parameter: name for name, parameter in task.named_parameters()}
+    deal(task, precision, world)
+    # all processes gather a block, or none does
+    task.model.runs_all_blocks = True
+    # The new parameters have the names of the old ones. In place: whoever has the groups would keep
+    # the whole weights else.
+    dealt = dict(task.named_parameters())
+    for group in groups:
+        group["params"] = [dealt[names[parameter]] for parameter in group["params"]]
+    groups[:] = [kind for group in groups for kind in split_group(group)]
+
+
+def deal(task: Any, precision: str, world: World) -> None:
+    """Let each process keep its rows: FSDP2, block by block, then the rest as one."""
     # 1. without torchrun this process is a group of its own
     if not dist.is_initialized():
         backend = "nccl" if world.device.type == "cuda" else "gloo"
@@ -79,9 +93,8 @@ def shard_task(task: Any, groups: list[dict], precision: str, world: World) -> N
     )
     root_policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
 
-    # 3. the blocks, then the rest; the new parameters have the names of the old ones
-    names = {parameter: name for name, parameter in task.named_parameters()}
-    numbers = {parameter for parameter in names if parameter.dim() == 0}
+    # 3. Gradients are dealt out in every micro-step, not only in the last one: until then they
+    # would be whole in every process, as large as the weights that are not.
     for module in task.model.modules():
         if isinstance(module, task.model.blocks_to_shard):
             fully_shard(module, mesh=mesh, mp_policy=block_policy)
@@ -90,16 +103,8 @@ def shard_task(task: Any, groups: list[dict], precision: str, world: World) -> N
         mesh=mesh,
         mp_policy=root_policy,
         reshard_after_forward=False,
-        ignored_params=numbers,
+        ignored_params={parameter for parameter in task.parameters() if parameter.dim() == 0},
     )
-    # all processes gather a block, or none does
-    task.model.runs_all_blocks = True
-
-    # 4. in place: whoever has the groups would keep the whole weights else
-    dealt = dict(task.named_parameters())
-    for group in groups:
-        group["params"] = [dealt[names[parameter]] for parameter in group["params"]]
-    groups[:] = [kind for group in groups for kind in split_group(group)]
 
 
 def split_group(group: dict) -> list[dict]:
