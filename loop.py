@@ -19,6 +19,7 @@ import pickle
 import re
 import shutil
 import signal
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -69,6 +70,7 @@ from world import (
     World,
     autocast,
     first_line_of,
+    is_lost_connection,
     is_worker_death,
     resolve_precision,
     seed_all,
@@ -1192,6 +1194,13 @@ def stoppable(checkpoint: Checkpoint, world: World) -> Iterator[Tensor]:
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"interrupted. {checkpoint.what_is_kept()}") from None
     except RuntimeError as error:
+        # that process has said why, if it was not killed
+        if is_lost_connection(error) and world.rank == 0:
+            print(
+                f"another process of this run has ended. {checkpoint.what_is_kept()}",
+                file=sys.stderr,
+                flush=True,
+            )
         # a signal to the whole group of processes ends those that load data at once
         if terminated.item() == 0 or not is_worker_death(error):
             raise

@@ -2,14 +2,16 @@
 part; a state of shards resumes to the same bits, on any number of processes, whatever the moment of
 death."""
 
-import functools
 import json
+import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,7 +25,6 @@ from helpers import (
     picture,
     run_in_forks,
     run_script,
-    run_script_in_fork,
     run_small,
 )
 from safetensors.torch import load_file, save_file
@@ -255,3 +256,186 @@ def test_another_number_of_processes_goes_on(small, whole, tmp_path):
     check_same(tmp_path, whole)
     names = {path.name for path in (tmp_path / "sharded_state").iterdir()}
     assert names == {"index.json", *(f"step-12.part-{rank}.safetensors" for rank in range(3))}
+
+
+def children(process):
+    """The processes that torchrun has started, by their rank."""
+    command = ["ps", "-o", "pid=", "--ppid", str(process.pid)]
+    listed = subprocess.run(command, capture_output=True, text=True)
+    found = {}
+    for number in map(int, listed.stdout.split()):
+        environment = Path(f"/proc/{number}/environ").read_text().split("\0")
+        ranks = [word for word in environment if word.startswith("RANK=")]
+        if ranks:
+            found[int(ranks[0].removeprefix("RANK="))] = number
+    return found
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_all_and_the_run_goes_on(small, whole, tmp_path):
+    flags = [str(flag) for flag in (*small, *EXACT, tmp_path, "--shard", "--save_every", "2")]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    process = subprocess.Popen(
+        [*torchrun, "--nproc_per_node", "2", str(ROOT / "train.py"), *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    index = tmp_path / "sharded_state" / "index.json"
+    end = time.time() + 120
+    while time.time() < end and not index.exists():
+        time.sleep(0.01)
+    os.kill(children(process)[1], signal.SIGKILL)
+    began = time.time()
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 1 and time.time() - began < 40
+    assert re.search(r"another process of this run has ended. The checkpoint of step \d+", said)
+    assert len(losses(tmp_path)) < 12
+    result = run_script("train.py", *flags, processes=2)
+    assert result.returncode == 0 and "resuming after step " in result.stdout, result.stderr
+    check_same(tmp_path, whole)
+
+
+@pytest.mark.slow
+def test_death_at_every_write_of_shards(small, tmp_path):
+    """As test_loop.py has it of training_state.pt; here with one process."""
+    few = "--vision_layers 1 --text_layers 1 --num_layers 1 --managed_layers_text 1"
+    few += " --managed_layers_image 1 --batch_size 4 --micro_batch_size 4 --eval_size 4 --shard"
+    result = subprocess.run(
+        [sys.executable, ROOT / "tests" / "deaths.py", tmp_path / "runs", *small, *few.split()],
+        capture_output=True,
+        text=True,
+        timeout=280,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
+    assert int(result.stdout.split()[0]) >= 80, result.stdout
+
+
+# ---------------------------------------------------------------- what is refused
+SHORT = ("--max_steps", 2, "--save_every", 1, "--batch_size", 4)
+
+
+@pytest.fixture(scope="module")
+def finished(small, tmp_path_factory):
+    """A sharded run of one process, which has ended after its first step of two."""
+    out = tmp_path_factory.mktemp("finished") / "run"
+    sharded([*small, *SHORT], out, 1, last_step=1)
+    return out
+
+
+def message_of(rank, flags, file):
+    """In a fork, as no process group must be left: the sentence that a run ends with."""
+    try:
+        train.main(flags)
+    except ValueError as error:
+        file.write_text(str(error))
+
+
+def refused(flags, tmp_path):
+    file = tmp_path / "said.txt"
+    run_in_forks(message_of, [str(flag) for flag in flags], file, processes=1)
+    return file.read_text() if file.exists() else ""
+
+
+def test_a_state_with_shards_and_one_without_are_told_apart(small, whole, finished, tmp_path):
+    with pytest.raises(ValueError, match="sharded_state is of a run with --shard, and goes on on"):
+        run_small(small, *SHORT, "--out_dir", finished)
+    with pytest.raises(ValueError, match="training_state.pt is of a run without --shard, and goe"):
+        run_small(small, *EXACT, whole, "--shard")
+    with pytest.raises(ValueError, match="shard does not go with precision fp16"):
+        run_small(small, *SHORT, "--shard", "--precision", "fp16", "--out_dir", tmp_path)
+
+
+def cut(folder):
+    file = folder / "step-1.part-0.safetensors"
+    file.write_bytes(file.read_bytes()[:-10])
+
+
+def without_a_tensor(folder):
+    file = folder / "step-1.part-0.safetensors"
+    tensors = load_file(file)
+    del tensors["weight type_embedding"]
+    save_file(tensors, file)
+
+
+def other_values(change):
+    def damage(folder):
+        file = folder / "step-1.part-0.safetensors"
+        tensors = load_file(file)
+        tensors["weight type_embedding"] = change(tensors["weight type_embedding"])
+        save_file(tensors, file)
+
+    return damage
+
+
+def other_index(**values):
+    def damage(folder):
+        file = folder / "index.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+
+    return damage
+
+
+READABLE = "index.json is not a readable training state"
+OF_THIS_RUN = "sharded_state is not the training state of this run"
+
+
+@pytest.mark.parametrize(
+    "damage,words",
+    [
+        (cut, f"{OF_THIS_RUN} .step-1.part-0.safetensors cannot be read"),
+        (without_a_tensor, f"{OF_THIS_RUN} .*has no .*weight type_embedding"),
+        (other_values(lambda weight: weight[:1]), f"{OF_THIS_RUN} .*is F32 .*, not F32"),
+        (other_values(lambda weight: weight.double()), f"{OF_THIS_RUN} .*is F64 .*, not F32"),
+        (other_values(lambda weight: weight / 0), f"{OF_THIS_RUN} .*is not finite"),
+        (other_index(step=3), f"{OF_THIS_RUN} .step is 3 of 2"),
+        (other_index(step="1"), f"{READABLE} .*'step' is"),
+        (other_index(step=2), f"{OF_THIS_RUN} .step-2.part-0.safetensors cannot be read"),
+        (other_index(best=math.nan), f"{READABLE} .best is nan"),
+        (other_index(processes=0), f"{READABLE} .processes is 0"),
+        (other_index(processes=2), f"{OF_THIS_RUN} .step-1.part-1.safetensors cannot be read"),
+        (other_index(identity={}), f"{READABLE} .identity is"),
+        (other_index(updates={"type_embedding": "a"}), f"{OF_THIS_RUN} .updates of .* is"),
+        (lambda folder: (folder / "index.json").write_text("no"), f"{READABLE} .*not JSON"),
+    ],
+)
+def test_a_damaged_state_is_refused_and_kept(small, finished, tmp_path, damage, words):
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    damage(folder / "sharded_state")
+    before = {path.name: path.read_bytes() for path in (folder / "sharded_state").iterdir()}
+    flags = [*small, *SHORT, "--shard", "--out_dir", folder]
+    assert re.search(words, refused(flags, tmp_path))
+    after = {path.name: path.read_bytes() for path in (folder / "sharded_state").iterdir()}
+    assert before == after
+
+
+def test_fresh_puts_the_shards_aside(small, finished, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    run_small(small, *SHORT, "--fresh", "--out_dir", folder)
+    moved = folder / "before-1" / "sharded_state"
+    assert (moved / "step-1.part-0.safetensors").exists()
+    assert not (folder / "sharded_state").exists()
+
+
+def test_files_of_the_user_in_the_folder_are_kept(small, finished, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    mine = folder / "sharded_state" / "notes.txt"
+    mine.write_text("mine")
+    (folder / "sharded_state" / "step-9.part-3.safetensors.tmp12").write_text("half")
+    sharded([*small, *SHORT], folder, 1)
+    names = {path.name for path in mine.parent.iterdir()}
+    assert names == {"notes.txt", "index.json", "step-2.part-0.safetensors"}
+
+
+def test_rows_are_dealt_as_torch_does():
+    for length in (1, 2, 5, 7, 8):
+        for size in (1, 2, 3, 4, 8):
+            chunks = torch.arange(length).chunk(size)
+            for rank in range(size):
+                expected = chunks[rank].tolist() if rank < len(chunks) else []
+                assert list(shard.rows_of(length, rank, size)) == expected
