@@ -1046,6 +1046,10 @@ class LlavaManager(nn.Module):
     """
 
     blocks_to_compile = (ViTBlock, DecoderLayer)
+    blocks_to_shard = (ViTBlock, DecoderLayer)
+    # Whether a batch without images runs SigLIP too, in training: with --shard a block is gathered
+    # by all processes or by none.
+    runs_all_blocks = False
 
     def __init__(self, config: LlavaManagerConfig):
         super().__init__()
@@ -1272,6 +1276,8 @@ class LlavaManager(nn.Module):
                 inject = partial(self.inject, managed=self.plan_managers(batch, experts))
         if self.training:
             embeddings = embeddings + self.unused(len(images))
+            if self.runs_all_blocks and not images:
+                embeddings = embeddings + self.black_tile()
         return embeddings, inject
 
     @staticmethod
@@ -1332,11 +1338,21 @@ class LlavaManager(nn.Module):
         named = [("image_newline", self.image_newline)]
         if num_images == 0:
             named = list(self.named_parameters())
+        # the LLM runs always, and with --shard SigLIP's blocks do
+        elsewhere = ("llm.", "vision.blocks.") if self.runs_all_blocks else ("llm.",)
         total: Any = 0
         for name, parameter in named:
-            if parameter.requires_grad and not name.startswith("llm."):
+            if parameter.requires_grad and not name.startswith(elsewhere):
                 total = total + parameter.flatten()[0]
         return 0 * total
+
+    def black_tile(self) -> Tensor:
+        """0, from a black tile that goes through SigLIP, and a path for gradients to its blocks."""
+        weight = self.vision.patch.weight
+        side = self.config.image_size
+        pixels = torch.zeros(1, 3, side, side, device=weight.device, dtype=weight.dtype)
+        (last,) = self.vision(pixels, [self.config.vision_layers - 1])
+        return 0 * last.sum()
 
     # ---------------------------------------------------------------- loss
     def cross_entropy_sum(self, hidden: Tensor, labels: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ import pickle
 import re
 import shutil
 import signal
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -44,6 +45,22 @@ from files import (
     write_atomically,
     write_text,
 )
+from shard import (
+    INDEX,
+    STATE_FOLDER,
+    Index,
+    average_whole_gradients,
+    clip_sharded_gradients,
+    gathered,
+    load_state,
+    own_part,
+    read_index,
+    remove_old_parts,
+    shard_task,
+    whole_weights,
+    write_index,
+    write_part,
+)
 from tokenizer import Tokenizer, load_tokenizer
 from torch_files import BROKEN, TorchFile, is_archive
 from weights import save_folder
@@ -53,6 +70,7 @@ from world import (
     World,
     autocast,
     first_line_of,
+    is_lost_connection,
     is_worker_death,
     resolve_precision,
     seed_all,
@@ -64,6 +82,7 @@ from world import (
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 EXPORTED = ("model.safetensors", "config.json", *TOKENIZER_FILES, "answers.json")  # for users
 FILES = ("training_state.pt", *EXPORTED, "log.jsonl")  # in out_dir, and most in out_dir/best
+FOLDERS = (STATE_FOLDER, "best")  # in out_dir; the first one with --shard
 SOURCES = ("init", "vision", "text", "tokenizer", "data_root", "data_path", "image_folder")
 
 
@@ -72,7 +91,9 @@ def is_moved(place: Path, folder: Path) -> bool:
     # links may lead there under another name
     place = place.resolve()
     folder = folder.resolve()
-    if place == folder or folder / "best" in (place, *place.parents):
+    if place == folder:
+        return True
+    if any(folder / name in (place, *place.parents) for name in FOLDERS):
         return True
     return place.parent == folder and place.name in FILES
 
@@ -83,7 +104,9 @@ def move_old_run(folder: Path) -> Path | None:
     A death on the way leaves some files here and some there. The next --fresh moves the rest.
     """
     # the training state first: without it nobody takes the rest for a run to go on with
-    present = [name for name in (*FILES, "best") if os.path.lexists(folder / name)]
+    # a run has one of two states, with or without --shard
+    names = (STATE_FOLDER, *FILES, "best")
+    present = [name for name in names if os.path.lexists(folder / name)]
     if not present:
         return None
     # a number that no earlier --fresh has taken, whatever lies there
@@ -99,6 +122,13 @@ def move_old_run(folder: Path) -> Path | None:
 
 
 # ---------------------------------------------------------------- the config of a run
+def state_file(out_dir: str, shard: bool) -> Path:
+    """What says that there is a training state in a folder, with or without --shard."""
+    if shard:
+        return Path(out_dir) / STATE_FOLDER / INDEX
+    return Path(out_dir) / "training_state.pt"
+
+
 @dataclass
 class RunConfig:
     """What every training script has. Every field is a flag, and so are the fields of the model."""
@@ -169,12 +199,23 @@ class RunConfig:
     checkpointing: bool = option(
         False, "compute activations again in the backward pass: less memory"
     )
+    shard: bool = option(
+        False,
+        "each process keeps a part of the weights, gradients and moments: for models that do not "
+        "fit into one",
+    )
     fresh: bool = option(
         False, "start anew instead of resuming; the old run's files go into out_dir/before-N"
     )
 
     def __post_init__(self) -> None:
         check_fields(self)
+        # torch's scaler looks at the rows of one process
+        if self.shard and self.precision == "fp16":
+            raise FieldError(
+                "shard does not go with precision fp16, whose scale needs whole gradients; "
+                "take bf16 or fp32"
+            )
         for name in ("vision", "text"):
             place = getattr(self, name)
             if place and not Path(place).exists() and not goes_on(self):
@@ -199,13 +240,32 @@ class RunConfig:
             )
 
     def check_old_files(self) -> None:
-        """Raises FieldError for a folder where the run writes a file, or the other way round."""
-        # 1. the second folder
+        """Raises FieldError for a folder where the run writes a file, or the other way round; and
+        for a training state that --shard cannot go on from, or can only go on with.
+        """
+        # 1. the state of a run with or without --shard
+        sharded = state_file(self.out_dir, True)
+        whole = state_file(self.out_dir, False)
+        if self.shard and whole.exists():
+            raise FieldError(
+                f"out_dir {self.out_dir}: {whole} is of a run without --shard, and goes on only "
+                "without it"
+            )
+        if not self.shard and sharded.exists():
+            raise FieldError(
+                f"out_dir {self.out_dir}: {sharded.parent} is of a run with --shard, and goes on "
+                "only with it"
+            )
+        # 2. the folders in it
         best = Path(self.out_dir) / "best"
-        reason = why_no_folder(best)
-        if reason:
-            raise FieldError(f"out_dir {self.out_dir}: {best} cannot be written into: {reason}")
-        # 2. the files in both
+        for name in FOLDERS:
+            folder = Path(self.out_dir) / name
+            reason = why_no_folder(folder)
+            if reason and (self.shard or folder == best):
+                raise FieldError(
+                    f"out_dir {self.out_dir}: {folder} cannot be written into: {reason}"
+                )
+        # 3. the files in both
         for folder in (best.parent, best):
             for name in FILES:
                 if (folder / name).is_dir():
@@ -286,7 +346,7 @@ def refuse_idle_flags(argv: list[str], idle: dict[str, str]) -> None:
 # ---------------------------------------------------------------- to go on without the beginning
 def goes_on(run: RunConfig) -> bool:
     """Whether there is a training state in out_dir to go on from."""
-    return (Path(run.out_dir) / "training_state.pt").exists() and not run.fresh
+    return state_file(run.out_dir, run.shard).exists() and not run.fresh
 
 
 def is_beginning_gone(run: RunConfig) -> bool:
@@ -310,10 +370,13 @@ def stored_config(run: RunConfig, fields: dict) -> Any:
 
     `Checkpoint` then refuses fields that change it.
     """
-    file = Path(run.out_dir) / "training_state.pt"
     # what the run is told apart by holds all fields of its model
-    identity = json.loads(read_training_state(file)["identity"])
-    stored = identity.get("config")
+    file = state_file(run.out_dir, run.shard)
+    if run.shard:
+        identity = read_index(file.parent).identity
+    else:
+        identity = json.loads(read_training_state(file)["identity"])
+    stored: Any = identity.get("config")
     try:
         return run.architecture(**{**stored, **fields})
     except (ValueError, TypeError) as error:
@@ -577,6 +640,7 @@ def check_optimizer_state(state: dict, optimizer: torch.optim.Optimizer) -> None
 class Checkpoint:
     """out_dir: training_state.pt (the truth), the files for users (its weights), best/, log.jsonl.
 
+    With --shard the folder sharded_state takes the place of training_state.pt, as shard.py says.
     identity: what else than `run.identity_fields` changes the numbers: the model's config, the
     digests of data and tokenizer. save_extras(folder) writes what belongs to the model besides its
     weights.
@@ -597,7 +661,7 @@ class Checkpoint:
         self.world = world
         # where it is saved
         self.folder = Path(run.out_dir)
-        self.state_file = self.folder / "training_state.pt"
+        self.state_file = state_file(run.out_dir, run.shard)
         self.log_file = self.folder / "log.jsonl"
         # how far the run is, and how good it was at its best
         self.step = 0  # of the last training state
@@ -606,12 +670,12 @@ class Checkpoint:
         # through JSON and back, as it will be read: lists for tuples
         self.identity = json.loads(json.dumps({**fields, **identity}))
 
-    def guard(self, action: Callable[[], Any], what: Path) -> None:
-        """Run it on rank 0, the only one that writes. Raises ValueError for a disk error.
+    def guard(self, action: Callable[[], Any], what: Path, everywhere: bool = False) -> None:
+        """Run it on rank 0, which alone writes, or everywhere. Raises ValueError for a disk error.
 
         A write that fails leaves the file that was there.
         """
-        if self.world.rank > 0:
+        if self.world.rank > 0 and not everywhere:
             return
         try:
             action()
@@ -659,6 +723,8 @@ class Checkpoint:
         # 3. now that the folder is known to be this run's, remove what a death amid a write left
         for folder in (self.folder, self.folder / "best"):
             self.guard(functools.partial(remove_temporary_files, folder, FILES), folder)
+        if self.run.shard:
+            self.guard(lambda: remove_old_parts(self.state_file.parent), self.state_file.parent)
         # 4. what was logged after the state was saved will be logged again
         self.guard(self.cut_log, self.log_file)
         return self.step
@@ -675,7 +741,7 @@ class Checkpoint:
         What a death before the first training state leaves is a log of this very run, and best/.
         """
         advice = "choose another --out_dir, or --fresh, which puts them aside"
-        missing = "but no training_state.pt to go on from"
+        missing = f"but no {self.state_file.relative_to(self.folder)} to go on from"
         # these come after the training state
         for name in EXPORTED:
             if (self.folder / name).exists():
@@ -710,13 +776,11 @@ class Checkpoint:
 
     def load(self, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
         """Fill model, optimizer and scaler from training_state.pt. Raises ValueError."""
+        if self.run.shard:
+            self.load_shards(optimizer)
+            return
         state = read_training_state(self.state_file)
-        differences = different_values(json.loads(state["identity"]), self.identity)
-        if differences:
-            raise ValueError(
-                f"{self.folder} holds another run ({'; '.join(differences[:4])}); choose another "
-                "--out_dir, or --fresh starts anew"
-            )
+        self.refuse_another_run(json.loads(state["identity"]))
         # all is looked at before anything is changed
         try:
             if not 0 < state["step"] <= self.run.max_steps:
@@ -737,6 +801,35 @@ class Checkpoint:
         # where it was
         self.best = state["best"]
         self.step = state["step"]
+
+    def refuse_another_run(self, identity: dict) -> None:
+        """Raises ValueError if a state is of a run that computes other numbers."""
+        differences = different_values(identity, self.identity)
+        if differences:
+            raise ValueError(
+                f"{self.folder} holds another run ({'; '.join(differences[:4])}); choose another "
+                "--out_dir, or --fresh starts anew"
+            )
+
+    def load_shards(self, optimizer: torch.optim.Optimizer) -> None:
+        """`load` for --shard."""
+        # 1. whose it is
+        folder = self.state_file.parent
+        index = read_index(folder)
+        self.refuse_another_run(index.identity)
+        # 2. this process' rows, whatever number of processes has written them
+        try:
+            if not 0 < index.step <= self.run.max_steps:
+                raise ValueError(f"step is {index.step} of {self.run.max_steps}")
+            load_state(folder, index, self.model, optimizer, self.world)
+        except ValueError as error:
+            raise ValueError(
+                f"{folder} is not the training state of this run ({first_line_of(error)}); "
+                "--fresh starts anew"
+            ) from error
+        # 3. where it was
+        self.best = index.best
+        self.step = index.step
 
     def cut_log(self) -> None:
         """Drop the rows after the saved step; a log without a header gets one."""
@@ -776,38 +869,72 @@ class Checkpoint:
         if self.best is None or metrics["score"] > self.best:
             self.best = metrics["score"]
             best = self.folder / "best"
-            self.guard(lambda: self.export(best), best)
+            self.export(best, best)
 
     def save(
         self, step: int, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
     ) -> None:
         """training_state.pt, then the users' files. The next start mends a death in between."""
+        if self.run.shard:
+            self.save_shards(step, optimizer)
+        else:
+            self.guard(lambda: self.save_whole(step, optimizer, scaler), self.state_file)
+        # from here on this is the last good checkpoint, whatever becomes of the users' files
+        self.step = step
+        self.export(self.folder, self.state_file)
+
+    def save_whole(
+        self, step: int, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
+    ) -> None:
+        """Replace training_state.pt."""
+        # every random number is drawn from (seed, step): the step is all the random state there is
+        state = {
+            "step": step,
+            "best": self.best,
+            "identity": json.dumps(self.identity),
+            "model": self.model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "scaler": scaler.state_dict(),
+        }
+        write_atomically(self.state_file, lambda path: torch.save(state, path))
+
+    def save_shards(self, step: int, optimizer: torch.optim.Optimizer) -> None:
+        """Replace sharded_state: the files of all processes first, then what says that they count.
+
+        Until then the files of the last state stay, and index.json names those.
+        """
+        # 1. the folder, for all
+        folder = self.state_file.parent
+        self.guard(lambda: folder.mkdir(exist_ok=True), folder)
+        self.world.barrier()
+        # 2. each process its rows
+        rank = self.world.rank
+        write_own = functools.partial(write_part, folder, step, self.model, optimizer, rank)
+        self.guard(write_own, folder, everywhere=True)
+        self.world.barrier()
+        # 3. now that all files are there, the index, and nothing needs the old ones any more
+        index = Index(step, self.best, self.identity, self.world.size, {})
+        self.guard(lambda: write_index(folder, index, self.model, optimizer), self.state_file)
+        self.guard(lambda: remove_old_parts(folder), folder)
+
+    def export(self, folder: Path, what: Path) -> None:
+        """What users of the model need: weights, config.json, tokenizer. All processes call it.
+
+        what: what it is a part of, for a message.
+        """
+        # before the guard, which only rank 0 passes: all processes have a part of them
+        if self.run.shard:
+            weights = whole_weights(self.model, self.world.rank)
+        else:
+            weights = self.model.state_dict()
 
         def write() -> None:
-            # every random number is drawn from (seed, step): the step is all the random state there
-            # is
-            state = {
-                "step": step,
-                "best": self.best,
-                "identity": json.dumps(self.identity),
-                "model": self.model.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "scaler": scaler.state_dict(),
-            }
-            write_atomically(self.state_file, lambda path: torch.save(state, path))
-            # from here on this is the last good checkpoint, whatever becomes of the users' files
-            self.step = step
-            self.export(self.folder)
+            # evaluation shows the model pictures as training did, so config.json says how
+            transform = getattr(self.run, "transform", None)
+            save_folder(weights, self.model.config, folder, transform)
+            self.save_extras(folder)
 
-        self.guard(write, self.state_file)
-        self.step = step
-
-    def export(self, folder: Path) -> None:
-        """What users of the model need: weights, config.json, tokenizer."""
-        # evaluation shows the model pictures as training did, so config.json says how
-        transform = getattr(self.run, "transform", None)
-        save_folder(self.model.state_dict(), self.model.config, folder, transform)
-        self.save_extras(folder)
+        self.guard(write, what)
 
 
 def different_values(theirs: dict, ours: dict) -> list[str]:
@@ -891,8 +1018,8 @@ def wrap(task: Task, run: RunConfig, world: World) -> nn.Module:
         for module in task.model.modules():
             if isinstance(module, task.model.blocks_to_compile):
                 module.compile()
-    # one process needs no wrapper around its gradients
-    if world.size == 1:
+    # one process needs no wrapper around its gradients, and shards have their own
+    if world.size == 1 or run.shard:
         return task
     device_ids = [world.device.index] if world.device.type == "cuda" else None
     return DistributedDataParallel(
@@ -947,6 +1074,9 @@ def train_step(
             scaler.scale(loss).backward()
         # for the log: sums over this process, then over all of them
         totals += torch.stack([sums[name].detach() for name in names]).double()
+    # what --shard does not deal has gradients of this process' rows alone
+    if run.shard:
+        average_whole_gradients(task, world)
     means = (world.sum(totals) / counts).tolist()
     return dict(zip(names, means, strict=True))
 
@@ -963,9 +1093,12 @@ def apply_gradients(
     # the norm of all gradients together, as if they were one vector
     trained = [parameter for parameter in task.parameters() if parameter.grad is not None]
     gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
-    norm = nn.utils.get_total_norm(gradients)
-    if run.grad_clip:
-        nn.utils.clip_grads_with_norm_(trained, run.grad_clip, norm)
+    if run.shard:
+        norm = clip_sharded_gradients(trained, run.grad_clip)
+    else:
+        norm = nn.utils.get_total_norm(gradients)
+        if run.grad_clip:
+            nn.utils.clip_grads_with_norm_(trained, run.grad_clip, norm)
     if scaler.is_enabled() or torch.isfinite(norm):
         scaler.step(optimizer)
         scaler.update()
@@ -996,12 +1129,18 @@ def check_finite(
 def check_weights(model: nn.Module, step: int, checkpoint: Checkpoint) -> None:
     """Raises ValueError if an update has made a weight infinite or NaN, before it is saved."""
     # a finite loss of this step says nothing about the weights that the step has made
+    names = []
+    flags = []
     for name, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
-            raise ValueError(
-                f"the weights are not finite after step {step}: {name}. Is --learning_rate too "
-                f"high? {checkpoint.what_is_kept()}"
-            )
+        names.append(name)
+        flags.append(~torch.isfinite(own_part(parameter)).all())
+    # with --shard each process has seen a part of them
+    is_broken = checkpoint.world.sum(torch.stack(flags).int()).bool().tolist()
+    if any(is_broken):
+        raise ValueError(
+            f"the weights are not finite after step {step}: {names[is_broken.index(True)]}. Is "
+            f"--learning_rate too high? {checkpoint.what_is_kept()}"
+        )
 
 
 MOST_SKIPPED = 100  # steps in a row that an fp16 run may spend on looking for its scale
@@ -1055,6 +1194,13 @@ def stoppable(checkpoint: Checkpoint, world: World) -> Iterator[Tensor]:
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"interrupted. {checkpoint.what_is_kept()}") from None
     except RuntimeError as error:
+        # that process has said why, if it was not killed
+        if is_lost_connection(error) and world.rank == 0:
+            print(
+                f"another process of this run has ended. {checkpoint.what_is_kept()}",
+                file=sys.stderr,
+                flush=True,
+            )
         # a signal to the whole group of processes ends those that load data at once
         if terminated.item() == 0 or not is_worker_death(error):
             raise
@@ -1090,13 +1236,16 @@ def fit(
     # one run a folder: rank 0 holds its lock until the end
     checkpoint.make_folder()
     with folder_lock(checkpoint.folder, needed=world.rank == 0):
+        # with --shard a part of the model is left in each process
+        if run.shard:
+            shard_task(task, groups, resolve_precision(run.precision, world.device), world)
         # everything that the training state is loaded into
         optimizer = make_optimizer(groups, run, world.device)
         scaler = torch.amp.GradScaler(world.device.type, enabled=run.precision == "fp16")
         start = checkpoint.resume(optimizer, scaler)
         if start >= run.max_steps:
             # in case the last save died between the state and the users' files
-            checkpoint.guard(lambda: checkpoint.export(checkpoint.folder), checkpoint.folder)
+            checkpoint.export(checkpoint.folder, checkpoint.folder)
             world.print(
                 f"{run.out_dir} is finished: {start} of {run.max_steps} steps. --fresh starts anew."
             )
@@ -1197,7 +1346,9 @@ def run_steps(
         # 3. measure on held-out data
         if is_due(done, run.eval_every, run.max_steps):
             check_weights(learner.task.model, done, checkpoint)
-            checkpoint.record(done, evaluate(), bar)
+            with gathered(learner.task):
+                metrics = evaluate()
+            checkpoint.record(done, metrics, bar)
         # 4. save; all processes leave at the same step
         leave = world.sum(terminated.clone()).item() > 0
         if leave or is_due(done, run.save_every, run.max_steps):

@@ -708,6 +708,7 @@ class ManagerTower(nn.Module):
     """
 
     blocks_to_compile = (ViTBlock, BertLayer, Manager)  # what --compile compiles, one by one
+    blocks_to_shard = (ViTBlock, BertLayer)  # what --shard gathers, one by one
 
     def __init__(self, config: ManagerTowerConfig):
         super().__init__()

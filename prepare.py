@@ -247,7 +247,12 @@ def check_out(out: Path) -> None:
 
 
 # by one of these a folder is known as a checkpoint or as a run
-SIGNS_OF_A_CHECKPOINT = ("config.json", "model.safetensors", "training_state.pt")
+SIGNS_OF_A_CHECKPOINT = (
+    "config.json",
+    "model.safetensors",
+    "training_state.pt",
+    "sharded_state",
+)
 
 
 def check_no_checkpoint(out: Path) -> None:
@@ -1320,7 +1325,7 @@ def describe_dataset(name: str) -> str:
 def check_not_overwritten(config: WeightsConfig) -> None:
     """Raises ValueError if --out is the folder of a run, or of what is converted."""
     out = Path(config.out)
-    if (out / "training_state.pt").exists():
+    if (out / "training_state.pt").exists() or (out / "sharded_state").exists():
         raise ValueError(f"--out {out} is the folder of a run; choose another one")
     for flag in ("source", "tokenizer"):
         place = Path(getattr(config, flag))

@@ -23,6 +23,7 @@ import torch._dynamo  # every optimizer imports it, which takes longer than the 
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import loop  # noqa: E402
+import shard  # noqa: E402
 import train  # noqa: E402
 import weights  # noqa: E402
 
@@ -83,8 +84,15 @@ def disturb():
         setattr(owner, name, wrapped)
 
     loop.open = open  # what appends to the log
-    writers = ((torch, "save"), (weights, "save_file"), (Path, "write_text"), (Path, "write_bytes"))
-    for owner, name in (*writers, (loop, "open")):
+    writers = (
+        (torch, "save"),
+        (weights, "save_file"),
+        (shard, "save_file"),
+        (Path, "write_text"),
+        (Path, "write_bytes"),
+        (loop, "open"),
+    )
+    for owner, name in writers:
         wrap(owner, name, halves=True)
     for name in ("fsync", "replace"):
         wrap(os, name)

@@ -277,6 +277,23 @@ EXACT = (
 ).split()
 
 
+BROKEN_DISK = f"""
+import errno, sys
+sys.path.insert(0, {str(ROOT)!r})
+import loop, train, world
+
+save_folder = loop.save_folder
+
+def save_or_fail(weights, config, folder, transform):
+    if folder.name == "best":
+        raise OSError(errno.EIO, "Input/output error", str(folder))
+    save_folder(weights, config, folder, transform)
+
+loop.save_folder = save_or_fail
+world.one_sentence(train.main)
+"""
+
+
 @pytest.mark.slow
 def test_torchrun_with_two_processes_and_on_with_one(small, tmp_path, capsys):
     """14 steps of one process, of one that accumulates, and of two until they fail, on rank 0, and
@@ -284,17 +301,17 @@ def test_torchrun_with_two_processes_and_on_with_one(small, tmp_path, capsys):
     """
     run_small(small, *EXACT, tmp_path / "one")
     run_small(small, *EXACT, tmp_path / "accumulated", "--micro_batch_size", 2)
-    (tmp_path / "two").mkdir()
-    (tmp_path / "two" / "best").touch()  # in the way of the folder, when step 12 has been evaluated
+    # the disk fails when step 12 has been evaluated
+    broken = tmp_path / "broken.py"
+    broken.write_text(BROKEN_DISK)
     flags = [*small, *EXACT, tmp_path / "two", "--micro_batch_size", "2"]
-    result = run_script("train.py", *flags, processes=2)
+    result = run_script(broken, *flags, processes=2)
     assert result.returncode == 1, result.stderr
     assert "2 x 2 processes x 2 micro-batches" in result.stdout
-    sentence = f"error: cannot write {tmp_path / 'two' / 'best'}: File exists. "
+    sentence = f"error: cannot write {tmp_path / 'two' / 'best'}: Input/output error. "
     assert result.stderr.count(sentence + "The last good checkpoint, of step 10") == 1
     one = losses(tmp_path / "one")
     assert losses(tmp_path / "two") == pytest.approx(one[:12], rel=1e-4)
-    (tmp_path / "two" / "best").unlink()
     capsys.readouterr()
     run_small(small, *EXACT, tmp_path / "two")
     assert "resuming after step 10, batch 8 = 8 x 1 processes" in capsys.readouterr().out
