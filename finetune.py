@@ -88,7 +88,7 @@ class FinetuneConfig(TowerRunConfig):
         5.0, "learning rate of the cross-modal part, in units of learning_rate", least=0
     )
     num_workers: int = option(
-        8, "processes that load data, for each training process", least=0, most=MOST_WORKERS
+        12, "processes that load data, for each training process", least=0, most=MOST_WORKERS
     )
     save_every: int = option(500, "steps between two checkpoints", least=1)
     eval_every: int = option(0, "steps between two evaluations; 0 = only at the end", least=0)

@@ -128,8 +128,12 @@ def random_pairs(
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
-def tower_features(model: ManagerTower, batch: dict[str, Tensor]) -> Any:
-    return model(batch["pixels"], batch["input_ids"], batch["attention_mask"])
+def tower_features(model: ManagerTower, batch: dict[str, Tensor]) -> Tensor:
+    """The pooled features (B, 2D), which the heads of all tasks but MLM read."""
+    mask = batch["attention_mask"]
+    text_experts = model.encode_text(batch["input_ids"], mask)
+    image_experts = model.encode_image(batch["pixels"])
+    return model.fuse_pooled(text_experts, image_experts, mask)
 
 
 def pretraining_loss(task: Pretraining, batch: dict[str, Tensor]) -> Any:
@@ -921,7 +925,7 @@ def estimate_plan(name: str, samples: int, numbers: Sequence[int], gpu_name: str
                 rows.append(row)
     print(f"{name}, {counts.parameters} parameters, {samples} samples a GPU, on {gpu_name}:")
     print(f"{ASSUMED}; {MEMORY_SHARE:.0%} of its memory for tensors")
-    print("GB a GPU; sharded: fp32 in shards, gathered in bf16 block by block (not in train.py)")
+    print("GB a GPU; sharded: fp32 in shards, gathered in bf16 block by block (--shard)")
     titles = ("GPUs", "how", "checkpointing", "weights", "gradients", "moments", "buffers")
     print(PLAN_HEAD.format(*titles, "activations", "sum", "fits", "GB sent", "s", "samples/s"))
     for row in sorted(rows, key=lambda row: row.gpus):

@@ -109,7 +109,7 @@ RECIPES: dict[str, tuple[Any, dict]] = {
             save_every=1000,
             eval_every=5000,
             eval_size=4096,
-            num_workers=8,
+            num_workers=12,  # `bench.py data` says how many cores a GPU keeps busy
         ),
         {},
     ),

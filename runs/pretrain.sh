@@ -5,7 +5,7 @@
 #   on NLVR2 dev, 81.26 on SNLI-VE dev, 86.56 / 95.64 for IR@1 / TR@1 on Flickr30K: see the others.
 # Needs:      COCO, Visual Genome, SBU and CC3M in DATA (or their downloads in RAW); the encoders
 #   CLIP (HF's clip-vit-base-patch16) and ROBERTA (roberta-base) as folders; NPROC GPUs of 80 GB.
-# Hours:      about 65 on 8 A100, about 26 on 8 H100. An estimate from counted FLOPs at 50% and 40%
+# Hours:      about 55 on 8 A100, about 22 on 8 H100. An estimate from counted FLOPs at 50% and 40%
 #   of the peak, not a measurement; the README has the table.
 # Run:        DATA=D CLIP=C ROBERTA=R bash runs/pretrain.sh [flags of train.py]
 #             bash runs/pretrain.sh --demo [OUT]       (built-in scenes, a few steps on a CPU)
