@@ -330,8 +330,9 @@ class AsOnCuda(TorchFunctionMode):
     def to_bf16(self, x: Any) -> Any:
         if not isinstance(x, Tensor) or x.dtype != torch.float32:
             return x
-        # what a checkpoint computes again, in the backward pass, makes copies of its own
-        if not x.is_leaf or torch._C._current_autograd_node() is not None:
+        # only weights live long enough to be told by their address; and what a checkpoint computes
+        # again, in the backward pass, makes copies of its own
+        if not isinstance(x, nn.Parameter) or torch._C._current_autograd_node() is not None:
             return x.bfloat16()
         if id(x) not in self.copies:
             self.copies[id(x)] = x.bfloat16()
