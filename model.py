@@ -862,7 +862,7 @@ class ManagerTower(nn.Module):
         image_type: 2 for the second picture of a sample, else 1.
         """
         last = self.fuse_until_last(text_experts, image_experts, attention_mask, image_type)
-        text = self.text_layer(-1, last)
+        text = self.last_text(last)
         image = self.image_layer(-1, last)
         return Features(text, image, self.pool(text, image))
 

@@ -113,23 +113,6 @@ def hard_negative_pairs(
     return join([pairs, with_hard_images, with_hard_texts]), labels
 
 
-def hard_negative_itm(
-    model: ManagerTower,
-    text_experts: Tensor,
-    image_experts: Tensor,
-    mask: Tensor,
-    logits: tuple[Tensor, Tensor],
-    same: Tensor,
-    rows: slice,
-    generator: torch.Generator | None = None,
-    shares: list[int] | None = None,
-) -> tuple[Tensor, Tensor]:
-    """ITM on the rows of `hard_negative_pairs`: logits (3B, 2), labels (3B)."""
-    pairs = Pairs(text_experts, image_experts, mask)
-    three, labels = hard_negative_pairs(pairs, logits, same, rows, generator, shares)
-    return model.heads["itm"](model.fuse_pooled(*three)), labels
-
-
 def compare(
     model: ManagerTower,
     pairs: Pairs,

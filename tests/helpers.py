@@ -365,6 +365,25 @@ def save_tiny_towers(root):
     return root
 
 
+# the MLLM that trains in a second
+TINY_MLLM = {
+    "image_size": 16,
+    "patch_size": 8,
+    "vision_width": 16,
+    "vision_layers": 3,
+    "vision_heads": 2,
+    "vision_mlp_width": 32,
+    "hidden_size": 32,
+    "num_layers": 2,
+    "num_heads": 2,
+    "num_kv_heads": 1,
+    "mlp_width": 32,
+    "managed_layers": (1, 2),
+    "inject_layers": (0, 1),
+    "max_length": 120,
+}
+
+
 def save_tiny_mllms(root):
     """Folders root/static and root/adaptive_last, and a picture root/a.png. Returns root."""
     import tokenizers

@@ -464,15 +464,20 @@ def test_a_chat_about_no_picture_and_about_one_twice(mllm, capsys):
     assert len(capsys.readouterr().out.splitlines()) == 2
 
 
-@pytest.mark.parametrize("text", ["half \ud83d", "\udcff", "", " \t", "x" * (2**20 + 1)])
-@pytest.mark.parametrize("command", ["question", "match", "search"])
-def test_a_text_that_is_none_is_refused(folder, tmp_path, command, text):
+def ask_about(folder, tmp_path, command, text):
+    """Run `command` of ask.py on a picture, or on a folder of them, with this text."""
     where = {"search": ("--folder", folder / "pictures", "--out", tmp_path / "x.png")}
     picture = where.get(command, ("--image", folder / "pictures" / "0.png"))
     flag = "--question" if command == "question" else "--text"
     checkpoint = folder / ("vqa" if command == "question" else "retrieval")
+    run(command, "--checkpoint", checkpoint, *picture, flag, text)
+
+
+@pytest.mark.parametrize("text", ["half \ud83d", "\udcff", "", " \t", "x" * (2**20 + 1)])
+@pytest.mark.parametrize("command", ["question", "match", "search"])
+def test_a_text_that_is_none_is_refused(folder, tmp_path, command, text):
     with pytest.raises(ValueError, match="empty|UTF-8|characters") as error:
-        run(command, "--checkpoint", checkpoint, *picture, flag, text)
+        ask_about(folder, tmp_path, command, text)
     assert len(str(error.value)) < 300 and "\n" not in str(error.value)
     assert not (tmp_path / "x.png").exists()
 
@@ -584,12 +589,8 @@ def test_the_script_ends_in_one_sentence(folder):
 @pytest.mark.parametrize("word", ["<mask>", "</s>", "<s>", "<pad>", "<unk>"])
 @pytest.mark.parametrize("command", ["question", "match", "search"])
 def test_a_special_token_in_a_text_is_refused(folder, tmp_path, command, word):
-    where = {"search": ("--folder", folder / "pictures", "--out", tmp_path / "x.png")}
-    picture = where.get(command, ("--image", folder / "pictures" / "0.png"))
-    flag = "--question" if command == "question" else "--text"
-    checkpoint = folder / ("vqa" if command == "question" else "retrieval")
     with pytest.raises(ValueError, match=f"the text has {word} in it, which is no text for the"):
-        run(command, "--checkpoint", checkpoint, *picture, flag, f"a red{word} circle")
+        ask_about(folder, tmp_path, command, f"a red{word} circle")
     assert not (tmp_path / "x.png").exists()
 
 

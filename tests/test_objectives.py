@@ -53,9 +53,9 @@ def test_contrastive_objectives(name, monkeypatch):
         monkeypatch.setattr(
             objectives, "draw_negatives", lambda weights, generator: out["multinomial_choices"]
         )
-        itm, labels = objectives.hard_negative_itm(
-            model, text, image, inputs["text_masks"], (logits, logits_t), same, rows_
-        )
+        pairs = objectives.Pairs(text, image, inputs["text_masks"])
+        three, labels = objectives.hard_negative_pairs(pairs, (logits, logits_t), same, rows_)
+        itm = model.heads["itm"](model.fuse_pooled(*three))
         close(itm, out["itm_logits"], 2e-5)
         assert torch.equal(labels, out["itm_labels"])
         close(F.cross_entropy(itm, labels), out["itm_loss"], 1e-5)

@@ -18,6 +18,7 @@ import torch
 from helpers import (
     LOV,
     ROOT,
+    TINY_MLLM,
     free_port,
     join,
     log_rows,
@@ -146,25 +147,7 @@ def test_four_processes_equal_one(small, whole, tmp_path):
 
 
 # ---------------------------------------------------------------- the MLLM
-TINY = {
-    "image_size": 16,
-    "patch_size": 8,
-    "vision_width": 16,
-    "vision_layers": 3,
-    "vision_heads": 2,
-    "vision_mlp_width": 32,
-    "hidden_size": 32,
-    "num_layers": 2,
-    "num_heads": 2,
-    "num_kv_heads": 1,
-    "mlp_width": 32,
-    "managed_layers": (1, 2),
-    "inject_layers": (0, 1),
-    "max_length": 120,
-    "manager_type": "adaptive_cross",
-    "aspect": "square",
-    "merge": "flat",
-}
+TINY = {**TINY_MLLM, "manager_type": "adaptive_cross", "aspect": "square", "merge": "flat"}
 FAST = (
     "--recipe llava_stage2 --batch_size 4 --micro_batch_size 2 --num_workers 0 --log_every 1 "
     "--eval_every 6 --save_every 4 --eval_size 2 --max_steps 12 --learning_rate 1e-2 "

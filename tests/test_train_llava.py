@@ -15,6 +15,7 @@ import pytest
 import torch
 from helpers import (
     LOV,
+    TINY_MLLM,
     free_port,
     join,
     llava_golden_model,
@@ -42,22 +43,6 @@ from tokenizer import load_tokenizer
 from train_llava import LLAVA_RECIPES, LlavaTrainConfig
 from world import World
 
-TINY = {
-    "image_size": 16,
-    "patch_size": 8,
-    "vision_width": 16,
-    "vision_layers": 3,
-    "vision_heads": 2,
-    "vision_mlp_width": 32,
-    "hidden_size": 32,
-    "num_layers": 2,
-    "num_heads": 2,
-    "num_kv_heads": 1,
-    "mlp_width": 32,
-    "managed_layers": (1, 2),
-    "inject_layers": (0, 1),
-    "max_length": 120,
-}
 FAST = (
     "--batch_size 4 --micro_batch_size 2 --num_workers 0 --log_every 1 --eval_every 0 "
     "--eval_size 2 --learning_rate 1e-2 --lr_manager 1e-2 --lr_vision 1e-2"
@@ -73,7 +58,7 @@ def words():
 
 def tiny_model(**fields):
     torch.manual_seed(0)
-    config = LlavaManagerConfig.tiny(**{**TINY, "vocab_size": words().vocab_size, **fields})
+    config = LlavaManagerConfig.tiny(**{**TINY_MLLM, "vocab_size": words().vocab_size, **fields})
     model = LlavaManager(config)
     for one in model.managers:
         torch.nn.init.normal_(one.scores, std=0.5)
@@ -356,7 +341,7 @@ def test_it_is_said_early_in_a_long_run(folder, capsys, monkeypatch):
 @pytest.mark.parametrize("manager_type", ["static", "adaptive_last", "adaptive_cross"])
 def test_a_batch_without_any_image_left_has_a_loss(manager_type, folder):
     torch.manual_seed(0)
-    fields = {**TINY, "vocab_size": words().vocab_size, "max_length": 8}
+    fields = {**TINY_MLLM, "vocab_size": words().vocab_size, "max_length": 8}
     model = LlavaManager(LlavaManagerConfig.tiny(**fields, manager_type=manager_type))
     items = [chat_dataset(folder)[i] for i in (1, 4)]
     question = turns(f"{'what ' * 20}<image>", 0)
