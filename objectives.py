@@ -178,8 +178,7 @@ class Pretraining(Task):
             parts.append(Pairs(texts["mlm_ids"], images, mask))
         if "itc" in self.objectives:
             pairs = Pairs(texts["input_ids"], images, mask)
-            compared = compare(self.model, pairs, self.negatives, self.shares)
-            sums["itc"], itm_pairs, itm_labels = compared
+            sums["itc"], itm_pairs, itm_labels = self.compare(pairs, batch)
             parts.append(itm_pairs)
         elif "itm" in self.objectives:
             parts.append(Pairs(texts["input_ids"], itm_images, mask))
@@ -194,6 +193,10 @@ class Pretraining(Task):
             logits = self.model.heads["itm"](self.model.last_pooled(fused))
             sums["itm"] = F.cross_entropy(logits, itm_labels, reduction="sum")
         return sums
+
+    def compare(self, pairs: Pairs, batch: dict) -> tuple[Tensor, Pairs, Tensor]:
+        """What `compare` returns; a system of another kind of ITC replaces it."""
+        return compare(self.model, pairs, self.negatives, self.shares)
 
     def encode_texts(self, batch: dict) -> dict[str, Tensor]:
         """Text experts (B, N, Lt, D_text) of the ids that the objectives read, by name."""
@@ -299,11 +302,13 @@ class Retrieval(Task):
         text_experts = self.model.encode_text(batch["input_ids"], mask)
         image_experts = self.model.encode_image(batch["pixels"])
         pairs = Pairs(text_experts, image_experts, mask)
-        itc, itm_pairs, labels = compare(
-            self.model, pairs, self.negatives, self.shares, batch["image_index"]
-        )
+        itc, itm_pairs, labels = self.compare(pairs, batch)
         logits = self.model.heads["itm"](self.model.fuse_pooled(*itm_pairs))
         return {"itc": itc, "itm": F.cross_entropy(logits, labels, reduction="sum")}
+
+    def compare(self, pairs: Pairs, batch: dict) -> tuple[Tensor, Pairs, Tensor]:
+        """What `compare` returns; a system of another kind of ITC replaces it."""
+        return compare(self.model, pairs, self.negatives, self.shares, batch["image_index"])
 
 
 def rank_loss(

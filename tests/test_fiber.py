@@ -1,0 +1,498 @@
+"""systems/fiber.py against golden numbers of the official code, and its seams with the scripts."""
+
+import json
+
+import pytest
+import torch
+from helpers import GOLDEN, ROOT, close
+from safetensors.torch import load_file
+from torch.nn import functional as F
+
+from model import BertLayer
+from objectives import Classification, class_logits
+from systems import fiber
+from systems.fiber import Fiber, FiberConfig, FiberPretraining
+from weights import is_dead
+
+# the full golden set has the folder among those of other systems
+FOLDERS = [GOLDEN / "fiber", GOLDEN / "systems" / "fiber", ROOT / "tests" / "golden" / "fiber"]
+FIBER = next(folder for folder in FOLDERS if folder.exists())
+VISION_HEADS = (1, 2, 4, 8)
+TEXT_HEADS = 5
+
+
+def read(name):
+    path = FIBER / name
+    return json.loads(path.read_text()) if path.suffix == ".json" else load_file(path)
+
+
+@pytest.fixture(scope="module")
+def state():
+    return read("main.pretrain.state.safetensors")
+
+
+@pytest.fixture(scope="module")
+def delta():
+    return read("main.heads.state_delta.safetensors")
+
+
+@pytest.fixture(scope="module")
+def inputs():
+    values = read("main.inputs.safetensors")
+    return {key: x.float() if x.is_floating_point() else x for key, x in values.items()}
+
+
+def load(state, fused=6):
+    return fiber.load_official(state, 128, VISION_HEADS, TEXT_HEADS, fused)
+
+
+def without(state, *parts):
+    return {key: x for key, x in state.items() if not any(part in key for part in parts)}
+
+
+PRETRAINING_KEYS = ("mlm_score", "itm_score", "rank_output", "temp", "queue")
+
+
+@pytest.fixture(scope="module")
+def task_state(state, delta):
+    """What the official model of a task has; so do ours of VQA, NLVR2 and captioning."""
+
+    def make(head, *kept):
+        dropped = [key for key in PRETRAINING_KEYS if key not in kept]
+        added = {key: x for key, x in delta.items() if key.startswith(head)}
+        return {**without(state, *dropped), **added}
+
+    return make
+
+
+# ---------------------------------------------------------------- the model
+def watch(model):
+    """{official name of a module: its output}, filled in each pass."""
+    seen = {}
+
+    def keep(name):
+        def hook(module, args, out):
+            seen[name] = out
+
+        return hook
+
+    model.text_encoder.ln.register_forward_hook(keep("text.embeddings.out"))
+    for number, layer in enumerate(model.text_encoder.layers):
+        layer.register_forward_hook(keep(f"text.layer{number}.out"))
+    image = model.image_encoder
+    image.ln_patch.register_forward_hook(keep("img.patch_embed.out"))
+    image.ln_post.register_forward_hook(keep("img.norm.out"))
+    stages = image.stage_of_block
+    for number, block in enumerate(image.blocks):
+        place = number - stages.index(stages[number])
+        block.register_forward_hook(keep(f"img.stage{stages[number]}.block{place}.out"))
+    for stage, name in enumerate(("stage0.out", "stage1.out", "stage2.downsample.out")):
+        image.merges[stage].register_forward_hook(keep(f"img.{name}"))
+    return seen
+
+
+def check_states(seen, out, prefix):
+    """Every stored state of a pass, to 5e-5; features are compared by their own tests."""
+    stored = [key for key in out if key.startswith((f"{prefix}.img", f"{prefix}.text."))]
+    assert stored
+    for key in stored:
+        close(seen[key.removeprefix(f"{prefix}.")], out[key], 5e-5)
+
+
+@torch.no_grad()
+def test_the_fused_model_equals_the_official_one(state, inputs):
+    model = load(state)
+    out = read("main.pretrain.out.safetensors")
+    seen = watch(model)
+    features = model(inputs["image"], inputs["text_ids"], inputs["text_masks"])
+    check_states(seen, out, "fused")
+    close(features.text, out["fused.text_feats"], 1e-5)
+    close(features.image, out["fused.image_feats"], 1e-5)
+    close(features.pooled, out["fused.cls_feats"], 5e-6)
+    close(model.heads["itm"](features.pooled), out["fused.itm_logits"], 5e-6)
+    close(model.heads["retrieval"](features.pooled), out["fused.rank_output"], 5e-6)
+
+    masked = model(inputs["image"], inputs["text_ids_mlm"], inputs["text_masks"])
+    close(masked.text, out["mlm.text_feats"], 1e-5)
+    close(masked.pooled, out["mlm.cls_feats"], 5e-6)
+    close(model.heads["mlm"](masked.text), out["mlm.logits"], 5e-6)
+
+
+@torch.no_grad()
+def test_the_dual_encoder_equals_the_official_one(state, inputs):
+    model = load(state)
+    out = read("main.pretrain.out.safetensors")
+    seen = watch(model)
+    ids = inputs["text_ids"]
+    image, text = model.contrast_features(inputs["image"], ids, inputs["text_masks"])
+    check_states(seen, out, "image_only")
+    check_states(seen, out, "text_only")
+    close(image, out["image_only.cls_feats"], 5e-6)
+    close(text, out["text_only.cls_feats"], 5e-6)
+    head = model.heads["itc"]
+    close(head.image_transform(seen["img.norm.out"]), out["image_only.image_feats"], 1e-5)
+    close(head.text_transform(seen["text.layer11.out"]), out["text_only.text_feats"], 1e-5)
+
+
+@torch.no_grad()
+def test_closed_gates_leave_the_two_encoders(state, inputs):
+    closed = {key: torch.zeros_like(x) if "alpha" in key else x for key, x in state.items()}
+    model = load(closed)
+    out = read("main.alpha0.out.safetensors")
+    seen = watch(model)
+    features = model(inputs["image"], inputs["text_ids"], inputs["text_masks"])
+    check_states(seen, out, "fused")
+    close(features.text, out["fused.text_feats"], 1e-5)
+    close(features.image, out["fused.image_feats"], 1e-5)
+    close(features.pooled, out["fused.cls_feats"], 5e-6)
+
+    # and to the last bit what the dual encoder computes
+    experts = model.encode_image(inputs["image"])
+    dual = model.image_transform(model.finish_image(experts))
+    assert torch.equal(features.image, dual)
+    gates = [name for name, _ in model.named_parameters() if "alpha" in name]
+    assert len(gates) == 12
+
+
+@torch.no_grad()
+def test_each_alteration_moves_the_outputs_as_it_moves_the_official_ones(state, inputs):
+    moved = read("main.sensitivity.json")
+    model = load(state)
+    ids = inputs["text_ids"]
+    mask = inputs["text_masks"]
+    right = model(inputs["image"], ids, mask)
+
+    def check(name, features, atol=2e-5):
+        official_names = {"text": "text_feats", "image": "image_feats", "pooled": "cls_feats"}
+        for ours, theirs in official_names.items():
+            if theirs in moved[name]:
+                size = (getattr(features, ours) - getattr(right, ours)).abs().max().item()
+                assert size == pytest.approx(moved[name][theirs], abs=atol), (name, theirs)
+
+    # the last norm that the fused pass leaves out
+    text_experts = model.encode_text(ids, mask)
+    last = model.fuse_until_last(text_experts, model.encode_image(inputs["image"]), mask)
+    text = model.text_transform(model.text_layer(5, last))
+    image = model.last_image(last)
+    altered = fiber.Features(text, image, model.pool(text, image))
+    check("last text layer with its LayerNorm (as in captioning/ITC)", altered)
+    # text without padding
+    images = model.encode_image(inputs["image"])
+    everything = torch.ones_like(mask)
+    unmasked = model.fuse(model.encode_text(ids, everything), images, everything)
+    check("text padding not masked", unmasked)
+    # the queries without their norm
+    for block in model.image_encoder.blocks[model.first_block :]:
+        block.ln_cross = torch.nn.Identity()
+    check("no norm_i2t_i (fine-grained v2)", model(inputs["image"], ids, mask))
+    # more padding changes nothing
+    model = load(state)
+    padded = model(inputs["image"], F.pad(ids, (0, 2), value=1), F.pad(mask, (0, 2)))
+    close(padded.pooled, right.pooled, 2e-6)
+
+
+@torch.no_grad()
+def test_without_fusion_the_image_side_is_plain_swin_to_the_bit(state, inputs):
+    model = load(state)
+    block = model.image_encoder.blocks[model.first_block]
+    plain = fiber.SwinBlock(32, 4, 8, 4, block.shift, 0.0)
+    own = block.state_dict()
+    plain.load_state_dict({key: own[key] for key in plain.state_dict()})
+    x = model.encode_image(inputs["image"])[:, -1]
+    assert torch.equal(block(x), plain(x))
+    # a text layer without image is a RoBERTa layer
+    layer = model.text_encoder.layers[6]
+    bert = BertLayer(40, 5, 80, 0.1, 1e-5).eval()
+    own = layer.state_dict()
+    bert.load_state_dict({key: own[key] for key in bert.state_dict()})
+    x = model.encode_text(inputs["text_ids"], inputs["text_masks"])[:, -1]
+    assert torch.equal(layer(x, None), bert(x, None))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("fused", [2, 4])
+def test_the_dual_encoder_is_the_same_however_many_pairs_are_fused(state, inputs, fused):
+    kept = {}
+    stages = FiberConfig().stage_of_block()
+    for key, x in state.items():
+        name = key.replace("vit_model.layers.", "").replace("text_transformer.encoder.layer.", "")
+        first, *rest = name.split(".")
+        number = int(first) if first.isdigit() else 99
+        if key.startswith("vit_model.layers.") and "i2t" in key:
+            number = stages.index(number) + int(rest[1]) - 12  # block 18 is of layer 6
+        is_cross = "i2t" in key or "crossattention_t2i" in key
+        if not is_cross or number >= 12 - fused:
+            kept[key] = x
+    model = load(kept, fused)
+    out = read("main.pretrain.out.safetensors")
+    ids = inputs["text_ids"]
+    image, text = model.contrast_features(inputs["image"], ids, inputs["text_masks"])
+    close(image, out["image_only.cls_feats"], 5e-6)
+    close(text, out["text_only.cls_feats"], 5e-6)
+    assert len([name for name, _ in model.named_parameters() if "alpha" in name]) == 2 * fused
+
+
+# ---------------------------------------------------------------- official weights
+def full_state():
+    shapes = read("full_pretrain_manifest.json")
+    state = {}
+    for key, (shape, dtype) in shapes.items():
+        state[key] = torch.empty(shape, dtype=getattr(torch, dtype.split(".")[1]), device="meta")
+    return state
+
+
+def test_the_full_size_manifest_loads_strictly():
+    state = full_state()
+    assert len(state) == 722
+    config = fiber.official_config(state, 384, (4, 8, 16, 32), 12, 6)
+    heads = ("mlm", "itm", "itc", "retrieval")
+    assert config == FiberConfig(heads=heads, max_text_len=40)
+    with torch.device("meta"):
+        model = Fiber(config)
+    parameters = fiber.from_official(state, config)
+    assert parameters.keys() == dict(model.named_parameters()).keys()
+    model.load_state_dict(parameters, strict=False, assign=True)
+    for wrong in ("surplus", "vit_model.norm.weight"):
+        damaged = {**state, wrong: torch.empty(3, device="meta")}
+        with pytest.raises(ValueError, match=wrong):
+            fiber.from_official(damaged, config)
+    del state["cross_modal_text_pooler.dense.bias"]
+    with pytest.raises(ValueError, match="missing: cross_modal_text_pooler.dense.bias"):
+        fiber.from_official(state, config)
+
+
+@pytest.mark.parametrize("task", ["pretrain", "vqa", "nlvr2", "itc", "itm", "caption"])
+def test_each_task_has_the_published_number_of_parameters(task):
+    """Of those that ours leaves out, it is said how many they are."""
+    counts = read("param_counts.json")[task]
+    state = full_state()
+    for key in counts.get("pretrain_keys_absent", ()):
+        del state[key]
+    for key, shape in counts.get("keys_not_in_pretrain", {}).items():
+        state[key] = torch.empty(shape, device="meta")
+    config = fiber.official_config(state, 384, (4, 8, 16, 32), 12, 6)
+    with torch.device("meta"):
+        ours = sum(parameter.numel() for parameter in Fiber(config).parameters())
+    dead = [key for key in state if is_dead(key, fiber.idle_keys(config))]
+    buffers = ("queue", "position_ids", "attn_mask", "relative_position_index")
+    idle = sum(state[key].numel() for key in dead if not any(b in key for b in buffers))
+    assert ours + idle == counts["params"]
+
+
+def test_export_is_the_inverse_of_the_import(state):
+    model = load(state)
+    exported = fiber.to_official(dict(model.named_parameters()), model.config)
+    idle = {key for key in state if is_dead(key, fiber.idle_keys(model.config))}
+    assert exported.keys() == state.keys() - idle
+    for key, x in exported.items():
+        assert torch.equal(x, state[key]), key
+
+
+def test_bias_tables_are_resized_as_officially():
+    tables = read("main.posbias.safetensors")
+    for side in (224, 576):
+        resized = fiber.resize_position_bias(tables["before_384"], side // 32)
+        close(resized, tables[f"after_{side}"], 1e-6)
+    assert torch.equal(fiber.resize_position_bias(tables["before_384"], 12), tables["before_384"])
+    with pytest.raises(ValueError, match="odd square"):
+        fiber.resize_position_bias(torch.zeros(16, 4), 12)
+
+
+# ---------------------------------------------------------------- losses and gradients
+def check_gradients(model, out, absent=()):
+    """Every stored gradient: rtol 1e-3, or 1e-4 of the largest value of its tensor."""
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    ours = fiber.to_official(grads, model.config)
+    stored = [key for key in out if key.startswith("grad.")]
+    assert stored
+    for key in stored:
+        theirs = out[key]
+        atol = max(1e-6, 1e-4 * theirs.abs().max().item())
+        name = key.removeprefix("grad.")
+        assert torch.allclose(ours[name], theirs, rtol=1e-3, atol=atol), key
+    # what gets none there gets none here
+    trained = {key for key, x in ours.items() if x.abs().sum() > 0}
+    assert not trained & set(absent)
+
+
+def fill_queue(model, state):
+    """The golden queue; its pictures are numbered by their places."""
+    queue = model.heads["itc"].queue
+    queue.text.copy_(state["text_queue"].T)
+    queue.image.copy_(state["image_queue"].T)
+    queue.input_ids.copy_(state["text_input_queue"])
+    queue.attention_mask.copy_(state["text_input_mask_queue"])
+    queue.rows.copy_(torch.arange(queue.size))
+    queue.place.copy_(state["queue_ptr"])
+    queue.filled.copy_(state["queue_total"])
+    return queue
+
+
+def pretraining_batch(inputs):
+    return {
+        "pixels": inputs["image"],
+        "input_ids": inputs["text_ids"],
+        "attention_mask": inputs["text_masks"],
+        "mlm_ids": inputs["text_ids_mlm"],
+        "mlm_labels": inputs["text_labels_mlm"],
+        "image_index": torch.tensor([100, 101, 102]),
+    }
+
+
+@pytest.fixture
+def pretraining(state, inputs, monkeypatch):
+    """(task, its golden numbers, the weights of the draws): the draws are the golden ones."""
+    out = read("main.loss.safetensors")
+    model = load(state)
+    model.config.whole_queue = True
+    fill_queue(model, state)
+    golden_draws = iter([out["neg.image_index"], out["neg.text_index"]])
+    weights = []
+
+    def draw(given, generator):
+        weights.append(given)
+        return next(golden_draws)
+
+    def load_pictures(rows):
+        index = 3 + rows  # places of the queue come after the three of the batch
+        where = [out["neg.image_index"].tolist().index(i) for i in index.tolist()]
+        return out["neg.image"][where].float()
+
+    monkeypatch.setattr(fiber, "draw_negatives", draw)
+    task = FiberPretraining(model, ("mlm", "itm", "itc"), False, load_pictures).eval()
+    task.shares = [3]
+    return task, out, weights
+
+
+def test_the_objectives_and_their_gradients_equal_the_official_ones(pretraining, inputs):
+    task, out, weights = pretraining
+    batch = pretraining_batch(inputs)
+    seen = {}
+    task.model.heads["itm"].register_forward_hook(lambda m, a, logits: seen.update(itm=logits))
+    sums = task(batch)
+    counts = task.counts(batch)
+    losses = {name: sums[name] / counts[name] for name in sums}
+    assert losses.keys() == {"mlm", "itm", "itc"}
+    for name, loss in losses.items():
+        close(loss, out[f"{name}_loss"], 2e-6)
+    close(seen["itm"], out["itm_logits"], 5e-6)
+    close(weights[0], out["neg.weights_t2i"], 2e-6)
+    close(weights[1], out["neg.weights_i2t"], 2e-6)
+    sum(losses.values()).backward()
+    check_gradients(task.model, out, read("main.json")["runs"]["pretrain_loss"]["no_grad"])
+
+
+def test_the_labels_and_texts_of_hard_negatives_are_the_official_ones(pretraining, inputs, state):
+    task, out, _ = pretraining
+    model = task.model
+    batch = pretraining_batch(inputs)
+    with torch.no_grad():
+        texts = model.encode_text(batch["input_ids"], batch["attention_mask"])
+        pairs = fiber.Pairs(texts, model.encode_image(batch["pixels"]), batch["attention_mask"])
+        _, three, labels = task.compare(pairs, batch)
+        expected = model.encode_text(out["neg.text_ids"], out["neg.text_masks"])
+        images = model.encode_image(out["neg.image"].float())
+    assert torch.equal(labels, out["itm_labels"].long())
+    close(three.text_experts[3:6], expected, 1e-6)
+    assert torch.equal(three.mask[3:6], out["neg.text_masks"])
+    close(three.image_experts[6:], images, 1e-6)
+
+
+def test_the_queue_takes_the_place_of_its_oldest_pairs(pretraining, inputs, monkeypatch):
+    task, out, _ = pretraining
+    monkeypatch.setattr(fiber, "draw_negatives", lambda weights, generator: torch.zeros(3).long())
+    model = task.model
+    batch = pretraining_batch(inputs)
+    texts = model.encode_text(batch["input_ids"], batch["attention_mask"])
+    pairs = fiber.Pairs(texts, model.encode_image(batch["pixels"]), batch["attention_mask"])
+    task.compare(pairs, batch)
+    assert model.heads["itc"].queue.filled == 5  # measuring leaves it as it is
+    task.train()
+    for module in (model.text_encoder, model.image_encoder):
+        module.eval()  # no dropout, as in the golden run
+    for _ in range(3):
+        task.compare(pairs, batch)
+    queue = model.heads["itc"].queue
+    close(queue.text, out["queue_after.text_queue"].T, 5e-6)
+    close(queue.image, out["queue_after.image_queue"].T, 5e-6)
+    assert torch.equal(queue.input_ids, out["queue_after.text_input_queue"])
+    assert torch.equal(queue.attention_mask, out["queue_after.text_input_mask_queue"])
+    assert torch.equal(queue.place, out["queue_after.queue_ptr"])
+    assert queue.filled == min(12, int(out["queue_after.queue_total"]))
+    assert queue.rows[[5, 8, 11, 0, 1]].tolist() == [100, 100, 100, 101, 102]
+
+
+def test_what_is_not_filled_takes_no_part(pretraining, inputs):
+    """Without whole_queue the loss is that of a queue with the filled places alone."""
+    task, _, _ = pretraining
+    model = task.model
+    model.config.whole_queue = False
+    batch = pretraining_batch(inputs)
+    with torch.no_grad():
+        texts = model.encode_text(batch["input_ids"], batch["attention_mask"])
+        pairs = fiber.Pairs(texts, model.encode_image(batch["pixels"]), batch["attention_mask"])
+        loss, _, _ = task.compare(pairs, batch)
+        text, image = model.contrast(*pairs[:2], pairs.mask)
+        queue = model.heads["itc"].queue
+        temperature = model.heads["itc"].temperature
+        own = torch.arange(3)
+        images = torch.cat([image, queue.image[:5]])
+        texts = torch.cat([text, queue.text[:5]])
+        both = F.cross_entropy(text @ images.T / temperature, own, reduction="sum")
+        both += F.cross_entropy(image @ texts.T / temperature, own, reduction="sum")
+    close(loss, both / 2, 1e-5)
+
+
+def test_matching_without_itc_equals_the_official_one(state, inputs):
+    out = read("main.loss.safetensors")
+    model = load(without(state, "temp", "queue", "mlm_score"))
+    labels = out["plain_itm.labels"].long()
+    false_images = torch.where(labels[:, None, None, None] == 1, inputs["image"], inputs["image_b"])
+    batch = {
+        "pixels": inputs["image"],
+        "itm_pixels": false_images,
+        "input_ids": inputs["text_ids"],
+        "attention_mask": inputs["text_masks"],
+        "itm_labels": labels,
+    }
+    task = FiberPretraining(model, ("itm",), False, lambda rows: rows).eval()
+    with torch.no_grad():
+        close(task(batch)["itm"] / 3, out["plain_itm.loss"], 2e-6)
+        pooled = model(false_images, inputs["text_ids"], inputs["text_masks"]).pooled
+        close(model.heads["itm"](pooled), out["plain_itm.logits"], 5e-6)
+
+
+def test_vqa_equals_the_official_one(task_state, inputs):
+    out = read("main.vqa.out.safetensors")
+    model = load(task_state("vqa"))
+    batch = {
+        "pixels": inputs["image"],
+        "input_ids": inputs["text_ids"],
+        "attention_mask": inputs["text_masks"],
+        "targets": out["targets"],
+    }
+    close(class_logits(model, "vqa", batch), out["logits"], 5e-6)
+    # official: mean over everything, times the number of answers
+    loss = Classification(model, "vqa")(batch)["vqa"] / 3
+    close(loss, out["loss"], 5e-6)
+    loss.backward()
+    check_gradients(model, out, read("main.json")["runs"]["vqa"]["no_grad"])
+    idle = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert not idle  # what nothing reads is frozen
+
+
+def test_nlvr2_equals_the_official_one(task_state, inputs):
+    out = read("main.nlvr2.out.safetensors")
+    model = load(task_state("nlvr2"))
+    batch = {
+        "pixels": inputs["image"],
+        "pixels_1": inputs["image_b"],
+        "input_ids": inputs["text_ids"],
+        "attention_mask": inputs["text_masks"],
+        "label": torch.tensor([0, 1, 0]),
+    }
+    close(class_logits(model, "nlvr2", batch), out["logits"], 5e-6)
+    loss = Classification(model, "nlvr2")(batch)["nlvr2"] / 3
+    close(loss, out["loss"], 2e-6)
+    loss.backward()
+    check_gradients(model, out, read("main.json")["runs"]["nlvr2"]["no_grad"])
