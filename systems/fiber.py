@@ -46,14 +46,14 @@ What the official code does, item by item, and what this file does about it:
       plus 1e-9
     rank_output is a copy of the ITM head that no gradient   mended: the ITM head ranks; the copy is
       reaches, and ranks pictures and captions                 read only as the head `retrieval`
-    no decay and learning rates by parts of official names   kept, see `official_name_of`
+    no decay and learning rates by parts of official names   kept, see `param_groups`     
     selection of checkpoints on test splits                  not here: the splits are those of tasks.py
     bias tables resized bicubically for another image size   kept
     window = image_size / 32, whatever the checkpoint had    kept
     beam search: lengths not re-ordered with their beams, a  mended: a finished beam is carried on
       finished beam may fill all places with copies            once, with its own length
-    GOLD loss is divided by the number of padded positions   kept in `gold_loss`, as the published
-                                                               learning rates belong to it
+    GOLD loss is divided by the number of padded positions   kept in `gold_loss`: the published
+                                                               learning rate belongs to it
 
 A queue of row numbers means that a hard negative from the queue is read and transformed again, with
 augmentation drawn from its row number, in threads; officially it is the very picture of some steps
@@ -77,7 +77,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fields import FieldError, check_fields, option, show
-from loop import Task
+from loop import Task, make_groups
 from model import (
     HEADS,
     MOST_CHANNELS,
@@ -1050,18 +1050,20 @@ def gold_loss(logits: Tensor, old_logits: Tensor, labels: Tensor) -> Tensor:
 
     logits of the model, and of its older copy, (B, L, V), labels (B, L) as `next_words` makes them.
     The weight of a word is max(0.1, its probability * the mean probability of it and all later
-    ones). official: the sum is divided by the number of padded positions.
+    ones). official: a caption's sum is divided by the number of its positions without a word, and
+    not by that of its words. The mean over the captions is returned.
     """
     is_word = labels != -100
     targets = labels.clamp(min=0)[..., None]
     losses = -logits.log_softmax(-1).gather(-1, targets)[..., 0]  # (B, L)
     with torch.no_grad():
         likely = old_logits.softmax(-1).gather(-1, targets)[..., 0] * is_word
-        # sums over each word and all later ones
-        sums = likely.flip(1).cumsum(1).flip(1)
+        # over each word and all later ones
+        later = likely.flip(1).cumsum(1).flip(1)
         counts = is_word.flip(1).cumsum(1).flip(1).clamp(min=1)
-        weights = (likely * sums / counts).clamp(min=0.1) * is_word
-    return (losses * weights).sum() / (~is_word).sum().clamp(min=1)
+        weights = (likely * later / counts).clamp(min=0.1) * is_word
+    sums = (losses * weights).sum(1) / (~is_word).sum(1).clamp(min=1)
+    return sums.mean()
 
 
 class Words(NamedTuple):
@@ -1381,3 +1383,35 @@ def load_all_but_queue(model: Fiber, state: State) -> None:
     """Fill a model from a state of ours, strictly, and leave its queue as it is."""
     own = {key: value for key, value in model.state_dict().items() if key.startswith(QUEUE)}
     model.load_state_dict({**state, **own})
+
+
+# ================================================================ 7. what the scripts ask
+# parts of official names, by which the official code gives learning rates and weight decay
+FAST_HEADS = ("vqa_classifier", "nlvr2_classifier", "snli_classifier", "mlm_score", "itm_score")
+CROSS_MODAL = ("cross_modal", "i2t", "t2i")
+UNDECAYED = ("bias", "LayerNorm.weight", "norm.weight", "norm1.weight", "norm2.weight")
+
+
+def has_part(name: str, parts: Sequence[str]) -> bool:
+    return any(part in name for part in parts)
+
+
+def official_rule(name: str, run: Any) -> tuple[float, float]:
+    """(learning rate, weight decay) of a parameter, by its official name.
+
+    So bias tables and most norms have no decay, but norm_i2t_i, the norms of classifiers, the gates
+    and the embeddings have.
+    """
+    scale = 1.0
+    if has_part(name, FAST_HEADS):
+        scale = run.lr_mult_head
+    elif has_part(name, CROSS_MODAL):
+        scale = run.lr_mult_cross_modal
+    decay = 0.0 if has_part(name, UNDECAYED) else run.weight_decay
+    return scale * run.learning_rate, decay
+
+
+def param_groups(model: Fiber, run: Any) -> list[dict]:
+    """AdamW's groups: what the official code does with the official names of our parameters."""
+    official_names = {row.ours: row.theirs[0] for row in fiber_rows(model.config)}
+    return make_groups(model, lambda name: official_rule(official_names[name], run))

@@ -8,6 +8,7 @@ from helpers import GOLDEN, ROOT, close
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
+from loop import TowerRunConfig, lr_multiplier, set_learning_rate
 from model import BertLayer
 from objectives import Classification, class_logits
 from systems import fiber
@@ -496,3 +497,127 @@ def test_nlvr2_equals_the_official_one(task_state, inputs):
     close(loss, out["loss"], 2e-6)
     loss.backward()
     check_gradients(model, out, read("main.json")["runs"]["nlvr2"]["no_grad"])
+
+
+# ---------------------------------------------------------------- the optimizer
+def test_every_parameter_has_its_official_rate_and_decay():
+    for task, base, head in (("pretrain", 1e-5, 5.0), ("vqa", 2e-5, 50.0)):
+        golden = read("main.optim.json")[task]
+        assert golden["defaults"]["betas"] == [0.9, TowerRunConfig().beta2]
+        run = TowerRunConfig(learning_rate=base, lr_mult_head=head, lr_mult_cross_modal=5.0)
+        for name, rate_and_decay in golden["params"].items():
+            assert fiber.official_rule(name, run) == pytest.approx(rate_and_decay), name
+        for step, factor in golden["lr_factor_at_step"].items():
+            assert lr_multiplier(int(step), 100_000, 10_000, "linear") == pytest.approx(factor)
+
+
+def official_step(group, moments, step):
+    """AdamW of transformers: eps before the bias correction, decay after the update."""
+    for parameter in group["params"]:
+        if parameter.grad is None:
+            continue
+        mean, square = moments.setdefault(
+            parameter, (torch.zeros_like(parameter), torch.zeros_like(parameter))
+        )
+        mean.mul_(0.9).add_(parameter.grad, alpha=0.1)
+        square.mul_(0.98).addcmul_(parameter.grad, parameter.grad, value=0.02)
+        size = group["lr"] * (1 - 0.98**step) ** 0.5 / (1 - 0.9**step)
+        parameter.addcdiv_(mean, square.sqrt() + 1e-8, value=-size)
+        parameter.mul_(1 - group["lr"] * group["weight_decay"])
+
+
+@pytest.mark.parametrize("kind", ["official", "torch"])
+def test_five_steps_end_where_the_official_ones_do(task_state, inputs, kind):
+    """With the official update to 2e-6; torch's AdamW decays before it, and stays close."""
+    golden = read("main.optim_demo.safetensors")
+    meta = read("main.optim_demo.json")
+    settings = meta["config"]
+    run = TowerRunConfig(
+        learning_rate=settings["base_lr"],
+        lr_mult_head=settings["head"],
+        lr_mult_cross_modal=settings["cross"],
+        weight_decay=settings["weight_decay"],
+        warmup=settings["warmup_steps"],
+        max_steps=settings["max_steps"],
+    )
+    model = load(task_state("vqa"))
+    groups = fiber.param_groups(model, run)
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, run.beta2), eps=1e-8)
+    moments = {}
+    task = Classification(model, "vqa")
+    batch = {
+        "pixels": inputs["image"],
+        "input_ids": inputs["text_ids"],
+        "attention_mask": inputs["text_masks"],
+        "targets": read("main.vqa.out.safetensors")["targets"],
+    }
+
+    def check(step, atol, rtol):
+        ours = fiber.to_official(dict(model.named_parameters()), model.config)
+        for key, x in golden.items():
+            name = key.removeprefix(f"step{step}.")
+            if name != key and name in ours:
+                torch.testing.assert_close(ours[name], x, atol=atol, rtol=rtol)
+
+    check(0, 0, 0)
+    for step, (loss, rates) in enumerate(meta["loss_and_group_lrs_before_each_step"]):
+        set_learning_rate(optimizer, run, step)
+        ours = sorted(group["lr"] for group in optimizer.param_groups)
+        assert ours == pytest.approx(sorted(rates))
+        optimizer.zero_grad()
+        ours = task(batch)["vqa"] / 3
+        assert ours.item() == pytest.approx(loss, rel=1e-5 if kind == "official" else 5e-3)
+        ours.backward()
+        if kind == "torch":
+            optimizer.step()
+        else:
+            with torch.no_grad():
+                for group in optimizer.param_groups:
+                    official_step(group, moments, step + 1)
+        if kind == "official" and step + 1 in (2, 5):
+            check(step + 1, 2e-6, 2e-6)
+    if kind == "torch":
+        check(5, 3e-3, 1e-2)
+    # the gate of a layer that is not fused is dropped: officially it never moves
+    gate = "text_transformer.encoder.layer.0.alpha_t2i"
+    assert torch.equal(golden[f"step0.{gate}"], golden[f"step5.{gate}"])
+
+
+# ---------------------------------------------------------------- captioning
+@pytest.fixture(scope="module")
+def captioner(task_state):
+    return load(task_state("cross_modal_att_layers", "mlm_score"))
+
+
+def test_captioning_equals_the_official_one(captioner, inputs):
+    model = captioner
+    out = read("main.caption.out.safetensors")
+    ids = inputs["text_ids"]
+    mask = inputs["text_masks"]
+    seen = watch(model)
+    image = model.finish_image(model.encode_image(inputs["image"]))
+    logits = model.caption_logits(image, ids, mask)
+    stored = [key for key in out if key.startswith(("cap.text.", "cap.img."))]
+    for key in stored:
+        close(seen[key.removeprefix("cap.")], out[key], 5e-5)
+    close(model.text_transform(seen["text.layer11.out"]), out["cap.text_feats"], 1e-5)
+    # what follows padding is read by nobody
+    close(logits, out["cap.logits"], 5e-6)
+    labels = fiber.next_words(ids, mask)
+    assert torch.equal(labels, out["cap.labels"])
+
+    batch = {"pixels": inputs["image"], "input_ids": ids, "attention_mask": mask}
+    task = fiber.Captioning(model).eval()
+    loss = task(batch)["caption"] / task.counts(batch)["caption"]
+    close(loss, out["cap.loss"], 2e-6)
+    loss.backward()
+    check_gradients(model, out, read("main.json")["runs"]["caption"]["no_grad"])
+    close(fiber.gold_loss(logits, logits, labels), out["gold.loss"], 2e-6)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_the_decoded_ids_are_the_official_ones(captioner, inputs, beams):
+    words = fiber.Words(begin=0, end=2, mask=119, pad=1)
+    ids = fiber.write_captions(captioner, inputs["image"], words, beams, length=12)
+    expected = read("main.json")["runs"]["caption"][f"beam{beams}"]
+    assert [" ".join(str(i) for i in row) for row in ids.tolist()] == expected
