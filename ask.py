@@ -26,14 +26,15 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from chat import IMAGE_TAG, encode_prompt
-from eval import check_finite, check_picture_output, load_vocabulary, retrieval_scores, unit_vectors
+from eval import check_finite, check_picture_output, load_vocabulary, retrieval_scores
 from fields import Command, check_fields, option, run_command, show
 from files import BadSample, save_picture
 from images import Transform, load_image, name_of
 from multigrid import ImageTiles, preprocess_image
 from objectives import class_logits
 from tasks import TASKS
-from weights import load_mllm, load_two_tower
+from train import load_checkpoint
+from weights import load_mllm
 from world import evaluating, one_sentence, sentence_of_allocation, to_device
 
 # ---------------------------------------------------------------- one picture and its texts
@@ -91,7 +92,7 @@ def open_picture(
     for text in texts:
         check_text(text)
     picture = load_image(image, upright=True)
-    model, tokenizer, transform = load_two_tower(checkpoint, head, device)
+    model, tokenizer, transform = load_checkpoint(checkpoint, head, device)
     assert transform is not None, "a two-tower model has a transform"
     input_ids, attention_mask = encode_texts(tokenizer, texts, model.config.max_text_len)
     pixels = transform(picture, None)[None]  # (1, 3, S, S)
@@ -176,8 +177,8 @@ def match(options: MatchOptions) -> list[tuple[str, float, float]]:
         check_finite(logits)
         probabilities = logits.softmax(-1)[:, 1].tolist()
         if has_itc:
-            text_vectors = unit_vectors(model, "text", texts)  # (B, C)
-            image_vectors = unit_vectors(model, "image", images)
+            text_vectors = model.contrast_text(texts, mask).float()  # (B, C)
+            image_vectors = model.contrast_image(images).float()
             similarities = (text_vectors * image_vectors).sum(-1).tolist()
 
     result = list(zip(options.text, probabilities, similarities, strict=True))
@@ -349,7 +350,7 @@ def search(options: SearchOptions) -> list[tuple[float, Path]]:
     check_picture_output("--out", options.out)
     check_folder(options.folder)
     check_text(options.text)
-    model, tokenizer, transform = load_two_tower(options.checkpoint, "itm", options.device)
+    model, tokenizer, transform = load_checkpoint(options.checkpoint, "itm", options.device)
     assert transform is not None, "a two-tower model has a transform"
     input_ids, mask = encode_texts(tokenizer, [options.text], model.config.max_text_len)
     pictures = FoundPictures(options.folder, transform, options.out)

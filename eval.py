@@ -23,7 +23,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from data import HELD_OUT, PairDataset, Source, batches, group_by_picture, tolerate
 from fields import FlagError, check_fields, option, parse_flags, show
@@ -41,7 +40,8 @@ from metrics import mean_by, official_vqa_accuracy, recall
 from model import ManagerTower
 from objectives import class_logits
 from tasks import TASKS, check_names, find_task, load_answers, open_sets, open_split
-from weights import Loaded, load_two_tower
+from train import load_checkpoint
+from weights import Loaded
 from world import MOST_WORKERS, collect, evaluating, one_sentence, ranks, to_device
 
 MOVED = {  # commands of the first edition -> where they are now
@@ -279,16 +279,6 @@ def load_pixels(dataset: PairDataset, records: list[int], index: int) -> Tensor:
 
 
 # ---------------------------------------------------------------- experts, kept or computed again
-def unit_vectors(model: ManagerTower, modality: str, experts: Tensor) -> Tensor:
-    """One half of model.contrast: experts (B, N, L, D) of "text" or "image" -> ITC unit vectors
-    (B, C) on the CPU.
-    """
-    itc: Any = model.heads["itc"]
-    projection = itc.text if modality == "text" else itc.image
-    first_tokens = experts[:, -1, 0]  # (B, D), of the last expert
-    return F.normalize(projection(first_tokens), dim=-1).float().cpu()
-
-
 def host_dtype(model: ManagerTower) -> torch.dtype:
     """The type in which experts wait in host memory. Under `evaluating`'s autocast the next layer
     rounds them to bf16 anyway, so that half the bytes lose nothing.
@@ -332,7 +322,8 @@ class TextExperts:
         for start in range(0, num_captions, batch_size):
             experts = self[start : start + batch_size]
             if "itc" in model.heads:
-                vectors.append(unit_vectors(model, "text", experts))
+                mask = attention_mask[start : start + batch_size].to(experts.device)
+                vectors.append(model.contrast_text(experts, mask).float().cpu())
             if kept is not None:
                 kept[start : start + batch_size] = experts.cpu()
         self.vectors = torch.cat(vectors) if vectors else None
@@ -489,7 +480,9 @@ def retrieval_scores(
             if ranks()[0] == 0:
                 print(f"note: without an ITC head all {chosen.numel()} pairs are scored")
         else:
-            parts = [(rows[0], unit_vectors(model, "image", experts)) for rows, experts in images]
+            parts = []
+            for rows, experts in images:
+                parts.append((rows[0], model.contrast_image(experts).float().cpu()))
             similarity = torch.cat(collect(parts)) @ texts.vectors.T  # (I, M)
             chosen = choose_pairs(similarity, k_test, texts_per_image)
 
@@ -668,7 +661,7 @@ def run_task(config: EvalConfig) -> None:
     annotations = read_annotations(config.annotations) if config.annotations else None
     task = find_task(config.task)
     sources = open_sources(config, annotations)
-    loaded = load_two_tower(config.checkpoint, task.heads[0], config.device)
+    loaded = load_checkpoint(config.checkpoint, task.heads[0], config.device)
     is_first = ranks()[0] == 0
 
     splits: dict[str, dict] = {}

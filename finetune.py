@@ -22,7 +22,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from data import PairDataset, Source
 from eval import check_vocabulary, evaluate
@@ -32,24 +32,22 @@ from images import image_transform
 from loop import (
     Checkpoint,
     Task,
-    TowerRunConfig,
     find_tokenizer_of,
     fit,
     is_beginning_gone,
     make_plan,
     measure_untrained,
-    param_groups,
     refuse_idle_flags,
     stored_config,
     summarize,
 )
-from model import ManagerTower, ManagerTowerConfig
-from objectives import Classification, Retrieval
+from model import ManagerTower
+from objectives import Classification
 from scenes import DEMO_ANSWERS, demo_source
 from tasks import TASKS, DownstreamTask, baselines, load_answers, open_sets
 from tokenizer import Tokenizer, check_tokenizer, load_tokenizer
-from train import find_tokenizer, make_model
-from weights import convert_weights, is_mllm_config, load_model, read_config_values
+from train import SystemRunConfig, find_system, find_tokenizer, make_model
+from weights import is_mllm_config, read_config_values
 from world import MOST_WORKERS, World, one_sentence, seed_all
 
 OFFICIAL = "official:"
@@ -57,10 +55,8 @@ UNIMODAL = "unimodal"
 
 
 @dataclass
-class FinetuneConfig(TowerRunConfig):
+class FinetuneConfig(SystemRunConfig):
     """A fine-tuning run; its defaults are what the recipes in tasks.py have in common."""
-
-    architecture: ClassVar[type] = ManagerTowerConfig
 
     init: str = option(
         "",
@@ -112,17 +108,20 @@ class FinetuneConfig(TowerRunConfig):
             )
 
 
-def recipe(name: str, init: str, data: str) -> tuple[FinetuneConfig, dict]:
+def recipe(name: str, init: str, data: str, system: str = "") -> tuple[FinetuneConfig, dict]:
     """The defaults of a task: the run, and the fields of the model that it changes."""
     task = TASKS[name]
-    out_dir = f"out/{name}"
+    make = functools.partial(FinetuneConfig, system=system, out_dir=f"out/{name}")
     if data == "demo":
-        return FinetuneConfig(
-            out_dir=out_dir, eval_split=task.recipe.get("eval_split", "val"), **task.demo
-        ), {}
+        return make(eval_split=task.recipe.get("eval_split", "val"), **task.demo), {}
+    values = task.recipe
+    fields = task.model
     if init == UNIMODAL and task.unimodal_recipe:
-        return FinetuneConfig(out_dir=out_dir, **task.unimodal_recipe), task.unimodal_model
-    return FinetuneConfig(out_dir=out_dir, **task.recipe), task.model
+        values = task.unimodal_recipe
+        fields = task.unimodal_model
+    # where another system differs
+    own_values, own_fields = find_system(system).tasks.get(name, ({}, {}))
+    return make(**{**values, **own_values}), {**fields, **own_fields}
 
 
 # ---------------------------------------------------------------- tokenizer, model, data
@@ -150,26 +149,25 @@ def convert_official(run: FinetuneConfig, world: World) -> Path:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             write_text(mark, f"{source}\n")
-            convert_weights(Path(source), folder)
+            find_system(run.system).convert(Path(source), folder)
         except OSError as error:
             raise ValueError(f"--init {run.init}: {error}") from error
     world.barrier()
     return folder
 
 
-def initial_model(
-    run: FinetuneConfig, fields: dict, tokenizer: Tokenizer, world: World
-) -> ManagerTower:
+def initial_model(run: FinetuneConfig, fields: dict, tokenizer: Tokenizer, world: World) -> Any:
     """What --init says, with the `fields` of its config replaced (heads among them)."""
+    system = find_system(run.system)
     if is_beginning_gone(run):
-        return ManagerTower(stored_config(run, fields))
+        return system.model(stored_config(run, fields))
     if run.init == UNIMODAL:
         return make_model(run, fields, tokenizer)
     folder = convert_official(run, world) if run.init.startswith(OFFICIAL) else Path(run.init)
     if is_mllm_config(read_config_values(folder)):
         raise ValueError(f"--init {run.init} is a LLaVA-OV-Manager; it must be a ManagerTower")
     seed_all(run.seed, "model")  # the new heads
-    model = load_model(folder, **fields)
+    model = system.load(folder, **fields)
     try:
         check_tokenizer(tokenizer, model.config.vocab_size, model.config.pad_token_id)
     except ValueError as error:
@@ -301,8 +299,11 @@ def finetune(name: str, run: FinetuneConfig, fields: dict, world: World) -> None
     )
     announce(run, name, source, heldout, world)
     untrained = measure_untrained(run, evaluate_heldout)
-    job: Task = Retrieval(model) if task.is_retrieval else Classification(model, task.heads[0])
-    fit(run, job, dataset, evaluate_heldout, checkpoint, world, param_groups(model, run))
+    system = find_system(run.system)
+    job: Task = Classification(model, task.heads[0])
+    if task.is_retrieval:
+        job = system.retrieval(model, run, dataset)
+    fit(run, job, dataset, evaluate_heldout, checkpoint, world, system.groups(model, run))
     if world.rank == 0:
         where = "--data demo" if run.data else f"--data_root {run.data_root}"
         command = f"python eval.py --task {name} --checkpoint {run.out_dir} {where}"
@@ -327,13 +328,15 @@ def idle_flags(name: str, run: FinetuneConfig) -> dict[str, str]:
 
 
 def main(argv: list[str]) -> None:
-    first = make_parser("", add_help=False)  # the defaults depend on these two
+    first = make_parser("", add_help=False)  # the defaults depend on these three
     first.add_argument("--init", default="")
     first.add_argument("--data", default="")
+    first.add_argument("--system", default="")
     given = first.parse_known_args(argv)[0]
-    recipes = {
-        name: recipe(name, given.init, given.data) for name, task in TASKS.items() if task.recipe
-    }
+    recipes = {}
+    for name, task in TASKS.items():
+        if task.recipe:
+            recipes[name] = recipe(name, given.init, given.data, given.system)
     name, run, fields = parse_recipe(argv, recipes, "task")
     run.check_start()
     refuse_idle_flags(argv, idle_flags(name, run))

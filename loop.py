@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -326,8 +326,14 @@ class TowerRunConfig(RunConfig):
         1.0, "learning rate of the cross-modal part, in the same units", least=0
     )
 
+    def preset(self) -> Callable[..., Any]:
+        """What makes the config of --model. Raises ValueError if there is none of this name."""
+        if not hasattr(self.architecture, self.model):
+            raise ValueError(f"--model {self.model}: there is no such preset of this model")
+        return getattr(self.architecture, self.model)
+
     def model_defaults(self, model_fields: dict) -> dict:
-        return dataclasses.asdict(getattr(self.architecture, self.model)()) | model_fields
+        return dataclasses.asdict(self.preset()()) | model_fields
 
 
 def refuse_idle_flags(argv: list[str], idle: dict[str, str]) -> None:
@@ -469,6 +475,27 @@ def param_groups(model: nn.Module, run: TowerRunConfig) -> list[dict]:
         return scale * run.learning_rate, decay
 
     return make_groups(model, rule)
+
+
+class System(NamedTuple):
+    """What the scripts ask of a two-tower model: its classes, and what is done in its own way.
+
+    MANAGER_TOWER in train.py is one, and those of systems/ are others.
+    """
+
+    config: Any  # the class of its config, with a class method for each preset
+    model: Any  # its class
+    # the task of pre-training, and that of retrieval: (model, run, dataset) -> Task
+    pretraining: Callable[[Any, Any, Any], Task]
+    retrieval: Callable[[Any, Any, Any], Task]
+    groups: Callable[[Any, Any], list[dict]]  # of AdamW: (model, run) -> groups
+    load: Callable[..., Any]  # (checkpoint folder, other values of fields) -> model
+    load_unimodal: Callable[[Any, Any, Any], None]  # (model, --vision, --text)
+    convert: Callable[..., None]  # official weights: (source, out, tokenizer, answers)
+    # of train.py: name -> values of its TrainConfig, fields of the model
+    recipes: dict[str, tuple[dict, dict]]
+    # of finetune.py: task -> what differs from tasks.py, in the same two parts
+    tasks: dict[str, tuple[dict, dict]]
 
 
 def lr_multiplier(step: int, max_steps: int, warmup: int, schedule: str) -> float:

@@ -1,8 +1,8 @@
 """Metrics: plain functions of predictions and their answers.
 
 VQA's answer normaliser, its soft scores and its official accuracy (visualqa.org/evaluation.html;
-ACL 2023, section 4), means by the type of question, and the recall of image and text retrieval
-(ACL 2023, tables 1 and 3). Scores are fractions from 0 to 1, not percent.
+ACL 2023, section 4), means by the type of question, BLEU of captions, and the recall of image and
+text retrieval (ACL 2023, tables 1 and 3). Scores are fractions from 0 to 1, not percent.
 
 Shapes: I images, M captions.
 """
@@ -166,6 +166,52 @@ def official_vqa_accuracy(results: list[dict], annotations: list[dict]) -> dict:
         "per_question_type": mean_by(scores, question_types),
         "per_answer_type": mean_by(scores, answer_types),
     }
+
+
+# ---------------------------------------------------------------- captions
+def count_sequences(words: list[str], order: int) -> Counter:
+    """How often each sequence of `order` words is in a text."""
+    starts = range(len(words) - order + 1)
+    return Counter(tuple(words[i : i + order]) for i in starts)
+
+
+def closest_length(length: int, references: list[list[str]]) -> int:
+    """The length of the reference that is closest, the shorter one of two."""
+    lengths = sorted(len(words) for words in references)
+    return min(lengths, key=lambda other: abs(other - length))
+
+
+def bleu(candidates: list[str], references: list[list[str]], orders: int = 4) -> float:
+    """BLEU of all candidates together (Papineni et al., ACL 2002), without smoothing.
+
+        BLEU = min(1, exp(1 - r / c)) * (p_1 * ... * p_n)^(1/n)
+
+    p_k: of the sequences of k words in the candidates, the part that is in their references too,
+    where a sequence counts at most as often as in one reference; c: words of all candidates; r: of
+    the references of the closest lengths. Words are what spaces separate. references: the texts
+    that are right for each candidate, at least one.
+    """
+    found = [0] * orders
+    total = [0] * orders
+    candidate_length = 0
+    reference_length = 0
+    for candidate, texts in zip(candidates, references, strict=True):
+        words = candidate.split()
+        reference_words = [text.split() for text in texts]
+        candidate_length += len(words)
+        reference_length += closest_length(len(words), reference_words)
+        for k in range(orders):
+            counts = count_sequences(words, k + 1)
+            most: Counter = Counter()
+            for other in reference_words:
+                most |= count_sequences(other, k + 1)
+            total[k] += counts.total()
+            found[k] += (counts & most).total()
+    if min(found) == 0:
+        return 0.0
+    logarithms = [math.log(part / whole) for part, whole in zip(found, total, strict=True)]
+    brevity = min(0.0, 1 - reference_length / candidate_length)
+    return math.exp(brevity + math.fsum(logarithms) / orders)
 
 
 # ---------------------------------------------------------------- retrieval

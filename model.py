@@ -785,6 +785,16 @@ class ManagerTower(nn.Module):
         image = image_experts[:, -1, 0]  # (B, D_image)
         return self.heads["itc"](text, image)
 
+    def contrast_text(self, text_experts: Tensor, attention_mask: Tensor) -> Tensor:
+        """The half of `contrast` for texts, (B, C); their first tokens are never padding."""
+        head: Any = self.heads["itc"]
+        return F.normalize(head.text(text_experts[:, -1, 0]), dim=-1)
+
+    def contrast_image(self, image_experts: Tensor) -> Tensor:
+        """The half of `contrast` for images, (B, C)."""
+        head: Any = self.heads["itc"]
+        return F.normalize(head.image(image_experts[:, -1, 0]), dim=-1)
+
     # -------------------------------------------------------- the fusion
     def project(self, modality: str, experts: Tensor, token_type: int) -> Tensor:
         """(B, N, L, D_text or D_image) -> (B, N, L, D), with the embeddings of type and layer.

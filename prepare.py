@@ -49,7 +49,7 @@ from files import (
 from images import load_image
 from metrics import answer_score, normalize_answer
 from tasks import load_answers
-from weights import convert_weights
+from train import SYSTEMS, find_system
 from world import one_sentence
 
 Splits = dict[str, list[dict[str, Any]]]  # split -> the rows of its manifest
@@ -1157,6 +1157,9 @@ class WeightsConfig:
     out: str = option(help="folder to write to")
     tokenizer: str = option("", "tokenizer.json, *.model or a folder, to go along")
     answers: str = option("", "folder with answers.json, to go along with a VQA model")
+    system: str = option(
+        "", "whose weights they are, if not ManagerTower's", choices=("", *SYSTEMS)
+    )
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -1302,7 +1305,7 @@ def help_page() -> str:
     """What `python prepare.py -h` prints."""
     lines = [
         "usage: prepare.py NAME --root RAW --out DIR",
-        "       prepare.py weights --source X --out F [--tokenizer T] [--answers A]",
+        "       prepare.py weights --source X --out F [--tokenizer T] [--answers A] [--system S]",
         "",
         "Downloads -> what the other scripts read. `prepare.py NAME -h` lists the flags.",
         "",
@@ -1348,7 +1351,8 @@ def prepare_weights(argv: list[str]) -> None:
     check_not_overwritten(config)
     answers = load_answers(Path(config.answers)) if config.answers else None
     tokenizer = Path(config.tokenizer) if config.tokenizer else None
-    convert_weights(Path(config.source), Path(config.out), tokenizer, answers)
+    convert = find_system(config.system).convert
+    convert(Path(config.source), Path(config.out), tokenizer, answers)
 
 
 def main(argv: list[str]) -> None:

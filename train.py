@@ -16,6 +16,7 @@ objectives.py.
 
 import dataclasses
 import functools
+import importlib
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,10 +27,11 @@ import torch
 from torch.utils.data import DataLoader, Subset
 
 from data import PretrainDataset, Source, collate
-from fields import make_parser, option, parse_recipe
+from fields import FlagError, make_parser, option, parse_recipe, show
 from images import image_transform
 from loop import (
     Checkpoint,
+    System,
     TowerRunConfig,
     find_tokenizer_of,
     fit,
@@ -41,7 +43,7 @@ from loop import (
     summarize,
 )
 from model import ManagerTower, ManagerTowerConfig
-from objectives import Pretraining
+from objectives import Pretraining, Retrieval
 from scenes import demo_source, demo_tokenizer
 from tasks import PRETRAINING_SETS, TASKS, open_sets
 from tokenizer import (
@@ -53,15 +55,38 @@ from tokenizer import (
     load_tokenizer,
     train_tokenizer,
 )
-from weights import load_unimodal
+from weights import (
+    Loaded,
+    convert_weights,
+    load_model,
+    load_two_tower,
+    load_unimodal,
+    read_config_values,
+)
 from world import World, autocast, one_sentence, seed_all, to_device
+
+# other models of the field, on the same data and loop: name -> module, which has a SYSTEM. They are
+# imported when their flag is given, and the project is whole without them.
+SYSTEMS = {"fiber": "systems.fiber"}
 
 
 @dataclass
-class TrainConfig(TowerRunConfig):
+class SystemRunConfig(TowerRunConfig):
+    """A run of ManagerTower, or of another system."""
+
+    system: str = option(
+        "", "another model instead of ManagerTower, see systems/", choices=("", *SYSTEMS)
+    )
+
+    @property
+    def architecture(self) -> Any:  # type: ignore[override]
+        return find_system(self.system).config
+
+
+@dataclass
+class TrainConfig(SystemRunConfig):
     """A pre-training run."""
 
-    architecture: ClassVar[type] = ManagerTowerConfig
     identity_fields: ClassVar[tuple[str, ...]] = (
         *TowerRunConfig.identity_fields,
         "objectives",
@@ -91,7 +116,7 @@ class TrainConfig(TowerRunConfig):
         return 2 if self.share_images else 1
 
 
-# (run, fields of the model)
+# (run, fields of the model), of ManagerTower; another system has its own
 RECIPES: dict[str, tuple[Any, dict]] = {
     "demo": (TrainConfig(share_images=True), {}),
     # The papers' pre-training (ACL appendix A): 100k steps of 4,096 pairs, linear decay after 10k
@@ -131,6 +156,79 @@ RECIPES: dict[str, tuple[Any, dict]] = {
 LLAVA_RECIPES = ("llava_demo", "llava_stage1", "llava_stage1_5", "llava_stage2")
 
 
+# ---------------------------------------------------------------- ManagerTower or another system
+MANAGER_TOWER = System(
+    config=ManagerTowerConfig,
+    model=ManagerTower,
+    pretraining=lambda model, run, dataset: Pretraining(model, run.objectives, run.share_images),
+    retrieval=lambda model, run, dataset: Retrieval(model),
+    groups=param_groups,
+    load=load_model,
+    load_unimodal=load_unimodal,
+    convert=convert_weights,
+    recipes={},
+    tasks={},
+)
+
+
+def find_system(name: str) -> System:
+    """What the scripts ask of a system; "" is ManagerTower. Raises ValueError for one that is not
+    there.
+    """
+    if not name:
+        return MANAGER_TOWER
+    if name not in SYSTEMS:
+        raise FlagError(f"--system is {show(name)}; it must be one of {', '.join(SYSTEMS)}")
+    try:
+        return importlib.import_module(SYSTEMS[name]).SYSTEM
+    except ModuleNotFoundError as error:
+        if error.name not in ("systems", SYSTEMS[name]):
+            raise
+        file = SYSTEMS[name].replace(".", "/")
+        raise ValueError(f"--system {name} is {file}.py, which is not there") from None
+
+
+def system_of(folder: str | Path) -> str:
+    """The name of the system that a checkpoint folder is of; "" for ManagerTower and all others."""
+    file = Path(folder) / "config.json"
+    model = read_config_values(folder).get("model") if file.is_file() else None
+    for name in SYSTEMS:
+        if isinstance(model, str) and model.lower() == name:
+            return name
+    return ""
+
+
+def load_checkpoint(checkpoint: str | Path, head: str = "", device: str = "auto") -> Loaded:
+    """`load_two_tower` for a folder of whatever system its config.json names."""
+    name = system_of(checkpoint)
+    if not name:
+        return load_two_tower(checkpoint, head, device)
+    system = find_system(name)
+    return load_two_tower(checkpoint, head, device, system.config, system.load)
+
+
+def flag_of(argv: list[str], name: str) -> str:
+    """The value of one flag, before the others are read."""
+    parser = make_parser("", add_help=False)
+    parser.add_argument(f"--{name}", default="")
+    return getattr(parser.parse_known_args(argv)[0], name)
+
+
+def is_llava(argv: list[str]) -> bool:
+    """Whether the command line names one of the MLLM's recipes."""
+    return flag_of(argv, "recipe") in LLAVA_RECIPES
+
+
+def recipes_of(system: str) -> dict[str, tuple[TrainConfig, dict]]:
+    """(run, fields of the model) of each recipe."""
+    if not system:
+        return RECIPES
+    recipes = {}
+    for name, (values, fields) in find_system(system).recipes.items():
+        recipes[name] = (TrainConfig(system=system, **values), fields)
+    return recipes
+
+
 # ---------------------------------------------------------------- data, tokenizer, model
 def make_sources(run: TrainConfig, image_size: int) -> tuple[Source, Source]:
     """(training, held-out) captions: built-in scenes, or data_root's manifests and .arrow files."""
@@ -155,9 +253,7 @@ def find_tokenizer(run: TowerRunConfig, source: Source | None = None) -> Tokeniz
     return train_tokenizer((row["text"] for row in source.iterate_texts()), 8000)
 
 
-def make_model(
-    run: TowerRunConfig, fields: dict, tokenizer: Tokenizer, **heads: Any
-) -> ManagerTower:
+def make_model(run: SystemRunConfig, fields: dict, tokenizer: Tokenizer, **heads: Any) -> Any:
     """The preset --model with `fields` replaced, sized for the tokenizer; encoders from --vision,
     --text or random.
     """
@@ -172,13 +268,13 @@ def make_model(
         values |= {"vocab_size": tokenizer.vocab_size, "pad_token_id": tokenizer.pad_id}
     if run.model == "tiny":
         values["initializer_range"] = 0.1  # so narrow a model with 0.02 learns late
-    preset = getattr(ManagerTowerConfig, run.model)
-    config = preset(**{**values, **fields, **heads})
+    config = run.preset()(**{**values, **fields, **heads})
     check_tokenizer(tokenizer, config.vocab_size, config.pad_token_id)
     seed_all(run.seed, "model")
-    model = ManagerTower(config)
+    system = find_system(run.system)
+    model = system.model(config)
     if run.vision and not is_beginning_gone(run):
-        load_unimodal(model, run.vision, run.text)
+        system.load_unimodal(model, run.vision, run.text)
     model.set_checkpointing(run.checkpointing)
     return model
 
@@ -247,7 +343,7 @@ def text_only_mlm_guess(training: Any, heldout: Any, samples: int = 2000) -> flo
 # ---------------------------------------------------------------- the run
 def pretrain(run: TrainConfig, fields: dict, world: World) -> None:
     make_plan(run, world)  # refuses a batch that cannot be dealt before anything is loaded
-    image_size = fields.get("image_size", ManagerTowerConfig.tiny().image_size)
+    image_size = fields.get("image_size", run.architecture.tiny().image_size)
     source, heldout_source = make_sources(run, image_size)
     tokenizer = find_tokenizer_of(run, lambda: find_tokenizer(run, source))
     model = make_model(run, fields, tokenizer, heads=run.objectives).to(world.device)
@@ -283,13 +379,14 @@ def pretrain(run: TrainConfig, fields: dict, world: World) -> None:
     encoders = f"{run.vision} and {run.text}" if run.vision else "random weights"
     parameters = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     world.print(
-        f"ManagerTower, {parameters:.2f}M parameters, encoders from {encoders}; {len(source)} "
-        "captions of "
+        f"{type(model).__name__}, {parameters:.2f}M parameters, encoders from {encoders}; "
+        f"{len(source)} captions of "
         f"{source.num_images} pictures, {len(heldout)} held out"
     )
     untrained = measure_untrained(run, evaluate)
-    task = Pretraining(model, run.objectives, run.share_images)
-    fit(run, task, dataset, evaluate, checkpoint, world, param_groups(model, run))
+    system = find_system(run.system)
+    task = system.pretraining(model, run, dataset)
+    fit(run, task, dataset, evaluate, checkpoint, world, system.groups(model, run))
     if world.rank == 0:
         text_only = {"mlm_accuracy": text_only_mlm_guess(dataset, heldout), "itm_accuracy": 0.5}
         baselines = {**untrained, "text_only": text_only}
@@ -298,13 +395,19 @@ def pretrain(run: TrainConfig, fields: dict, world: World) -> None:
 
 def next_commands(run: TrainConfig) -> list[str]:
     """What to type after a run."""
+    task = next(iter(TASKS))
+    if run.system:
+        where = f"--data_root {run.data_root}" if run.data_root else "--data demo"
+        return [
+            f"python finetune.py --system {run.system} --task {task} --init {run.out_dir} {where}"
+        ]
     if run.data_root:
         return [
             f"python figures.py managers --checkpoint {run.out_dir} --data_root {run.data_root}"
         ]
     return [
         f"python figures.py managers --checkpoint {run.out_dir} --data demo",
-        f"python finetune.py --task {next(iter(TASKS))} --init {run.out_dir} --data demo",
+        f"python finetune.py --task {task} --init {run.out_dir} --data demo",
     ]
 
 
@@ -315,19 +418,13 @@ def idle_flags(run: TrainConfig) -> dict[str, str]:
     return dict.fromkeys(("datasets", "on_bad_sample"), "without --data_root: the scenes are drawn")
 
 
-def is_llava(argv: list[str]) -> bool:
-    """Whether the command line names one of the MLLM's recipes."""
-    parser = make_parser("", add_help=False)
-    parser.add_argument("--recipe", default="")
-    return parser.parse_known_args(argv)[0].recipe in LLAVA_RECIPES
-
-
 def main(argv: list[str]) -> None:
     if is_llava(argv):
         import train_llava  # the MLLM's training, which the two-tower model does not need
 
         return train_llava.main(argv)
-    _, run, fields = parse_recipe(argv, RECIPES, "recipe", elsewhere=LLAVA_RECIPES)
+    recipes = recipes_of(flag_of(argv, "system"))
+    _, run, fields = parse_recipe(argv, recipes, "recipe", elsewhere=LLAVA_RECIPES)
     refuse_idle_flags(argv, idle_flags(run))
     return pretrain(run, fields, World(run.device))
 

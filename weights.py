@@ -31,7 +31,7 @@ import inspect
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
@@ -1104,10 +1104,13 @@ FREE_FIELDS = (
     "dropout",
     "mask_fused_query",
     "manager_noise",
+    "drop_path",
     # of what is new
     "contrastive_size",
     "temperature",
     "initializer_range",
+    "queue_size",
+    "whole_queue",
 )
 
 
@@ -1120,7 +1123,18 @@ def load_tower(folder: str | Path, **overrides: Any) -> ManagerTower:
     tasks are dropped and new ones initialised, both of which is printed. Any other difference
     raises ValueError.
     """
-    stored_config = read_config(folder)
+    return load_fitted(folder, ManagerTowerConfig, ManagerTower, fit_state, overrides)
+
+
+def load_fitted(
+    folder: str | Path,
+    config_class: Any,
+    model_class: Any,
+    fit: Callable[[str | Path, State, Any], State],
+    overrides: dict[str, Any],
+) -> Any:
+    """`load_tower` for any two-tower model; fit(folder, state, model) makes its weights fit."""
+    stored_config = read_config(folder, config_class)
     config = dataclasses.replace(stored_config, **overrides)
     for name in overrides:
         before = getattr(stored_config, name)
@@ -1134,14 +1148,14 @@ def load_tower(folder: str | Path, **overrides: Any) -> ManagerTower:
     header = read_header(folder)
     refuse_more_layers(folder, config, header)
     with torch.device("meta"):
-        fit_state(folder, header, ManagerTower(config))
+        fit(folder, header, model_class(config))
     # the numbers
-    model = ManagerTower(config)
+    model = model_class(config)
     stored = read_safetensors(folder)
-    state = fit_state(folder, stored, model)
-    model.load_state_dict(state)
-    dropped = sorted(stored_heads(stored) - set(model.heads))
-    new = sorted(set(model.heads) - stored_heads(stored))
+    model.load_state_dict(fit(folder, stored, model))
+    before_heads = stored_heads(stored, {*HEADS, *stored_config.heads})
+    dropped = sorted(before_heads - set(model.heads))
+    new = sorted(set(model.heads) - before_heads)
     if (dropped or new) and is_first_process():
         print(
             f"{folder}: heads dropped: {', '.join(dropped) or 'none'}; "
@@ -1195,10 +1209,10 @@ def seed_rank_head(state: State) -> None:
             state[f"heads.retrieval.{ending}"] = itm[1:2]
 
 
-def stored_heads(state: State) -> set[str]:
-    """The names of the heads in a state of ours."""
+def stored_heads(state: State, names: Iterable[str] = HEADS) -> set[str]:
+    """Which of these heads are in a state of ours."""
     stored = set()
-    for name in HEADS:
+    for name in names:
         if any(key.startswith(f"heads.{name}.") for key in state):
             stored.add(name)
     return stored
@@ -1258,14 +1272,23 @@ def is_mllm(checkpoint: str | Path) -> bool:
 
 
 @checked
-def load_two_tower(checkpoint: str | Path, head: str = "", device: str = "auto") -> Loaded:
-    """A ManagerTower folder. Raises ValueError if it lacks the head that is needed."""
+def load_two_tower(
+    checkpoint: str | Path,
+    head: str = "",
+    device: str = "auto",
+    config_class: Any = ManagerTowerConfig,
+    load: Callable = load_tower,
+) -> Loaded:
+    """A ManagerTower folder, or one of another config class and its `load`.
+
+    Raises ValueError if it lacks the head that is needed.
+    """
     if is_mllm(checkpoint):
         raise ValueError(
             f"{checkpoint} is a LLaVA-OV-Manager, for ask.py chat, figures.py managers and grid"
         )
     place = World(device).device
-    config = read_config(checkpoint)
+    config = read_config(checkpoint, config_class)
     if head and head not in config.heads:
         others = f", only {', '.join(config.heads)}" if config.heads else ": it has no heads"
         raise ValueError(f"{checkpoint} has no {head} head{others}")
@@ -1273,7 +1296,7 @@ def load_two_tower(checkpoint: str | Path, head: str = "", device: str = "auto")
     with naming(checkpoint):
         check_tokenizer(tokenizer, config.vocab_size, config.pad_token_id)
         transform = image_transform(stored_transform(checkpoint), config.image_size, False)
-    return Loaded(load_tower(checkpoint).to(place), tokenizer, transform)
+    return Loaded(load(checkpoint).to(place), tokenizer, transform)
 
 
 def stored_transform(folder: str | Path) -> str:

@@ -10,7 +10,7 @@ section 3, the coarse-grained half. Official counterpart: `coarse_grained` of mi
         --vision SWIN --text ROBERTA
     torchrun --nproc_per_node 8 finetune.py --system fiber --task vqav2 --init out/fiber_pretrain
     # the authors' checkpoint
-    python prepare.py weights --system fiber --source fiber_pretrain.ckpt --tokenizer ROBERTA --out F
+    python prepare.py weights --system fiber --source FIBER.ckpt --tokenizer ROBERTA --out F
 
 There are no cross-modal layers. A Swin Transformer and a RoBERTa attend to each other in their last
 `fused_layers` blocks, which are paired from the end: x of one modality reads y of the other,
@@ -30,30 +30,33 @@ What the official code does, item by item, and what this file does about it:
     official code                                            here
     the exchange is simultaneous: both read what the other   kept
       had before the pair
-    the queries are the projected self-attention's outputs,  kept; the windows are left before the
-      each window attends to all text                          cross-attention, as they change nothing
+    the queries are the projected self-attention's outputs,  kept; outside of the windows, which
+      and each window attends to all text                      change nothing here
     the last text layer has no last norm where it is fused,  kept
       and the image stream never has its own there
-    12 text layers and Swin depths 2,2,18,2 are hard coded   mended: any depths, n of the last two stages
+    12 text layers and Swin depths 2,2,18,2 are hard coded   mended: any depths; fused are blocks
+                                                               of the last two stages
     alpha_t2i and a norm that nothing reads; text pooler     dropped on import
     ITC poolers that are always there                        only with the head itc
     keys of ITC carry no gradient, in-batch ones included    kept
     in-batch means the rows of one process                   kept: others' come through the queue
-    ITC from step 1 on over a queue of random vectors of     switch: --whole_queue; without it only
-      norm 28                                                  the part that is filled takes part
-    the queue has the pixels of 4,096 images, 7.25 GB        mended: it has the numbers of their rows
-    hard negatives never are the own pair, by a weight of 0  kept
-      plus 1e-9
+    ITC compares from step 1 on with a queue of random       switch: --whole_queue; without it only
+      vectors of norm 28                                       what is filled takes part
+    the queue has the pixels of 4,096 images, 7.25 GB        mended: it has numbers of rows
+    hard negatives never are the own pair, but for 1e-9      kept
     rank_output is a copy of the ITM head that no gradient   mended: the ITM head ranks; the copy is
-      reaches, and ranks pictures and captions                 read only as the head `retrieval`
-    no decay and learning rates by parts of official names   kept, see `param_groups`     
-    selection of checkpoints on test splits                  not here: the splits are those of tasks.py
-    bias tables resized bicubically for another image size   kept
+      reaches, and it ranks pictures and captions              the head `retrieval`, if asked for
+    no decay and learning rates by parts of official names   kept, see `official_rule`
+    temp is clamped in place to 0.001 ... 1                  kept
+    selection of checkpoints on test splits                  not here: the splits are tasks.py's
+    bias tables are resized bicubically for another size     kept
     window = image_size / 32, whatever the checkpoint had    kept
-    beam search: lengths not re-ordered with their beams, a  mended: a finished beam is carried on
-      finished beam may fill all places with copies            once, with its own length
+    beam search: lengths not re-ordered with their beams; a  mended: a finished caption is carried
+      finished beam may fill all places with copies            on once, with its own length
+    the mask token has the logit -10,000 in captions         kept
     GOLD loss is divided by the number of padded positions   kept in `gold_loss`: the published
                                                                learning rate belongs to it
+    a bad picture is replaced by another one in silence      not here: data.py says it
 
 A queue of row numbers means that a hard negative from the queue is read and transformed again, with
 augmentation drawn from its row number, in threads; officially it is the very picture of some steps
@@ -64,20 +67,27 @@ fused pair. Lt text tokens, Li image tokens, C_s width of Swin's stage s, T = w 
 window, nW windows, Q places of the queue.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fields import FieldError, check_fields, option, show
-from loop import Task, make_groups
+from data import PairDataset, batches
+from fields import FieldError, check_fields, option, parse_flags, show
+from files import write_atomically, write_json
+from images import image_transform
+from loop import Checkpoint, System, Task, TowerRunConfig, fit, make_groups
+from metrics import bleu
 from model import (
     HEADS,
     MOST_CHANNELS,
@@ -96,18 +106,40 @@ from model import (
     run_layers,
 )
 from objectives import Pairs, Pretraining, Retrieval, draw_negatives, join
+from scenes import OPPOSITE, demo_source
+from tokenizer import load_tokenizer
 from weights import (
     HEAD_NAMES,
+    READERS,
     ROBERTA,
+    TEXT_LAYOUTS,
+    Layout,
     Names,
     Row,
     State,
+    add_new_heads,
+    bad_values,
+    check_published,
+    config_beside,
     expand,
     export_state,
+    find_layout,
     import_state,
+    is_dead,
+    load_fitted,
+    naming,
+    read_headers,
+    read_weights,
+    refuse,
+    refuse_differences,
+    refuse_our_own,
+    save_folder,
+    seed_rank_head,
     shapes_of,
+    stored_heads,
+    without_heads,
 )
-from world import gather
+from world import World, collect, evaluating, gather, one_sentence, seed_all
 
 PATCH = 4  # pixels on each side of Swin's patches
 STAGES = 4  # of Swin; each halves the sides of the map of tokens, and doubles the channels
@@ -263,7 +295,8 @@ class FiberConfig:
         if needed > self.max_positions:
             raise FieldError(
                 f"max_positions is {self.max_positions}; it must be at least {needed}, as "
-                f"positions start at {self.pad_token_id + 1} and a text has {self.max_text_len} tokens"
+                f"positions start at {self.pad_token_id + 1} and a text has {self.max_text_len} of "
+                "them"
             )
 
     @staticmethod
@@ -346,6 +379,9 @@ def join_windows(x: Tensor, window: int) -> Tensor:
 
 class SwinBlock(nn.Module):
     """A Swin block (pre-norm); with a text_width one that can also attend to the text."""
+
+    places: Tensor  # (T, T), rows of position_bias
+    regions: Tensor  # (nW, T, T), where windows are shifted
 
     def __init__(
         self,
@@ -597,16 +633,24 @@ class Queue(nn.Module):
     as in the official code, with random numbers, which are read only with whole_queue.
     """
 
+    text: Tensor  # (Q, D)
+    image: Tensor  # (Q, D)
+    rows: Tensor  # (Q,), the records of the pictures
+    input_ids: Tensor  # (Q, Lt)
+    attention_mask: Tensor  # (Q, Lt)
+    place: Tensor  # (1,), where the next pair goes
+    filled: Tensor  # (1,), how many places have a pair
+
     def __init__(self, size: int, width: int, length: int):
         super().__init__()
         self.size = size
         self.register_buffer("text", torch.randn(size, width))
         self.register_buffer("image", torch.randn(size, width))
-        self.register_buffer("rows", torch.zeros(size, dtype=torch.long))  # of the pictures
+        self.register_buffer("rows", torch.zeros(size, dtype=torch.long))
         self.register_buffer("input_ids", torch.zeros(size, length, dtype=torch.long))
         self.register_buffer("attention_mask", torch.zeros(size, length, dtype=torch.long))
-        self.register_buffer("place", torch.zeros(1, dtype=torch.long))  # of the next pair
-        self.register_buffer("filled", torch.zeros(1, dtype=torch.long))  # places
+        self.register_buffer("place", torch.zeros(1, dtype=torch.long))
+        self.register_buffer("filled", torch.zeros(1, dtype=torch.long))
 
     @torch.no_grad()
     def push(self, columns: Mapping[str, Tensor]) -> None:
@@ -1174,6 +1218,7 @@ ITC_NAMES: Names = {
     "temperature": "temp",
 }
 FIBER_HEADS: dict[str, Names] = {**HEAD_NAMES, "itc": ITC_NAMES}
+FIBER_HEAD_NAMES = (*HEADS, "caption")
 QUEUE = "heads.itc.queue."  # of these buffers the official ones are pixels and words of other data
 SWIN_BUFFERS = (r".*\.attn_mask", r".*\.relative_position_index")
 IDLE_KEYS = (
@@ -1375,14 +1420,142 @@ def load_official(
     config = official_config(state, image_size, vision_heads, text_heads, fused, pad_token_id)
     model = Fiber(config)
     ours = {key: tensor.float() for key, tensor in from_official(state, config).items()}
-    load_all_but_queue(model, ours)
+    model.load_state_dict({**ours, **queue_of(model)})
     return model.eval()
 
 
-def load_all_but_queue(model: Fiber, state: State) -> None:
-    """Fill a model from a state of ours, strictly, and leave its queue as it is."""
-    own = {key: value for key, value in model.state_dict().items() if key.startswith(QUEUE)}
-    model.load_state_dict({**state, **own})
+def queue_of(model: nn.Module) -> State:
+    """The buffers of a model's queue, which no foreign weights have."""
+    return {key: x for key, x in model.state_dict().items() if key.startswith(QUEUE)}
+
+
+# ---------------------------------------------------------------- files
+def load_fiber(folder: str | Path, **overrides: Any) -> Fiber:
+    """A checkpoint folder of ours -> Fiber; overrides are other values of fields, as `load_tower`
+    of weights.py takes them.
+
+    Bias tables are resized for another image size. The queue of the folder, whose rows are of the
+    data of another run, is left there.
+    """
+    return load_fitted(folder, FiberConfig, Fiber, fit_state, overrides)
+
+
+def fit_state(folder: str | Path, stored: State, model: Any) -> State:
+    """The weights of a file, made to fit a model for another task. Meta tensors work too.
+
+    Raises ValueError for what does not fit.
+    """
+    state = {key: tensor for key, tensor in stored.items() if not key.startswith(QUEUE)}
+    with naming(folder):
+        refuse(bad_values(state))
+        state = resize_position_biases(state, "position_bias", model.config)
+    if "retrieval" in model.heads:
+        seed_rank_head(state)
+    kept = stored_heads(state, FIBER_HEAD_NAMES)
+    state = without_heads(state, sorted(kept - set(model.heads)))
+    add_new_heads(state, model, sorted(set(model.heads) - kept))
+    state.update(queue_of(model))
+    refuse_differences(folder, state, model)
+    return state
+
+
+def resize_position_biases(state: State, ending: str, config: FiberConfig) -> State:
+    """The same with all bias tables, whose keys have this ending, for the windows of a config."""
+    resized = dict(state)
+    for key, tensor in state.items():
+        if key.endswith(ending):
+            resized[key] = resize_position_bias(tensor, config.window)
+    return resized
+
+
+SWIN_LAYOUT = Layout({}, "vit_model.", (*SWIN_BUFFERS, r"head\..*"))
+
+
+def load_unimodal(model: Fiber, vision: str | Path, text: str | Path) -> None:
+    """Fill both encoders from a Swin-B and a RoBERTa: .safetensors files, or folders of them.
+
+    Swin is read under the names of its authors, which timm 0.4 has too. What FIBER adds stays new.
+    """
+    config = model.config
+    heads = {
+        "num_attention_heads": ("text_heads", config.text_heads),
+        "pad_token_id": ("pad_token_id", config.pad_token_id),
+    }
+    for read in READERS:
+        state = read(text)
+        with naming(text):
+            refuse_our_own(state)
+            layout, prefix = find_layout(state, TEXT_LAYOUTS)
+            if read is read_headers and layout.settings:
+                check_published(config_beside(text), layout.settings, heads)
+            rows = expand(layout.names, "", prefix, config.text_layers)
+            roberta = import_state(state, rows, shapes_of(model.text_encoder), layout.dead)
+    for read in READERS:
+        state = read(vision)
+        with naming(vision):
+            refuse_our_own(state)
+            layout, prefix = find_layout(state, (SWIN_LAYOUT,))
+            state = resize_position_biases(state, "relative_position_bias_table", config)
+            rows = swin_rows(config, "", prefix)
+            swin = import_state(state, rows, shapes_of(model.image_encoder), layout.dead)
+    for encoder, new in ((model.text_encoder, roberta), (model.image_encoder, swin)):
+        encoder.load_state_dict({**encoder.state_dict(), **new})
+
+
+def convert(
+    source: str | Path,
+    out: str | Path,
+    tokenizer: str | Path | None = None,
+    answers: list[str] | None = None,
+) -> None:
+    """The authors' checkpoint -> a checkpoint folder, or a Swin's -> a folder for --vision.
+
+    Nothing in their files is executed. The tokenizer, and the texts of a VQA model's answers, go
+    along.
+    """
+    out = Path(out)
+    state, _ = read_weights(source)
+    with naming(source):
+        refuse_our_own(state)
+        if "patch_embed.proj.weight" in state:
+            convert_swin(state, out)
+            return
+        config = published_config(state)
+        if answers and len(answers) != config.num_answers:
+            raise ValueError(
+                f"--answers has {len(answers)} answers, but the model has {config.num_answers}"
+            )
+        ours = {key: tensor.float() for key, tensor in from_official(state, config).items()}
+    save_folder({**ours, **queue_of(Fiber(config))}, config, out)
+    if answers:
+        write_json(out / "answers.json", answers)
+    if tokenizer:
+        load_tokenizer(tokenizer).save(out)
+    print(f"{out}: {config}")
+
+
+def published_config(state: State) -> FiberConfig:
+    """The sizes of a checkpoint as the authors publish them.
+
+    A window has image_size / 32 tokens on each side, so the bias tables say how large the pictures
+    are; their columns are Swin's heads, and RoBERTa has 64 channels a head.
+    """
+    table = "vit_model.layers.{}.blocks.0.attn.relative_position_bias_table"
+    shapes = [shape_of(state, table.format(stage), 2) for stage in range(STAGES)]
+    window = (round(shapes[0][0] ** 0.5) + 1) // 2
+    width = shape_of(state, "text_transformer.embeddings.word_embeddings.weight", 2)[1]
+    fused = len([key for key in state if key.endswith(".alpha_i2t")])
+    vision_heads = [shape[1] for shape in shapes]
+    return official_config(state, SCALE * window, vision_heads, max(1, width // 64), fused)
+
+
+def convert_swin(state: State, out: Path) -> None:
+    """A Swin under its own names, as the model.safetensors of a folder."""
+    kept = {key: x.contiguous() for key, x in state.items() if not is_dead(key, SWIN_LAYOUT.dead)}
+    refuse(bad_values(kept))
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomically(out / "model.safetensors", lambda path: save_file(kept, path))
+    print(f"{out}: a Swin Transformer, for --vision")
 
 
 # ================================================================ 7. what the scripts ask
@@ -1415,3 +1588,178 @@ def param_groups(model: Fiber, run: Any) -> list[dict]:
     """AdamW's groups: what the official code does with the official names of our parameters."""
     official_names = {row.ours: row.theirs[0] for row in fiber_rows(model.config)}
     return make_groups(model, lambda name: official_rule(official_names[name], run))
+
+
+def picture_loader(dataset: Any, run: Any) -> PictureLoader:
+    """Raises ValueError for --shard, whose training state has no room for a queue."""
+    if run.shard:
+        raise ValueError(
+            "--shard does not go with FIBER's ITC: a sharded training state holds parameters, and "
+            "the queue is none"
+        )
+    return PictureLoader(dataset, run.num_workers)
+
+
+def make_pretraining(model: Fiber, run: Any, dataset: Any) -> Task:
+    if "itc" not in run.objectives:
+        return Pretraining(model, run.objectives, run.share_images)  # type: ignore[arg-type]
+    loader = picture_loader(dataset, run)
+    return FiberPretraining(model, run.objectives, run.share_images, loader)
+
+
+def make_retrieval(model: Fiber, run: Any, dataset: Any) -> Task:
+    return FiberRetrieval(model, picture_loader(dataset, run))
+
+
+RECIPES: dict[str, tuple[dict, dict]] = {
+    "demo": (
+        {
+            "out_dir": "out/fiber",
+            "objectives": ("mlm", "itm", "itc"),
+            "max_steps": 700,
+            "eval_every": 0,
+            "save_every": 350,
+        },
+        {},
+    ),
+    # section 4: 100k steps of 1,024 pairs at 384 pixels, decay after 10k steps, and five times the
+    # rate for what the encoders did not have before
+    "pretrain": (
+        {
+            "out_dir": "out/fiber_pretrain",
+            "model": "base",
+            "objectives": ("mlm", "itm", "itc"),
+            "max_steps": 100_000,
+            "batch_size": 1024,
+            "micro_batch_size": 32,
+            "learning_rate": 1e-5,
+            "lr_mult_head": 5.0,
+            "lr_mult_cross_modal": 5.0,
+            "transform": "albef",
+            "save_every": 1000,
+            "eval_every": 5000,
+            "eval_size": 4096,
+            "num_workers": 12,
+        },
+        {"max_text_len": 40},
+    ),
+}
+# the authors' configuration of VQA; of the other tasks the recipes of tasks.py are taken
+TASK_RECIPES: dict[str, tuple[dict, dict]] = {
+    "vqav2": (
+        {"learning_rate": 2e-5, "weight_decay": 0.01, "warmup": 0.1, "batch_size": 512},
+        {"image_size": 576, "head_hidden_scale": 1, "max_text_len": 50},
+    ),
+    "snli_ve": ({}, {"head_hidden_scale": 1}),
+}
+SYSTEM = System(
+    config=FiberConfig,
+    model=Fiber,
+    pretraining=make_pretraining,
+    retrieval=make_retrieval,
+    groups=param_groups,
+    load=load_fiber,
+    load_unimodal=load_unimodal,
+    convert=convert,
+    recipes=RECIPES,
+    tasks=TASK_RECIPES,
+)
+
+
+# ================================================================ 8. the demo
+@dataclass
+class DemoOptions:
+    """Learn the built-in scenes: captions, questions about them, and to write captions."""
+
+    out_dir: str = option("out/fiber", "folder of the three runs")
+    pretrain_steps: int = option(700, "updates of MLM, ITM and ITC", least=1)
+    question_steps: int = option(700, "updates on questions", least=1)
+    caption_steps: int = option(500, "updates on writing captions", least=1)
+    seed: int = option(0, "of everything random", least=0)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+def both_captions(caption: str) -> list[str]:
+    """A caption of a built-in scene, and the one that says the same the other way round."""
+    for relation, opposite in OPPOSITE.items():
+        first, found, second = caption.partition(f" is {relation} ")
+        if found:
+            return [caption, f"{second} is {opposite} {first}"]
+    return [caption]
+
+
+def evaluate_captions(model: Fiber, dataset: PairDataset, beams: int = 3) -> dict[str, float]:
+    """BLEU-4 and the share of captions that are right to the last word, both from 0 to 1."""
+    tokenizer = dataset.tokenizer
+    words = Words(tokenizer.cls_id, tokenizer.sep_id, tokenizer.mask_id, tokenizer.pad_id)
+    parts = []
+    with evaluating(model) as device:
+        for rows, batch in batches(dataset, 64):
+            ids = write_captions(model, batch["pixels"].to(device), words, beams).tolist()
+            for row, row_ids in zip(rows, ids, strict=True):
+                parts.append((row, tokenizer.decode(row_ids).strip()))
+    written = collect(parts)
+    references = [both_captions(row["text"]) for row in dataset.source.texts()]
+    right = [text in texts for text, texts in zip(written, references, strict=True)]
+    bleu_4 = bleu(written, references)
+    return {"bleu_4": bleu_4, "exact_match": sum(right) / len(right), "score": bleu_4}
+
+
+def train_captions(init: str, run: TowerRunConfig, world: World) -> dict[str, float]:
+    """Captioning of the built-in scenes, from a checkpoint folder. Returns held-out metrics."""
+    seed_all(run.seed, "model")
+    model = load_fiber(init, heads=("mlm", "caption")).to(world.device)
+    tokenizer = load_tokenizer(init)
+    size = model.config.image_size
+    length = model.config.max_text_len
+    transform = functools.partial(image_transform, run.transform, size)
+    source = demo_source("captions", "train", 20_000, run.seed, size)
+    heldout = demo_source("captions", "heldout", run.eval_size, run.seed, size)
+    dataset = PairDataset(source, tokenizer, transform(train=True), length, run.seed)
+    measured = PairDataset(heldout, tokenizer, transform(train=False), length)
+    evaluate = functools.partial(evaluate_captions, model, measured)
+    identity = {
+        "config": dataclasses.asdict(model.config),
+        "tokenizer": tokenizer.digest(),
+        "training_texts": source.digest,
+    }
+    checkpoint = Checkpoint(run, model, tokenizer.save, identity, world)
+    fit(run, Captioning(model), dataset, evaluate, checkpoint, world, param_groups(model, run))
+    return evaluate()
+
+
+def demo(options: DemoOptions) -> None:
+    """Three runs, one after the other; each says what it learnt."""
+    import finetune  # the scripts find this file by its name, as they do for --system fiber
+    import train
+
+    folder = options.out_dir
+    common = ["--system", "fiber", "--seed", str(options.seed)]
+    train.main([*common, "--out_dir", folder, "--max_steps", str(options.pretrain_steps)])
+    questions = ["--task", "vqav2", "--data", "demo", "--init", folder]
+    steps = ["--max_steps", str(options.question_steps)]
+    finetune.main([*common, *questions, *steps, "--out_dir", f"{folder}/questions"])
+    run = TowerRunConfig(
+        out_dir=f"{folder}/captions",
+        max_steps=options.caption_steps,
+        learning_rate=1e-3,
+        transform="albef",
+        eval_every=0,
+        eval_size=256,
+        seed=options.seed,
+    )
+    metrics = train_captions(folder, run, World(run.device))
+    print(
+        f"captions of held-out scenes: BLEU-4 {metrics['bleu_4']:.1%}, right to the last word "
+        f"{metrics['exact_match']:.1%}"
+    )
+
+
+def main(argv: list[str]) -> None:
+    demo(parse_flags(DemoOptions, argv, DemoOptions.__doc__ or ""))
+
+
+if __name__ == "__main__":
+    one_sentence(main)
