@@ -1,16 +1,26 @@
 """systems/fiber.py against golden numbers of the official code, and its seams with the scripts."""
 
+import itertools
 import json
 
 import pytest
 import torch
 from helpers import GOLDEN, ROOT, close
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
+import ask
+import eval
+import finetune
+import loop
+import prepare
+import train
+from data import PairDataset
+from images import image_transform
 from loop import TowerRunConfig, lr_multiplier, set_learning_rate
 from model import BertLayer
 from objectives import Classification, class_logits
+from scenes import demo_source
 from systems import fiber
 from systems.fiber import Fiber, FiberConfig, FiberPretraining
 from weights import is_dead
@@ -621,3 +631,225 @@ def test_the_decoded_ids_are_the_official_ones(captioner, inputs, beams):
     ids = fiber.write_captions(captioner, inputs["image"], words, beams, length=12)
     expected = read("main.json")["runs"]["caption"][f"beam{beams}"]
     assert [" ".join(str(i) for i in row) for row in ids.tolist()] == expected
+
+
+def test_a_caption_sees_only_the_words_before(captioner, inputs):
+    ids = inputs["text_ids"].clone()
+    mask = torch.ones_like(ids)
+    with torch.no_grad():
+        image = captioner.finish_image(captioner.encode_image(inputs["image"]))
+        before = captioner.caption_logits(image, ids, mask)
+        ids[:, 6] = 5
+        after = captioner.caption_logits(image, ids, mask)
+    assert torch.equal(before[:, :6], after[:, :6])
+    assert not torch.allclose(before[:, 6:], after[:, 6:])
+
+
+def best_caption(table, begin, end, length):
+    """All captions of at most `length` words, searched: the highest mean log-probability."""
+    best = (-float("inf"), ())
+    for size in range(1, length + 1):
+        for words in itertools.product(range(len(table)), repeat=size):
+            if end in words[:-1] or (words[-1] != end and size < length):
+                continue
+            chain = (begin, *words)
+            score = sum(table[a][b] for a, b in itertools.pairwise(chain)) / size
+            best = max(best, (score, words))
+    return best[1]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_wide_beam_finds_the_best_caption(monkeypatch, seed):
+    """A chain of words whose probabilities follow from the last word, so that all can be tried."""
+    words = fiber.Words(begin=0, end=1, mask=2, pad=3)
+    draws = torch.Generator().manual_seed(seed)
+    table = 2 * torch.randn(7, 7, generator=draws)
+    table[:, [0, 2, 3]] = -30  # no word of a caption
+    table = table.log_softmax(-1)
+    monkeypatch.setattr(fiber, "next_word_scores", lambda model, image, ids, w: table[ids[:, -1]])
+
+    class Blind:
+        encode_image = finish_image = staticmethod(lambda pixels: pixels)
+
+    found = fiber.write_captions(Blind(), torch.zeros(2, 1), words, beams=200, length=5)
+    written = [i for i in found[0].tolist() if i != words.pad]
+    assert tuple(written) == best_caption(table.tolist(), 0, 1, 4)
+    assert torch.equal(found[0], found[1])
+
+
+# ---------------------------------------------------------------- files
+def test_a_checkpoint_of_the_authors_becomes_a_folder(state, tmp_path):
+    source = tmp_path / "fiber.ckpt"
+    torch.save({"state_dict": state, "hyper_parameters": {"config": {"image_size": 128}}}, source)
+    out = tmp_path / "out"
+    prepare.main(["weights", "--system", "fiber", "--source", str(source), "--out", str(out)])
+    model = fiber.load_fiber(out)
+    assert model.config.image_size == 128
+    assert model.config.vision_heads == VISION_HEADS
+    exported = fiber.to_official(dict(model.named_parameters()), model.config)
+    for key, x in exported.items():
+        assert torch.equal(x, state[key]), key
+
+    # another task, and larger pictures
+    larger = fiber.load_fiber(out, heads=("vqa",), image_size=160, num_answers=5)
+    table = larger.image_encoder.blocks[3].position_bias
+    key = "vit_model.layers.1.blocks.1.attn.relative_position_bias_table"
+    close(table, fiber.resize_position_bias(state[key], 5), 0)
+    with pytest.raises(ValueError, match="its weights mean nothing with another value"):
+        fiber.load_fiber(out, text_heads=4)
+
+
+def test_what_is_no_fiber_is_refused(state, tmp_path):
+    source = tmp_path / "x.safetensors"
+    convert = [
+        "weights",
+        "--system",
+        "fiber",
+        "--source",
+        str(source),
+        "--out",
+        str(tmp_path / "o"),
+    ]
+    save_file({"something.weight": torch.zeros(2)}, source)
+    with pytest.raises(ValueError, match="no official FIBER weights: they have no vit_model"):
+        prepare.main(convert)
+    save_file(without(state, "cross_modal_text_pooler.dense"), source)
+    with pytest.raises(ValueError, match="missing: cross_modal_text_pooler.dense.bias"):
+        prepare.main(convert)
+
+
+@torch.no_grad()
+def test_both_encoders_come_from_pretrained_ones(state, inputs, tmp_path):
+    swin = {}
+    roberta = {}
+    for key, x in state.items():
+        if key.startswith("vit_model.") and "i2t" not in key:
+            swin[key.removeprefix("vit_model.")] = x.contiguous()
+        if key.startswith("text_transformer.") and "t2i" not in key:
+            roberta[key.replace("text_transformer.", "roberta.")] = x.contiguous()
+    swin["head.weight"] = torch.zeros(5, 64)
+    torch.save({"model": swin}, tmp_path / "swin.pth")
+    fiber.convert(tmp_path / "swin.pth", tmp_path / "swin")
+    save_file(roberta, tmp_path / "roberta.safetensors")
+    whole = load(state)
+    model = Fiber(whole.config).eval()
+    fiber.load_unimodal(model, tmp_path / "swin", tmp_path / "roberta.safetensors")
+    images = (whole.encode_image(inputs["image"]), model.encode_image(inputs["image"]))
+    assert torch.equal(whole.finish_image(images[0]), model.finish_image(images[1]))
+    ids = inputs["text_ids"]
+    mask = inputs["text_masks"]
+    texts = (whole.encode_text(ids, mask), model.encode_text(ids, mask))
+    assert torch.equal(whole.finish_text(texts[0], mask), model.finish_text(texts[1], mask))
+    # the gates are closed at the start
+    assert all(p.sum() == 0 for name, p in model.named_parameters() if "alpha" in name)
+
+
+# ---------------------------------------------------------------- the scripts
+SMALL = (
+    "--system fiber --vision_width 8 --vision_depths 1,1,1,1 --vision_heads 1,1,2,2 "
+    "--text_width 16 --text_layers 2 --text_heads 2 --text_mlp_width 32 --hidden_size 16 "
+    "--fused_layers 2 --queue_size 12 --batch_size 8 --micro_batch_size 8 --eval_size 8 "
+    "--log_every 1"
+).split()
+TASK = "--system fiber --batch_size 8 --micro_batch_size 8 --eval_size 8 --max_steps 2".split()
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("fiber") / "pretrained"
+    train.main([*SMALL, "--max_steps", "4", "--save_every", "2", "--out_dir", str(folder)])
+    return folder
+
+
+def test_a_run_goes_on_with_its_queue_to_the_same_bits(pretrained, tmp_path, monkeypatch):
+    learn = loop.Learner.learn
+
+    def die(self, step, batches, dataset):
+        if step == 3:
+            raise KeyboardInterrupt
+        return learn(self, step, batches, dataset)
+
+    flags = [*SMALL, "--max_steps", "4", "--save_every", "2", "--out_dir", str(tmp_path)]
+    monkeypatch.setattr(loop.Learner, "learn", die)
+    with pytest.raises(KeyboardInterrupt):
+        train.main(flags)
+    monkeypatch.setattr(loop.Learner, "learn", learn)
+    train.main(flags)
+    whole = load_file(pretrained / "model.safetensors")
+    resumed = load_file(tmp_path / "model.safetensors")
+    assert whole.keys() == resumed.keys()
+    for key, x in whole.items():
+        assert torch.equal(x, resumed[key]), key
+    assert whole["heads.itc.queue.filled"] == 12  # 32 pairs have gone through it
+
+
+@pytest.mark.parametrize("task", ["vqav2", "nlvr2", "flickr30k"])
+def test_the_scripts_run_it_without_knowing_it(pretrained, tmp_path, capsys, task):
+    flags = [*TASK, "--task", task, "--data", "demo", "--init", str(pretrained)]
+    finetune.main([*flags, "--out_dir", str(tmp_path)])
+    capsys.readouterr()
+    eval.main(["--task", task, "--data", "demo", "--checkpoint", str(tmp_path)])
+    printed = capsys.readouterr().out
+    metric = "ir_r1" if task == "flickr30k" else "accuracy"
+    assert metric in printed
+    metrics = json.loads((tmp_path / "eval.json").read_text())["splits"]["demo"]
+    assert 0 <= metrics[metric] <= 1
+
+
+def test_one_can_ask_it(pretrained, tmp_path, capsys):
+    picture = tmp_path / "x.png"
+    demo_source("captions", "train", 1).images(0)[0].save(picture)
+    flags = ["--checkpoint", str(pretrained), "--image", str(picture)]
+    ask.main(["match", *flags, "--text", "a red circle", "--text", "a blue square"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["ITM", "ITM"]
+    assert all("ITC" in line for line in lines)
+
+
+def test_it_has_the_methods_of_a_two_tower_model(task_state, inputs):
+    model = load(task_state("vqa"))
+    texts = model.encode_text(inputs["text_ids"], inputs["text_masks"])
+    images = model.encode_image(inputs["image"])
+    features = model.fuse(texts, images, inputs["text_masks"])
+    with torch.no_grad():
+        whole = model(inputs["image"], inputs["text_ids"], inputs["text_masks"])
+    assert torch.equal(features.pooled, whole.pooled)
+    out = read("main.vqa.out.safetensors")
+    close(model.heads["vqa"](features.pooled), out["logits"], 5e-6)
+
+
+def test_a_system_that_is_not_there_is_one_sentence(pretrained, monkeypatch):
+    with pytest.raises(ValueError, match="--system is 'nobody'; it must be one of fiber"):
+        train.main(["--system", "nobody"])
+    with pytest.raises(
+        ValueError, match="not the config of a ManagerTower: its \"model\" is 'Fiber'"
+    ):
+        finetune.main(["--task", "vqav2", "--data", "demo", "--init", str(pretrained)])
+    with pytest.raises(ValueError, match="there is no such preset"):
+        train.main(["--system", "fiber", "--model", "large"])
+    monkeypatch.setitem(train.SYSTEMS, "fiber", "systems.gone")
+    with pytest.raises(ValueError, match="--system fiber is systems/gone.py, which is not there"):
+        train.main(["--system", "fiber"])
+
+
+def test_the_queue_does_not_go_with_shards(tmp_path):
+    with pytest.raises(ValueError, match="--shard does not go with FIBER's ITC"):
+        train.main([*SMALL, "--shard", "--max_steps", "1", "--out_dir", str(tmp_path)])
+
+
+def test_a_picture_of_the_queue_is_that_of_its_record():
+    source = demo_source("captions", "train", 4, image_size=32)
+    dataset = PairDataset(source, transform=image_transform("albef", 32, train=False))
+    loader = fiber.PictureLoader(dataset, threads=2)
+    rows = torch.tensor([2, 0, 2])
+    expected = [dataset.transform(source.images(int(row))[0], None) for row in rows]
+    assert torch.equal(loader(rows), torch.stack(expected))
+
+
+def test_both_captions_of_a_scene_are_right():
+    caption = "a large red circle is above a small blue square"
+    other = "a small blue square is below a large red circle"
+    assert fiber.both_captions(caption) == [caption, other]
+    assert fiber.both_captions(other) == [other, caption]
+    for row in demo_source("captions", "train", 8).texts():
+        assert len(fiber.both_captions(row["text"])) == 2

@@ -12,6 +12,7 @@ GROUND = "manager fields files index world tokenizer images multigrid metrics to
 MIDDLE = "model llava_manager chat data scenes weights shard loop tasks objectives".split()
 SCRIPTS = "train train_llava finetune eval ask figures prepare bench roofline".split()
 FILES = {path.stem: path for path in sorted(ROOT.glob("*.py"))}
+SYSTEMS = {f"systems/{path.stem}": path for path in sorted((ROOT / "systems").glob("*.py"))}
 
 
 def imported_by(name):
@@ -59,6 +60,15 @@ def test_nothing_below_imports_a_script_or_a_leaf(name):
 
 def test_the_manager_needs_torch_alone():
     assert imported_by("manager") == {"torch"}
+
+
+def test_no_file_names_a_system_but_the_one_that_finds_it():
+    """A system is imported by its name, so that the core is whole without the folder."""
+    for name in FILES:
+        assert "systems" not in imported_by(name)
+    import train
+
+    assert {module.replace(".", "/") for module in train.SYSTEMS.values()} <= SYSTEMS.keys()
 
 
 def test_training_loads_neither_evaluation_nor_preparation():
@@ -131,7 +141,8 @@ def test_a_downstream_task_has_one_home():
 
 # ---------------------------------------------------------------- prose
 def measured():
-    return {name: prose.measure(path.read_text()) for name, path in FILES.items()}
+    paths = {**FILES, **SYSTEMS}
+    return {name: prose.measure(path.read_text()) for name, path in paths.items()}
 
 
 def test_the_prose_is_plain():

@@ -1,10 +1,19 @@
 """metrics.py against values computed by hand."""
 
+import math
+
 import pytest
 import torch
 from helpers import people
 
-from metrics import answer_score, mean_by, normalize_answer, official_vqa_accuracy, recall
+from metrics import (
+    answer_score,
+    bleu,
+    mean_by,
+    normalize_answer,
+    official_vqa_accuracy,
+    recall,
+)
 
 
 # ---------------------------------------------------------------- VQA
@@ -94,3 +103,25 @@ def test_recall_by_hand():
     assert metrics["ir_r5"] == metrics["tr_r5"] == metrics["tr_r10"] == 1
     assert metrics["rsum"] == pytest.approx(3 / 5 + 2 / 3 + 4)
     assert metrics["rmean"] == pytest.approx(metrics["rsum"] / 6)
+
+
+# ---------------------------------------------------------------- captions
+def test_bleu_is_its_formula():
+    """Papineni et al.: clipped parts, their geometric mean, and the brevity penalty."""
+    # 5 of 6 words, 3 of 5 pairs, 2 of 4 triples, 1 of 3 quadruples; lengths are equal
+    written = ["the cat sat on a mat"]
+    right = [["the cat sat on the mat"]]
+    closed_form = (5 / 6 * 3 / 5 * 2 / 4 * 1 / 3) ** 0.25
+    assert bleu(written, right) == pytest.approx(closed_form)
+    assert bleu(right[0], right) == 1
+    # a word counts as often as in one reference: 2 of 7
+    assert bleu(["the " * 7], [["the cat is on the mat"]], orders=1) == pytest.approx(2 / 7)
+    # too short: exp(1 - 6 / 4) times a perfect precision
+    short = bleu(["the cat sat on"], right)
+    assert short == pytest.approx(math.exp(1 - 6 / 4))
+    # of two references that are as close, the shorter one counts: no penalty for 5 words
+    assert bleu(["a b c d e"], [["a b c d e f", "a b c d"]]) == pytest.approx(1)
+    # all captions together: sums, not a mean of means
+    both = bleu(["a b c d", "x y z w"], [["a b c d"], ["a b c d"]])
+    assert both == pytest.approx((1 / 2) ** (1 / 4 * 4))
+    assert bleu(["x"], [["y"]]) == 0
