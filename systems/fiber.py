@@ -103,7 +103,6 @@ from model import (
     init_weights,
     make_head,
     run,
-    run_layers,
 )
 from objectives import Pairs, Pretraining, Retrieval, draw_negatives, join
 from scenes import OPPOSITE, demo_source
@@ -221,19 +220,19 @@ class FiberConfig:
         """For the built-in demo data: it learns on a CPU in minutes."""
         fields: dict[str, Any] = {
             "image_size": 64,
-            "vision_width": 24,
-            "vision_depths": (2, 2, 4, 2),
+            "vision_width": 16,
+            "vision_depths": (1, 1, 2, 2),
             "vision_heads": (1, 2, 4, 8),
             "drop_path": 0.0,
             "vocab_size": 300,
             "max_positions": 52,
-            "text_width": 96,
+            "text_width": 64,
             "text_layers": 4,
-            "text_heads": 3,
-            "text_mlp_width": 384,
+            "text_heads": 2,
+            "text_mlp_width": 256,
             "dropout": 0.0,
             "fused_layers": 3,
-            "hidden_size": 96,
+            "hidden_size": 64,
             "queue_size": 256,
             "max_text_len": 16,
         }
@@ -357,24 +356,31 @@ def shifted_regions(side: int, window: int, shift: int) -> Tensor:
     """
     # along one axis: 0 before the last window, 1 its own tokens, 2 those that came round
     numbers = torch.arange(side)
-    strip = (numbers >= side - window).long() + (numbers >= side - shift).long()
+    in_last_window = numbers >= side - window
+    came_round = numbers >= side - shift
+    strip = in_last_window.long() + came_round.long()
     region = 3 * strip[:, None] + strip[None, :]  # (side, side)
-    windows = split_windows(region[None, :, :, None], window)[0, :, :, 0]  # (nW, T)
+    as_picture = region[None, :, :, None]
+    windows = split_windows(as_picture, window)[0, :, :, 0]  # (nW, T)
     differs = windows[:, :, None] != windows[:, None, :]
     return -100.0 * differs.float()
 
 
 def split_windows(x: Tensor, window: int) -> Tensor:
     """(B, side, side, C) -> (B, nW, T, C), row by row."""
-    x = x.unflatten(2, (-1, window)).unflatten(1, (-1, window))  # (B, n, w, n, w, C)
-    return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+    x = x.unflatten(2, (-1, window))
+    x = x.unflatten(1, (-1, window))  # (B, n, w, n, w, C)
+    x = x.transpose(2, 3).flatten(3, 4)  # (B, n, n, T, C)
+    return x.flatten(1, 2)
 
 
 def join_windows(x: Tensor, window: int) -> Tensor:
     """The inverse of `split_windows`."""
     n = round(x.shape[1] ** 0.5)
-    x = x.unflatten(2, (window, window)).unflatten(1, (n, n))  # (B, n, n, w, w, C)
-    return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+    x = x.unflatten(2, (window, window))
+    x = x.unflatten(1, (n, n))  # (B, n, n, w, w, C)
+    x = x.transpose(2, 3).flatten(3, 4)  # (B, n, w, side, C)
+    return x.flatten(1, 2)
 
 
 class SwinBlock(nn.Module):
@@ -402,7 +408,8 @@ class SwinBlock(nn.Module):
         self.ln_1 = nn.LayerNorm(width)
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
-        self.position_bias = nn.Parameter(0.02 * torch.randn((2 * window - 1) ** 2, heads))
+        differences = 2 * window - 1
+        self.position_bias = nn.Parameter(0.02 * torch.randn(differences**2, heads))
         if text_width:  # queries from the image, keys and values from the text
             self.ln_cross = nn.LayerNorm(width)
             self.cross_q = nn.Linear(width, width)
@@ -443,11 +450,13 @@ class SwinBlock(nn.Module):
 
         # windows and heads share one dimension: the bias is the same for all rows of the batch
         q, k, v = self.qkv(windows).chunk(3, dim=-1)
+        q = self.split_heads(q)
+        k = self.split_heads(k)
+        v = self.split_heads(v)
         bias = self.window_bias(windows.shape[1]).to(q.dtype)
-        out = F.scaled_dot_product_attention(
-            self.split_heads(q), self.split_heads(k), self.split_heads(v), attn_mask=bias
-        )
-        out = out.unflatten(1, (-1, self.heads)).transpose(2, 3).flatten(3)  # (B, nW, T, C)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        out = out.unflatten(1, (-1, self.heads))  # (B, nW, H, T, C / H)
+        out = out.transpose(2, 3).flatten(3)  # (B, nW, T, C)
 
         square = join_windows(self.proj(out), self.window)
         if self.shift:
@@ -456,7 +465,8 @@ class SwinBlock(nn.Module):
 
     def split_heads(self, x: Tensor) -> Tensor:
         """(B, nW, T, C) -> (B, nW * H, T, C / H)."""
-        return x.unflatten(-1, (self.heads, -1)).transpose(2, 3).flatten(1, 2)
+        x = x.unflatten(-1, (self.heads, -1))  # (B, nW, T, H, C / H)
+        return x.transpose(2, 3).flatten(1, 2)
 
     def window_bias(self, num_windows: int) -> Tensor:
         """What is added to the scores: by relative places, and -100 between regions, (1, nW * H, T,
@@ -503,14 +513,13 @@ class Swin(nn.Module):
         width = config.vision_width
         self.patch = nn.Conv2d(3, width, PATCH, PATCH)
         self.ln_patch = nn.LayerNorm(width)
-        self.blocks = nn.ModuleList(
-            make_swin_block(number, config) for number in range(len(self.stage_of_block))
-        )
+        numbers = range(len(self.stage_of_block))
+        self.blocks = nn.ModuleList(make_swin_block(number, config) for number in numbers)
         # before the second, third and fourth stage
         side = config.image_size // PATCH
-        self.merges = nn.ModuleList(
-            PatchMerging(config.stage_width(stage), side // 2**stage) for stage in range(STAGES - 1)
-        )
+        self.merges = nn.ModuleList()
+        for stage in range(STAGES - 1):
+            self.merges.append(PatchMerging(config.stage_width(stage), side // 2**stage))
         self.ln_post = nn.LayerNorm(config.stage_width(STAGES - 1))
 
     def forward(self, pixels: Tensor, keep: Sequence[int]) -> list[Tensor]:
@@ -595,12 +604,14 @@ class FusedTextLayer(BertLayer):
         dropout = self.dropout if self.training else 0.0
         # s = SelfAtt(x)
         q, k, v = self.qkv(x).chunk(3, dim=-1)
-        attended = F.dropout(self.proj(attention(q, k, v, self.heads, mask, dropout)), dropout)
+        out = attention(q, k, v, self.heads, mask, dropout)
+        attended = F.dropout(self.proj(out), dropout)
         # s + alpha * CrossAtt(s, y)
         if image is not None:
             k, v = self.kv(image).chunk(2, dim=-1)
             out = attention(self.q(attended), k, v, self.heads, None, dropout)
-            attended = attended + self.alpha * F.dropout(self.cross_proj(out), dropout)
+            crossed = F.dropout(self.cross_proj(out), dropout)
+            attended = attended + self.alpha * crossed
         x = self.ln_1(x + attended)
         # FFN
         out = self.fc_out(F.gelu(self.fc(x)))
@@ -656,7 +667,8 @@ class Queue(nn.Module):
     def push(self, columns: Mapping[str, Tensor]) -> None:
         """Put pairs in the places of the oldest ones. columns: name of a buffer -> (n, ...)."""
         count = len(columns["rows"])
-        places = (self.place + torch.arange(count, device=self.place.device)) % self.size
+        numbers = torch.arange(count, device=self.place.device)
+        places = (self.place + numbers) % self.size
         places = places[-self.size :]  # of more than Q pairs the last ones
         for name, new in columns.items():
             buffer = getattr(self, name)
@@ -861,8 +873,9 @@ class Fiber(nn.Module):
     def finish_text(self, text_experts: Tensor, attention_mask: Tensor) -> Tensor:
         """The last text tokens without fusion, (B, Lt, D_text)."""
         mask = attention_mask[:, None, None, :].bool()
-        layers: Any = self.text_encoder.layers[self.first_layer :]
-        [text] = run_layers(layers, text_experts[:, -1], [len(layers)], self.checkpointing, mask)
+        text = text_experts[:, -1]
+        for layer in self.text_encoder.layers[self.first_layer :]:
+            text = run(layer, self.checkpointing, text, mask)
         return text
 
     def contrast_text(self, text_experts: Tensor, attention_mask: Tensor) -> Tensor:
@@ -1001,7 +1014,9 @@ def hard_negatives(
 
     hard_images = with_queued(pairs.image_experts, image_of_text, encode_images)
     hard_texts = with_queued(pairs.text_experts, text_of_image, encode_texts)
-    hard_masks = torch.cat([pairs.mask, queue.attention_mask.to(pairs.mask.dtype)])[text_of_image]
+    queued_masks = queue.attention_mask.to(pairs.mask.dtype)
+    masks = torch.cat([pairs.mask, queued_masks])
+    hard_masks = masks[text_of_image]
     with_hard_texts = Pairs(hard_texts, pairs.image_experts, hard_masks)
     with_hard_images = Pairs(pairs.text_experts, hard_images, pairs.mask)
     labels = torch.zeros(3 * len(ids), dtype=torch.long, device=ids.device)
@@ -1009,67 +1024,75 @@ def hard_negatives(
     return join([pairs, with_hard_texts, with_hard_images]), labels
 
 
-class QueueComparison:
-    """What FIBER's two tasks with ITC have in common; the tasks of objectives.py call `compare`."""
+def compare_with_queue(task: Any, pairs: Pairs, batch: dict) -> tuple[Tensor, Pairs, Tensor]:
+    """The sum of ITC over this process' rows, and what ITM reads: its pairs (3B) and labels (3B).
 
-    def compare(self, pairs: Pairs, batch: dict) -> tuple[Tensor, Pairs, Tensor]:
-        """The sum of ITC over this process' rows, and what ITM reads: its pairs (3B) and labels
-        (3B). In training the batch goes into the queue afterwards.
-        """
-        task: Any = self
-        queue = task.model.heads["itc"].queue
-        drawn = queue_logits(task.model, pairs)
-        columns = len(pairs.mask) + int(queue.filled)
-        if task.model.config.whole_queue:
-            columns = len(pairs.mask) + queue.size
-        own = torch.arange(len(pairs.mask), device=pairs.mask.device)
-        losses = []
-        for logits in (drawn.text_logits, drawn.image_logits):
-            losses.append(F.cross_entropy(logits[:, :columns], own, reduction="sum"))
-        itm_pairs, labels = hard_negatives(task.model, pairs, batch["input_ids"], drawn, task)
-        if task.training:
-            self.remember(queue, drawn, batch)
-        return (losses[0] + losses[1]) / 2, itm_pairs, labels
-
-    def remember(self, queue: Queue, drawn: Drawn, batch: dict) -> None:
-        """Put the rows of all processes into the queue, which is the same in each of them."""
-        task: Any = self
-        columns = {
-            "text": drawn.text.detach(),
-            "image": drawn.image.detach(),
-            "rows": batch["image_index"],
-            "input_ids": batch["input_ids"],
-            "attention_mask": batch["attention_mask"],
-        }
-        queue.push({name: gather(column, task.shares) for name, column in columns.items()})
+    In training the batch goes into the queue afterwards.
+    """
+    model = task.model
+    queue = model.heads["itc"].queue
+    drawn = queue_logits(model, pairs)
+    # row i belongs to column i, and all other columns are false
+    own = torch.arange(len(pairs.mask), device=pairs.mask.device)
+    columns = len(own) + int(queue.filled)
+    if model.config.whole_queue:
+        columns = len(own) + queue.size
+    text_loss = F.cross_entropy(drawn.text_logits[:, :columns], own, reduction="sum")
+    image_loss = F.cross_entropy(drawn.image_logits[:, :columns], own, reduction="sum")
+    # the negatives are drawn before the queue changes
+    itm_pairs, labels = hard_negatives(model, pairs, batch["input_ids"], drawn, task)
+    if task.training:
+        remember(queue, drawn, batch, task.shares)
+    return (text_loss + image_loss) / 2, itm_pairs, labels
 
 
-class FiberPretraining(QueueComparison, Pretraining):
+def remember(queue: Queue, drawn: Drawn, batch: dict, shares: list[int]) -> None:
+    """Put the rows of all processes into the queue, which is the same in each of them.
+
+    shares: the rows of every process.
+    """
+    columns = {"text": drawn.text.detach(), "image": drawn.image.detach()}
+    columns["rows"] = batch["image_index"]
+    columns["input_ids"] = batch["input_ids"]
+    columns["attention_mask"] = batch["attention_mask"]
+    for name, column in columns.items():
+        columns[name] = gather(column, shares)
+    queue.push(columns)
+
+
+class FiberPretraining(Pretraining):
     """MLM and ITM, and ITC with its queue. load_pictures: numbers of records -> pixels."""
 
     def __init__(
         self,
-        model: Fiber,
+        model: Any,
         objectives: tuple[str, ...],
         share_images: bool,
         load_pictures: Callable[[Tensor], Tensor],
     ):
-        super().__init__(model, objectives, share_images)  # type: ignore[arg-type]
+        super().__init__(model, objectives, share_images)
         self.load_pictures = load_pictures
 
+    def compare(self, pairs: Pairs, batch: dict) -> tuple[Tensor, Pairs, Tensor]:
+        return compare_with_queue(self, pairs, batch)
 
-class FiberRetrieval(QueueComparison, Retrieval):
+
+class FiberRetrieval(Retrieval):
     """ITC with its queue, and ITM with hard negatives from it."""
 
-    def __init__(self, model: Fiber, load_pictures: Callable[[Tensor], Tensor]):
+    def __init__(self, model: Any, load_pictures: Callable[[Tensor], Tensor]):
         super().__init__(model)
         self.load_pictures = load_pictures
+
+    def compare(self, pairs: Pairs, batch: dict) -> tuple[Tensor, Pairs, Tensor]:
+        return compare_with_queue(self, pairs, batch)
 
 
 # ================================================================ 5. captioning
 def next_words(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     """The labels of captioning: after each token the next one, -100 at padding, (B, L)."""
-    following = input_ids[:, 1:].masked_fill(attention_mask[:, 1:] == 0, -100)
+    is_padding = attention_mask[:, 1:] == 0
+    following = input_ids[:, 1:].masked_fill(is_padding, -100)
     return F.pad(following, (0, 1), value=-100)
 
 
@@ -1099,15 +1122,18 @@ def gold_loss(logits: Tensor, old_logits: Tensor, labels: Tensor) -> Tensor:
     """
     is_word = labels != -100
     targets = labels.clamp(min=0)[..., None]
-    losses = -logits.log_softmax(-1).gather(-1, targets)[..., 0]  # (B, L)
+    log_probabilities = logits.log_softmax(-1).gather(-1, targets)
+    losses = -log_probabilities[..., 0]  # (B, L)
     with torch.no_grad():
-        likely = old_logits.softmax(-1).gather(-1, targets)[..., 0] * is_word
+        probabilities = old_logits.softmax(-1).gather(-1, targets)
+        likely = probabilities[..., 0] * is_word
         # over each word and all later ones
         later = likely.flip(1).cumsum(1).flip(1)
         counts = is_word.flip(1).cumsum(1).flip(1).clamp(min=1)
         weights = (likely * later / counts).clamp(min=0.1) * is_word
-    sums = (losses * weights).sum(1) / (~is_word).sum(1).clamp(min=1)
-    return sums.mean()
+    sums = (losses * weights).sum(1)
+    places_without = (~is_word).sum(1)
+    return (sums / places_without.clamp(min=1)).mean()
 
 
 class Words(NamedTuple):
@@ -1117,6 +1143,48 @@ class Words(NamedTuple):
     end: int
     mask: int  # it is never written
     pad: int
+
+
+class Beams:
+    """Captions that are being written, `count` of each of B pictures."""
+
+    def __init__(self, batch: int, count: int, words: Words, device: torch.device):
+        self.count = count
+        self.words = words
+        self.ids = torch.full((batch, count, 1), words.begin, device=device)  # (B, count, T)
+        # at first all captions of a picture are the same, so only one of them may go on
+        self.sums = torch.full((batch, count), -torch.inf, device=device)  # of log-probabilities
+        self.sums[:, 0] = 0
+        self.sizes = torch.zeros(batch, count, device=device)  # words, the end included
+        self.done = torch.zeros(batch, count, dtype=torch.bool, device=device)
+
+    def extend(self, scores: Tensor) -> None:
+        """Go on with the captions that are best so far. scores (B, count, V): log-probabilities of
+        their next words.
+        """
+        # a finished caption goes on as it is, with padding, and so takes one place
+        vocabulary = scores.shape[-1]
+        is_padding = torch.arange(vocabulary, device=scores.device) == self.words.pad
+        done = self.done[..., None]
+        scores = scores.masked_fill(done & ~is_padding, -torch.inf)
+        scores = scores.masked_fill(done & is_padding, 0)
+        # the best of all captions with all next words, by their means
+        totals = self.sums[..., None] + scores
+        sizes = self.sizes + (~self.done).float()
+        means = totals / sizes[..., None]
+        best = means.flatten(1).topk(self.count).indices  # (B, count)
+        parents = best // vocabulary
+        new_words = best % vocabulary
+        self.sums = totals.flatten(1).gather(1, best)
+        self.sizes = sizes.gather(1, parents)
+        self.done = self.done.gather(1, parents) | (new_words == self.words.end)
+        ids = self.ids.take_along_dim(parents[..., None], dim=1)
+        self.ids = torch.cat([ids, new_words[..., None]], dim=-1)
+
+    def best(self) -> Tensor:
+        """The best caption of each picture, (B, T - 1) ids, without the first one."""
+        chosen = (self.sums / self.sizes).argmax(1)
+        return self.ids.take_along_dim(chosen[:, None, None], dim=1)[:, 0, 1:]
 
 
 @torch.no_grad()
@@ -1130,45 +1198,21 @@ def write_captions(
     """
     length = length or model.config.max_text_len
     image = model.finish_image(model.encode_image(pixels))
-    batch = len(image)
+    captions = Beams(len(image), beams, words, image.device)
     image = image.repeat_interleave(beams, 0)
-    ids = torch.full((batch * beams, 1), words.begin, device=image.device)
-    # at first all beams of a picture are the same, so only one of them counts
-    sums = torch.full((batch, beams), -torch.inf, device=image.device)
-    sums[:, 0] = 0
-    done = torch.zeros(batch, beams, dtype=torch.bool, device=image.device)
     for _ in range(length - 1):
-        scores = next_word_scores(model, image, ids, words).view(batch, beams, -1)
-        # a finished caption goes on as it is, with padding, and so takes one place
-        scores[done] = -torch.inf
-        scores[..., words.pad][done] = 0
-        vocabulary = scores.shape[-1]
-        totals = (sums[..., None] + scores).flatten(1)  # (B, beams * V)
-        sizes = caption_sizes(ids, words).view(batch, beams)
-        sizes = (sizes + (~done).long())[..., None].expand(-1, -1, vocabulary).flatten(1)
-        best = (totals / sizes.clamp(min=1)).topk(beams, dim=1).indices  # (B, beams)
-        # the beams that go on, each with its new word
-        parents = best // vocabulary
-        new = best % vocabulary
-        sums = totals.gather(1, best)
-        done = done.gather(1, parents) | (new == words.end)
-        offsets = beams * torch.arange(batch, device=image.device)[:, None]
-        ids = torch.cat([ids[(parents + offsets).flatten()], new.view(-1, 1)], dim=1)
-        if done.all():
+        ids = captions.ids.flatten(0, 1)
+        scores = next_word_scores(model, image, ids, words)
+        captions.extend(scores.unflatten(0, (-1, beams)))
+        if captions.done.all():
             break
-    means = sums / caption_sizes(ids, words).view(batch, beams)
-    chosen = means.argmax(1) + beams * torch.arange(batch, device=image.device)
-    return ids[chosen, 1:]
-
-
-def caption_sizes(ids: Tensor, words: Words) -> Tensor:
-    """How many words each caption has, its end included, (B * beams,)."""
-    return (ids[:, 1:] != words.pad).sum(1)
+    return captions.best()
 
 
 def next_word_scores(model: Fiber, image: Tensor, ids: Tensor, words: Words) -> Tensor:
     """log-probabilities of each next word, (B * beams, V)."""
-    logits = model.caption_logits(image, ids, torch.ones_like(ids))[:, -1].float()
+    mask = torch.ones_like(ids)
+    logits = model.caption_logits(image, ids, mask)[:, -1].float()
     # official: a very low logit, before the softmax
     logits[:, words.mask] = -1e4
     return logits.log_softmax(-1)
@@ -1379,30 +1423,31 @@ def official_config(
     layer = "text_transformer.encoder.layer.{}."
     embeddings = "text_transformer.embeddings."
     words = size(f"{embeddings}word_embeddings.weight", 2)
+    positions = size(f"{embeddings}position_embeddings.weight", 2)
+    mlp = size("text_transformer.encoder.layer.0.intermediate.dense.weight", 2)
     values: dict[str, Any] = {}
+    values["vision_width"] = size("vit_model.patch_embed.proj.weight", 4)[0]
+    values["vision_depths"] = tuple(depths)
+    values["vocab_size"] = words[0]
+    values["text_width"] = words[1]
+    values["max_positions"] = positions[0]
+    values["text_layers"] = count_layers(state, f"{layer}attention.output.dense.weight")
+    values["text_mlp_width"] = mlp[0]
+    values["hidden_size"] = size("cross_modal_text_transform.weight", 2)[0]
     if "vqa_classifier.3.weight" in state:
         values["num_answers"] = size("vqa_classifier.3.weight", 2)[0]
     # the queue has the length that texts were padded to
-    positions = size(f"{embeddings}position_embeddings.weight", 2)[0]
-    values["max_text_len"] = min(50, positions - pad_token_id - 1)
+    values["max_text_len"] = min(50, positions[0] - pad_token_id - 1)
     if "text_input_queue" in state:
         queue = size("text_input_queue", 2)
         values["queue_size"] = queue[0]
         values["max_text_len"] = queue[1]
     return FiberConfig(
         image_size=image_size,
-        vision_width=size("vit_model.patch_embed.proj.weight", 4)[0],
-        vision_depths=tuple(depths),
         vision_heads=tuple(vision_heads),
-        vocab_size=words[0],
-        max_positions=positions,
-        text_width=words[1],
-        text_layers=count_layers(state, f"{layer}attention.output.dense.weight"),
         text_heads=text_heads,
-        text_mlp_width=size(f"{layer}intermediate.dense.weight".replace("{}", "0"), 2)[0],
         pad_token_id=pad_token_id,
         fused_layers=fused,
-        hidden_size=size("cross_modal_text_transform.weight", 2)[0],
         heads=official_heads(state),
         **values,
     )
@@ -1419,9 +1464,13 @@ def load_official(
     """An official state -> Fiber, in evaluation mode; all other sizes follow from the shapes."""
     config = official_config(state, image_size, vision_heads, text_heads, fused, pad_token_id)
     model = Fiber(config)
-    ours = {key: tensor.float() for key, tensor in from_official(state, config).items()}
+    ours = as_float32(from_official(state, config))
     model.load_state_dict({**ours, **queue_of(model)})
     return model.eval()
+
+
+def as_float32(state: State) -> State:
+    return {key: tensor.float() for key, tensor in state.items()}
 
 
 def queue_of(model: nn.Module) -> State:
@@ -1525,7 +1574,7 @@ def convert(
             raise ValueError(
                 f"--answers has {len(answers)} answers, but the model has {config.num_answers}"
             )
-        ours = {key: tensor.float() for key, tensor in from_official(state, config).items()}
+        ours = as_float32(from_official(state, config))
     save_folder({**ours, **queue_of(Fiber(config))}, config, out)
     if answers:
         write_json(out / "answers.json", answers)
@@ -1600,9 +1649,9 @@ def picture_loader(dataset: Any, run: Any) -> PictureLoader:
     return PictureLoader(dataset, run.num_workers)
 
 
-def make_pretraining(model: Fiber, run: Any, dataset: Any) -> Task:
+def make_pretraining(model: Any, run: Any, dataset: Any) -> Task:
     if "itc" not in run.objectives:
-        return Pretraining(model, run.objectives, run.share_images)  # type: ignore[arg-type]
+        return Pretraining(model, run.objectives, run.share_images)
     loader = picture_loader(dataset, run)
     return FiberPretraining(model, run.objectives, run.share_images, loader)
 
@@ -1617,6 +1666,11 @@ RECIPES: dict[str, tuple[dict, dict]] = {
             "out_dir": "out/fiber",
             "objectives": ("mlm", "itm", "itc"),
             "max_steps": 700,
+            "batch_size": 32,
+            "micro_batch_size": 32,
+            "learning_rate": 7e-4,
+            # the gates start closed, and open at this rate
+            "lr_mult_cross_modal": 5.0,
             "eval_every": 0,
             "save_every": 350,
         },
