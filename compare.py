@@ -69,7 +69,7 @@ from files import (
     write_atomically,
     write_json,
 )
-from images import image_transform
+from images import tower_transform
 from loop import Checkpoint, Task, TowerRunConfig, fit, param_groups
 from model import ManagerTower, ManagerTowerConfig
 from objectives import Classification, Retrieval
@@ -77,7 +77,7 @@ from roofline import count_gflop
 from scenes import DEMO_ANSWERS, Demo, demo_tokenizer
 from tasks import TASKS, baselines, find_task, load_answers, open_sets
 from tokenizer import Tokenizer, load_tokenizer
-from weights import load_unimodal
+from weights import config_of_encoders, fit_image_size, load_unimodal
 from world import World, evaluating, one_sentence, seed_all, to_device
 
 # ---------------------------------------------------------------- what is compared
@@ -115,6 +115,7 @@ RATES = (1e-3, 2e-3)  # of the search
 IMAGE_STEPS = 1500  # of the small towers
 TEXT_STEPS = 800
 LONGEST_TEXT = 50  # tokens, as in the papers
+SMALL_PICTURES = 64  # pixels a side
 
 
 @dataclass
@@ -363,6 +364,14 @@ def load_encoders(model: ManagerTower, vision: str, text: str, are_small: bool) 
         load_unimodal(model, vision, text)
 
 
+def fields_of_encoders(config: CompareConfig) -> dict[str, Any]:
+    """What a tower has to have to take the encoders of --vision and --text."""
+    fields = config_of_encoders(config.vision, config.text)
+    patch_size = fields["patch_size"]
+    image_size = config.image_size or fit_image_size(SMALL_PICTURES, patch_size)
+    return {**fields, "image_size": image_size}
+
+
 def find_encoders(config: CompareConfig, processes: int) -> Encoders:
     """The encoders of --vision and --text, or two small ones, which are trained first."""
     if config.vision:
@@ -373,7 +382,7 @@ def find_encoders(config: CompareConfig, processes: int) -> Encoders:
             config.text,
             are_small=False,
         )
-    image_size = config.image_size or 64
+    image_size = config.image_size or SMALL_PICTURES
     common = {"image_size": image_size, "seed": 0, "device": config.device}
     jobs = [
         Job("image_tower", small_towers.train_image_tower, {"max_steps": IMAGE_STEPS, **common}),
@@ -457,7 +466,7 @@ def keep_states(
     model = ManagerTower(tower)
     load_encoders(model, encoders.vision, encoders.text, encoders.are_small)
     model = model.to(device).eval()
-    transform = image_transform("albef", tower.image_size, train=False)
+    transform = tower_transform("albef", tower, train=False)
 
     # 2. pictures: their states, or with --tune their pixels
     splits: dict[str, list] = {}
@@ -913,8 +922,8 @@ def describe_settings(config: CompareConfig, kept: Kept) -> str:
     noise = "with" if config.noise else "without"
     rates = ", ".join(f"{rate:g}" for rate in config.learning_rates())
     return (
-        f"{config.task_name()}: {encoders}, pre-trained apart, {trained}; {sizes['train']} pictures "
-        f"to learn from, {sizes['validation']} to choose the learning rate on (of {rates}), "
+        f"{config.task_name()}: {encoders}, pre-trained apart, {trained}; {sizes['train']} "
+        f"pictures to learn from, {sizes['validation']} to choose the learning rate on (of {rates}), "
         f"{sizes['test']} to measure on; {config.num_steps()} steps of {config.batch_size} rows, "
         f"{config.num_layers} cross-modal layers, {config.experts} experts, {noise} noise on the "
         f"managers' scores, {config.num_seeds()} seeds"

@@ -61,16 +61,17 @@ ENCODER_FIELDS = (
 TEXT_SEED = 1  # added to the run's: other texts than those of the scenes that follow
 
 
-def tower_config(image_size: int, seed_tokenizer: Tokenizer) -> ManagerTowerConfig:
+def tower_config(image_size: int, tokenizer: Tokenizer) -> ManagerTowerConfig:
     """Both towers, 64 wide and 8 layers deep, so that the 6 managed layers are a part of each."""
+    pad_id: Any = tokenizer.pad_id
     return ManagerTowerConfig(
         image_size=image_size,
         patch_size=16,
         vision_width=64,
         vision_layers=8,
         vision_heads=4,
-        vocab_size=seed_tokenizer.vocab_size,
-        pad_token_id=seed_tokenizer.pad_id,
+        vocab_size=tokenizer.vocab_size,
+        pad_token_id=pad_id,
         max_positions=64,
         text_width=64,
         text_layers=8,
