@@ -24,8 +24,6 @@ Shapes: B batch, N experts, L tokens (Lq of the other modality), D width, K prev
 layers. The stack of experts is always (B, N, L, D).
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -150,7 +148,7 @@ class Manager(nn.Module):
             scaled = torch.addcmul(scaled, draw_noise(experts), 1 / self.temperature)
         return softmax_over_experts(scaled)
 
-    def aggregate_experts(self, weight: Sequence[Tensor], experts: Tensor) -> Tensor:
+    def aggregate_experts(self, weight: tuple[Tensor, ...], experts: Tensor) -> Tensor:
         """sum_i W_i * LN_i(V_i), (B, L, D), one expert after the other, in two passes over each.
 
         weight: what `normalize` returns; experts (B, N, L, D), standardised.

@@ -1,5 +1,6 @@
 """The papers' comparison, with sizes that take a second."""
 
+import functools
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ from compare import CompareConfig, FrozenTower, Kept, make_config, make_tower, v
 from model import ManagerTower
 
 save_drawing = compare.save_drawing
+cached_tokenizer = functools.cache(compare.demo_tokenizer)  # it is trained anew at each call
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +54,7 @@ def small(monkeypatch, towers):
 
     monkeypatch.setattr(compare, "run_jobs", run_here)
     monkeypatch.setattr(compare, "save_drawing", lambda *given: "There is no picture.")
+    monkeypatch.setattr(compare, "demo_tokenizer", cached_tokenizer)
     monkeypatch.setattr(compare, "ROUNDS", 1)
     monkeypatch.setattr(compare, "SMALL", compare.Sizes(24, 8, 8, 3))
     monkeypatch.setattr(compare, "REAL", compare.Sizes(24, 8, 8, 3))
