@@ -60,7 +60,8 @@ ACTIVATIONS = ("quick_gelu", "gelu", "gelu_tanh")  # of image encoders, see `ViT
 # ---------------------------------------------------------------- the architecture
 @dataclass
 class ManagerTowerConfig:
-    """The architecture. Every field but the heads' is a flag of the training scripts.
+    """The architecture. Every field is a flag of the training scripts, but the heads' and what only
+    pre-trained encoders decide.
 
     The defaults are the papers' base model: CLIP ViT-B/16, RoBERTa-base, 6 cross-modal layers.
     """
