@@ -40,6 +40,7 @@ from manager import AdaptiveManager, Manager, StaticManager, standardize
 MANAGER_FLAGS = (  # the fields that mean something only with managers
     "manager_type",
     "manager_weight",
+    "manager_query",
     "managed_layers_text",
     "managed_layers_image",
     "mask_fused_query",
@@ -167,6 +168,11 @@ class ManagerTowerConfig:
         "a learnt weight for each channel of a layer, or one for the whole layer",
         choices=("vector", "scalar"),
     )
+    manager_query: str = option(
+        "fused",
+        "what aaue computes its weights from: both modalities, or the own one alone (an ablation)",
+        choices=("fused", "own"),
+    )
     managed_layers_text: int = option(
         6, "how many of the text encoder's last layers are managed", least=1
     )
@@ -268,6 +274,10 @@ class ManagerTowerConfig:
                     f"fusion {self.fusion!r} reads {managed} layers of the {modality} encoder "
                     f"(managed_layers_{modality}, or num_layers), which has {layers}"
                 )
+        if self.manager_query == "own" and self.manager_type != "aaue":
+            raise FieldError(
+                f"manager_query is 'own', which only aaue has; manager_type is {self.manager_type}"
+            )
         self.check_rows()
         # a picture has three colours
         for field, colours in (("image_mean", self.image_mean), ("image_std", self.image_std)):
@@ -736,7 +746,8 @@ def make_manager(i: int, modality: str, config: ManagerTowerConfig) -> Manager:
         return StaticManager(width, num_experts, 0, weight, noise)
     if config.manager_type == "saue":
         return StaticManager(width, num_experts, 1, weight, noise)
-    return AdaptiveManager(width, num_experts, weight, noise)
+    own_query = config.manager_query == "own"
+    return AdaptiveManager(width, num_experts, weight, noise, own_query)
 
 
 def make_managers(modality: str, config: ManagerTowerConfig) -> nn.ModuleList:

@@ -518,6 +518,7 @@ ADAPTIVE = {
     "q_proj.*": "fusion_attention.q_proj.*",
     "k_proj.*": "fusion_attention.k_proj.*",
 }
+OWN_QUERY = {"controller.*": ADAPTIVE["controller.*"]}  # aaue without the other modality
 CLASSIFIER = {"fc.*": "0.*", "ln.*": "1.*", "fc_out.*": "3.*"}
 MLM_HEAD = {
     "dense.*": "mlm_score.transform.dense.*",
@@ -613,7 +614,7 @@ def manager_rows(config: ManagerTowerConfig, modality: str, i: int) -> list[Row]
     rows += expand({"temperature": "softmax_temperature"}, ours, theirs)
     if config.manager_type == "aaue" and i > 0:
         rows += expand({"score_previous": "layer_scores_cross"}, ours, theirs, layout="scores")
-        rows += expand(ADAPTIVE, ours, theirs)
+        rows += expand(OWN_QUERY if config.manager_query == "own" else ADAPTIVE, ours, theirs)
     else:
         rows += expand({"scores": "layer_scores"}, ours, theirs, layout="scores")
     return rows
@@ -2168,6 +2169,9 @@ def infer_fusion(state: State, values: dict[str, Any]) -> None:
     controller = ADAPTIVE["controller.*"].removesuffix("*")
     is_adaptive = any(controller in key for key in state)
     values["manager_type"] = "aaue" if is_adaptive else "saue"
+    query = ADAPTIVE["q_proj.*"].removesuffix("*")
+    if is_adaptive and not any(query in key for key in state):
+        values["manager_query"] = "own"
 
 
 def infer_from_settings(settings: dict, values: dict[str, Any]) -> None:
