@@ -52,7 +52,7 @@ from files import (
     write_json,
     write_text,
 )
-from images import CLIP_MEAN, CLIP_STD, HALF, IMAGENET_MEAN, IMAGENET_STD, tower_transform
+from images import CLIP_COLOURS, IMAGENET_COLOURS, VIT_COLOURS, tower_transform
 from llava_manager import (
     OFFICIAL_FIELDS,
     SIGLIP_SUPPORTED,
@@ -388,17 +388,21 @@ CLIP_FIELDS = {
     "vision_kind": "clip",
     "vision_activation": "quick_gelu",
     "vision_eps": 1e-5,
-    "image_mean": CLIP_MEAN,
-    "image_std": CLIP_STD,
+    "image_mean": CLIP_COLOURS.mean,
+    "image_std": CLIP_COLOURS.std,
 }
 VIT_FIELDS = {
     "vision_kind": "vit",
     "vision_activation": "gelu",
     "vision_eps": 1e-12,
-    "image_mean": HALF,
-    "image_std": HALF,
+    "image_mean": VIT_COLOURS.mean,
+    "image_std": VIT_COLOURS.std,
 }
-DEIT_FIELDS = {**VIT_FIELDS, "image_mean": IMAGENET_MEAN, "image_std": IMAGENET_STD}
+DEIT_FIELDS = {
+    **VIT_FIELDS,
+    "image_mean": IMAGENET_COLOURS.mean,
+    "image_std": IMAGENET_COLOURS.std,
+}
 DINOV2_FIELDS = {**DEIT_FIELDS, "vision_eps": 1e-6}
 ROBERTA_FIELDS = {"text_kind": "roberta", "text_eps": 1e-5, "pad_token_id": 1}
 BERT_FIELDS = {"text_kind": "bert", "text_eps": 1e-12, "pad_token_id": 0}
