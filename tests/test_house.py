@@ -9,7 +9,8 @@ import pytest
 from helpers import ROOT
 
 GROUND = "manager fields files index world tokenizer images multigrid metrics torch_files".split()
-MIDDLE = "model llava_manager chat data scenes weights shard loop tasks objectives".split()
+GROUND += ["drawing"]
+MIDDLE = "model llava_manager chat data scenes weights shard loop tasks objectives analysis".split()
 SCRIPTS = "train train_llava finetune eval ask figures prepare bench roofline".split()
 FILES = {path.stem: path for path in sorted(ROOT.glob("*.py"))}
 
