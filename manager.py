@@ -239,15 +239,29 @@ class AdaptiveManager(Manager):
         A  = softmax(q(Cn) k(On)^T / sqrt(D)) On
         W  = softmax(Linear([A, Cn]) / temperature)
 
+    own_query=True is the papers' ablation without the other modality, W = softmax(Linear(Cn) /
+    temperature), which needs neither the attention nor LN_Q (TCSVT table I).
+
     query_mask (B, Lq) masks the padding of On in that attention. The official code does not mask
     it, and the released weights were trained so: ManagerTower passes a mask only with
     mask_fused_query=True.
     """
 
-    def __init__(self, width: int, num_experts: int, weight: str = "vector", noise: bool = True):
+    def __init__(
+        self,
+        width: int,
+        num_experts: int,
+        weight: str = "vector",
+        noise: bool = True,
+        own_query: bool = False,
+    ):
         super().__init__(width, num_experts, 1, weight, noise)
+        self.own_query = own_query
         # W_C. "vector" or "scalar" shapes nothing else here: W has one number for each expert.
         self.score_previous = nn.Parameter(torch.ones(1, self.weight_width))
+        if own_query:
+            self.controller = nn.Linear(width, num_experts)
+            return
         self.norm_query = nn.LayerNorm(width, eps=EPS)
         self.q_proj = nn.Linear(width, width)
         self.k_proj = nn.Linear(width, width)
@@ -256,6 +270,9 @@ class AdaptiveManager(Manager):
     def score(self, own: list[Tensor], query: Tensor | None, query_mask: Tensor | None) -> Tensor:
         """The scores of each token, (B, N, L, 1). query (B, Lq, D): C_other."""
         own_normed = own[0]  # Cn (B, L, D)
+        if self.own_query:
+            own_scores = self.controller(own_normed)  # (B, L, N)
+            return own_scores.transpose(1, 2).unsqueeze(-1)  # (B, N, L, 1)
         other_normed = self.norm_query(query)  # On (B, Lq, D)
         mask = None
         if query_mask is not None:
