@@ -4,7 +4,7 @@ grid of tiles that the MLLM sees, and the curves of runs.
     python figures.py managers --checkpoint out/demo --data demo
     python figures.py managers --checkpoint A --checkpoint B --task T1 --task T2 --data_root D
     python figures.py attention --checkpoint LLAVA --checkpoint WITHOUT_MANAGERS --data demo
-    python figures.py probe --checkpoint out/demo
+    python figures.py probe --checkpoint out/demo --vision DINOV2
     python figures.py grid --image a.jpg
     python figures.py curves --run out/a --run out/b
 
@@ -47,14 +47,25 @@ from drawing import Curves, Panel, draw_panels, load_matplotlib
 from eval import check_data_flags, check_picture_output, open_task
 from fields import Command, check_fields, option, run_command, show
 from files import read_log, save_json, save_picture
-from images import load_image, name_of
+from images import load_image, name_of, tower_transform
 from llava_manager import LlavaManagerConfig
-from model import ViT
+from model import ManagerTower, ManagerTowerConfig, ViT
 from multigrid import ImageTiles, count_image_tokens, grid_geometry, preprocess_image
 from scenes import Scene, demo_source, paint, random_scene
 from tasks import TASKS, find_task, open_sets, task_of_heads
-from weights import Loaded, is_mllm, load_llava, load_mllm, load_two_tower
-from world import MOST_WORKERS, one_sentence
+from weights import (
+    IMAGE_LAYOUTS,
+    Loaded,
+    encoder_fields,
+    fit_image_size,
+    is_mllm,
+    layouts_of,
+    load_encoder,
+    load_llava,
+    load_mllm,
+    load_two_tower,
+)
+from world import MOST_WORKERS, World, one_sentence
 
 
 # ---------------------------------------------------------------- the files of a figure
@@ -166,7 +177,8 @@ def place_of(options: Any, command: str) -> Path:
     """Where a figure is written. Raises ValueError where that cannot be, or matplotlib is missing;
     it is tested before anything is measured.
     """
-    out = Path(options.out or f"{options.checkpoint[0]}/{command}.png")
+    folder = options.checkpoint[0] if options.checkpoint else "."
+    out = Path(options.out or f"{folder}/{command}.png")
     check_figure(out)
     check_is_no_input(out, getattr(options, "image", ()))
     load_matplotlib()
@@ -523,16 +535,28 @@ class ProbeOptions:
     of the patches). It learns from built-in scenes and is tested on held-out ones.
     """
 
-    checkpoint: list[str] = option(help="folder of a model of any kind, several are rows")
+    checkpoint: list[str] = option((), "folder of a model of any kind, several are rows")
+    vision: list[str] = option(
+        (), "folder or file of a published image encoder, as train.py takes it", path=True
+    )
+    image_size: int = option(
+        0, "of --vision, pixels a side; 0 = 64, or the nearest size that patches cover", least=0
+    )
     scenes: int = option(1000, "scenes to learn from; half as many are the test", least=20)
     batch_size: int = option(32, "scenes of a batch", least=1)
     out: str = option(
-        "", "file of the figure; none = probe.png in the folder of the first model", path=True
+        "",
+        "file of the figure; none = probe.png beside the first model, or here with --vision alone",
+        path=True,
     )
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if not self.checkpoint and not self.vision:
+            raise ValueError("say what to probe: --checkpoint FOLDER, or --vision FOLDER")
+        if self.image_size and not self.vision:
+            raise ValueError("--image_size is for --vision: a checkpoint has a size of its own")
 
 
 class ProbeScene(NamedTuple):
@@ -582,11 +606,11 @@ def probe_encoder(
 
 
 class Encoder(NamedTuple):
-    """The image encoder of a checkpoint."""
+    """The image encoder of a checkpoint, or a published one."""
 
     encoder: ViT
     transform: Transform
-    managed: list[int]  # its hidden states that reach what is behind it
+    managed: list[int]  # its hidden states that what is behind it reads; none for an encoder alone
 
 
 def open_encoder(checkpoint: str, device: str) -> Encoder:
@@ -605,6 +629,26 @@ def open_encoder(checkpoint: str, device: str) -> Encoder:
     managed_layers = list(range(first, config.vision_layers + 1))
     transform = functools.partial(transform_picture, loaded.transform)
     return Encoder(loaded.model.image_encoder, transform, managed_layers)
+
+
+SMALL_PICTURES = 64  # pixels on each side of a scene
+
+
+def open_published(path: str, image_size: int, device: str) -> Encoder:
+    """A published image encoder, in a small tower that is not used. image_size 0: the multiple of
+    its patches that is nearest to SMALL_PICTURES.
+    """
+    fields = encoder_fields(path, "image")
+    if "vision_heads" not in fields:
+        raise ValueError(f"{path}: the number of heads is unknown; a config.json must say it")
+    fields["image_size"] = image_size or fit_image_size(SMALL_PICTURES, fields["patch_size"])
+    config = ManagerTowerConfig.tiny(fusion="last", num_layers=1, **fields)
+    encoder = ManagerTower(config).image_encoder
+    layouts = layouts_of(IMAGE_LAYOUTS, "vision_kind", config.vision_kind)
+    load_encoder(encoder, path, layouts, len(encoder.blocks), config, "image")
+    transform = tower_transform("albef", config, train=False)
+    device_of_run = World(device).device
+    return Encoder(encoder.to(device_of_run), functools.partial(transform_picture, transform), [])
 
 
 def base_tile(config: LlavaManagerConfig, picture: Image.Image) -> Tensor:
@@ -626,6 +670,7 @@ def probe_panels(name: str, statistics: Statistics) -> list[Panel]:
             curves[property_name] = (layers, values)
             chance = statistics["chance"][property_name]
             references[property_name] = ([0, layers[-1]], [chance, chance])
+        managed = statistics["managed"]
         panel = Panel(
             f"{name}: ridge probe on {features}",
             "hidden state (0: before the first block)",
@@ -634,7 +679,7 @@ def probe_panels(name: str, statistics: Statistics) -> list[Panel]:
             highest=1.0,
             references=references,
             reference_label="chance",
-            span=(statistics["managed"][0] - 0.5, statistics["managed"][-1] + 0.5),
+            span=(managed[0] - 0.5, managed[-1] + 0.5) if managed else None,
             span_label="what the model reads",
             has_legend_beside=True,
         )
@@ -647,14 +692,19 @@ def probe(options: ProbeOptions) -> dict[str, Statistics]:
     model.
     """
     out = place_of(options, "probe")
-    check_columns(len(options.checkpoint))
+    check_columns(len(options.checkpoint) + len(options.vision))
+    folders = [*options.checkpoint, *options.vision]
     statistics = {}
     panels = []
-    names = short_names(options.checkpoint, "--checkpoint")
-    for name, checkpoint in zip(names, options.checkpoint, strict=True):
-        encoder, transform, managed = open_encoder(checkpoint, options.device)
-        numbers = probe_encoder(encoder, transform, options.scenes, options.batch_size)
-        statistics[name] = {**numbers, "managed": managed}
+    for name, folder in zip(short_names(folders, "the model"), folders, strict=True):
+        if folder in options.vision:
+            opened = open_published(folder, options.image_size, options.device)
+        else:
+            opened = open_encoder(folder, options.device)
+        numbers = probe_encoder(
+            opened.encoder, opened.transform, options.scenes, options.batch_size
+        )
+        statistics[name] = {**numbers, "managed": opened.managed}
         panels += probe_panels(name, statistics[name])
     save_figure(out, draw_panels(panels), statistics)
     return statistics

@@ -162,10 +162,10 @@ def check_attention(caught, layers, heads_of):
     assert len(caught.inputs) == len(layers)
 
 
-@pytest.mark.parametrize("siglip", [True, False])
-def test_recomputed_attention_of_a_vit_is_that_of_its_blocks(siglip):
+@pytest.mark.parametrize("kind", ["clip", "vit", "siglip"])
+def test_recomputed_attention_of_a_vit_is_that_of_its_blocks(kind):
     torch.manual_seed(0)
-    encoder = ViT(16, 4, 24, 3, 4, 32, siglip=siglip)
+    encoder = ViT(16, 4, 24, 3, 4, 32, kind=kind)
     caught = Caught(encoder.blocks)
     with torch.no_grad():
         encoder(torch.randn(2, 3, 16, 16), [3])

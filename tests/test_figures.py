@@ -343,6 +343,47 @@ def test_probe_figure_of_both_kinds_of_models(folder, mllm, tmp_path):
     assert Image.open(out).size == (1650, 1260)
 
 
+def save_vit(folder):
+    """A random ViT as transformers writes it."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.ViTConfig(
+        hidden_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        intermediate_size=96,
+        image_size=32,
+        patch_size=16,
+    )
+    peer = transformers.ViTModel(config, add_pooling_layer=False).eval()
+    peer.save_pretrained(folder)
+    colours = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
+    (folder / "preprocessor_config.json").write_text(json.dumps(colours))
+    return peer
+
+
+def test_a_published_encoder_is_probed_as_its_library_computes_it(tmp_path, folder, shapes):
+    peer = save_vit(tmp_path / "vit")
+    opened = figures.open_published(str(tmp_path / "vit"), 32, "cpu")
+    scene, draw = figures.probe_scenes(1)[0]
+    picture = figures.paint(draw, scene, 32)
+    pixels = opened.transform(picture)[None]
+    values = torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 255
+    assert torch.allclose(pixels[0], (values - 0.5) / 0.5, atol=1e-6)
+    with torch.no_grad():
+        expected = peer(pixels, output_hidden_states=True).hidden_states
+        found = opened.encoder(pixels, range(3))
+    for state, other in zip(found, expected, strict=True):
+        assert torch.allclose(state, other, atol=1e-5)
+    assert figures.open_published(str(tmp_path / "vit"), 0, "cpu").encoder.image_size == 64
+    out = tmp_path / "probe.png"
+    flags = ("--checkpoint", folder / "vqa", "--vision", tmp_path / "vit", "--scenes", 20)
+    run("probe", *flags, "--out", out)
+    numbers = json.loads((tmp_path / "probe.json").read_text())
+    assert list(numbers) == ["vqa", "vit"] and numbers["vit"]["managed"] == []
+    assert shapes == [(4, 2)]
+
+
 def test_the_encoder_of_a_probe_reads_what_the_model_reads(folder, mllm):
     scene = figures.probe_scenes(1)[0]
     picture = figures.paint(scene.draw, scene.scene, 32)
@@ -628,6 +669,9 @@ def test_a_log_that_cannot_be_drawn_is_an_error(tmp_path, rows, message):
         ),
         (("attention", "--checkpoint", "nowhere", "--data", "demo"), "there is no folder nowhere"),
         (("probe", "--checkpoint", "nowhere"), "there is no folder nowhere"),
+        (("probe",), "say what to probe: --checkpoint FOLDER, or --vision FOLDER"),
+        (("probe", "--vision", "vqa", "--out", "p.png"), "weights of a model of this project"),
+        (("probe", "--checkpoint", "vqa", "--image_size", "64"), "--image_size is for --vision"),
         (("probe", "--checkpoint", "vqa", "--scenes", "3"), "--scenes is 3"),
         (("probe", "--checkpoint", "vqa", "--out", "vqa/probe.jpg"), "must end in .png"),
     ],
