@@ -94,7 +94,7 @@ VARIANTS: dict[str, dict[str, str]] = {
 }
 USUAL = ("last", "bridge", "sae", "saue", "aaue")
 BASELINES = ("last", "bridge")
-CLIP_ART = ("openclipart", "tuxpaint")
+CLIP_ART = tuple(name for name, task in TASKS.items() if not task.recipe)  # of prepare.py
 
 
 class Sizes(NamedTuple):
@@ -137,10 +137,10 @@ class CompareConfig:
         0, "pixels a side; 0 = 64, or the next size that patches cover", least=0, most=4096
     )
     # what is learnt
-    task: str = option("vqav2", "what is learnt and measured", choices=tuple(TASKS))
+    task: str = option(next(iter(TASKS)), "what is learnt and measured", choices=tuple(TASKS))
     data: str = option(
         "demo",
-        "the built-in scenes, or the clip art of `prepare.py openclipart` and `tuxpaint`",
+        "the built-in scenes, or the clip art that prepare.py has made of Debian's packages",
         choices=("demo", *CLIP_ART),
     )
     data_root: str = option(
