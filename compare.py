@@ -51,11 +51,10 @@ from comparison import (
     describe_weights,
     keep_array,
     make_outcome,
-    measure_costs,
     refuse_torchrun,
     run_jobs,
-    save_drawing,
 )
+from costs_and_drawing import measure_costs, save_drawing
 from data import PairDataset, Part, Source, batches
 from eval import evaluate
 from fields import FieldError, check_fields, option, parse_flags
@@ -90,7 +89,7 @@ VARIANTS: dict[str, dict[str, str]] = {
 }
 USUAL = ("last", "bridge", "sae", "saue", "aaue")
 BASELINES = ("last", "bridge")
-CLIP_ART = ("openclipart", "tuxpaint")
+CLIP_ART = tuple(name for name, task in TASKS.items() if not task.recipe)  # of prepare.py
 
 
 class Sizes(NamedTuple):
@@ -110,6 +109,8 @@ RATE = 1e-3
 RATES = (1e-3, 2e-3)  # of the search
 IMAGE_STEPS = 1500  # of the small towers
 TEXT_STEPS = 800
+TOWER_PICTURES = 10_000  # that they learn from
+TOWER_TEXTS = 9000  # of each kind
 LONGEST_TEXT = 50  # tokens, as in the papers
 SMALL_PICTURES = 64  # pixels a side
 
@@ -131,10 +132,10 @@ class CompareConfig:
         0, "pixels a side; 0 = 64, or the next size that patches cover", least=0, most=4096
     )
     # what is learnt
-    task: str = option("vqav2", "what is learnt and measured", choices=tuple(TASKS))
+    task: str = option(next(iter(TASKS)), "what is learnt and measured", choices=tuple(TASKS))
     data: str = option(
         "demo",
-        "the built-in scenes, or the clip art of `prepare.py openclipart` and `tuxpaint`",
+        "the built-in scenes, or the clip art that prepare.py has made of Debian's packages",
         choices=("demo", *CLIP_ART),
     )
     data_root: str = option(
@@ -380,9 +381,11 @@ def find_encoders(config: CompareConfig, processes: int) -> Encoders:
         )
     image_size = config.image_size or SMALL_PICTURES
     common = {"image_size": image_size, "seed": 0, "device": config.device}
+    image_settings = {"max_steps": IMAGE_STEPS, "pictures": TOWER_PICTURES, **common}
+    text_settings = {"max_steps": TEXT_STEPS, "texts": TOWER_TEXTS, **common}
     jobs = [
-        Job("image_tower", small_towers.train_image_tower, {"max_steps": IMAGE_STEPS, **common}),
-        Job("text_tower", small_towers.train_text_tower, {"max_steps": TEXT_STEPS, **common}),
+        Job("image_tower", small_towers.train_image_tower, image_settings),
+        Job("text_tower", small_towers.train_text_tower, text_settings),
     ]
     print("Two small towers are pre-trained, apart from each other.", flush=True)
     folder = Path(config.out_dir) / "towers"
@@ -637,6 +640,8 @@ def matching_accuracy(model: ManagerTower, dataset: PairDataset) -> float:
     return right / (2 * len(dataset))
 
 
+# what the questions about scenes are called that begin with "is there" and "is the"
+KINDS = {"there": "existence", "the": "relation"}
 K_TEST = 16  # candidates that retrieval ranks again
 
 
@@ -644,7 +649,10 @@ def measure(model: ManagerTower, dataset: PairDataset, task_name: str) -> dict[s
     """Scores in fractions: ALL first, then each kind of questions, or each recall."""
     metrics = evaluate(model, dataset, task_name, k_test=K_TEST)
     if not find_task(task_name).is_retrieval:
-        return {ALL: metrics["accuracy"], **metrics.get("per_question_type", {})}
+        scores = {ALL: metrics["accuracy"]}
+        for kind, accuracy in metrics.get("per_question_type", {}).items():
+            scores[KINDS.get(kind, kind)] = accuracy
+        return scores
     recalls = {name: value for name, value in metrics.items() if "_r" in name}
     matching = matching_accuracy(model, dataset)
     return {ALL: metrics["rmean"], "matching": matching, **recalls}
@@ -771,7 +779,8 @@ def describe_settings(config: CompareConfig, kept: Kept) -> str:
     rates = ", ".join(f"{rate:g}" for rate in config.learning_rates())
     return (
         f"{config.task_name()}: {encoders}, pre-trained apart, {trained}; {sizes['train']} "
-        f"pictures to learn from, {sizes['validation']} to choose the learning rate on (of {rates}), "
+        f"pictures to learn from, {sizes['validation']} to choose the learning rate on "
+        f"(of {rates}), "
         f"{sizes['test']} to measure on; {config.num_steps()} steps of {config.batch_size} rows, "
         f"{config.num_layers} cross-modal layers, {config.experts} experts, {noise} noise on the "
         f"managers' scores, {config.num_seeds()} seeds"

@@ -15,6 +15,7 @@ Shapes: B batch, S pixels a side, L tokens, D width, W words.
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -38,10 +39,9 @@ from world import World, evaluating, seed_all, to_device
 
 WORDS = (*SIZES, *COLORS, *SHAPES, "left", "above")  # "right of" and "below" say the same two
 AXES = {"left": ("left", "right"), "above": ("above", "below")}
-PICTURES = 10_000
-TEXT_RECORDS = {"captions": 9000, "questions": 3000, "statements": 9000, "hypotheses": 9000}
-HELD_OUT_PICTURES = 500
-HELD_OUT_RECORDS = 300
+# what is said about scenes, by kind: texts of a record
+TEXT_KINDS = {"captions": 1, "questions": 3, "statements": 1, "hypotheses": 1}
+HELD_OUT = 500  # pictures, and texts of each kind, to measure on
 BATCH = 64
 # what a ManagerTower has to have to take them
 ENCODER_FIELDS = (
@@ -194,15 +194,14 @@ class MaskedWords(Task):
 class MaskedTexts(Dataset):
     """What is said about scenes, with 15% of the tokens masked anew at each reading.
 
-    input_ids, attention_mask, labels (L,), image_index.
+    count: texts of each kind. input_ids, attention_mask, labels (L,), image_index.
     """
 
-    def __init__(
-        self, split: str, records: dict[str, int], seed: int, tokenizer: Tokenizer, length: int
-    ):
+    def __init__(self, split: str, count: int, seed: int, tokenizer: Tokenizer, length: int):
         self.texts = []
-        for kind, count in records.items():
-            for row in demo_source(kind, split, count, seed).iterate_texts():
+        for kind, texts_each in TEXT_KINDS.items():
+            source = demo_source(kind, split, math.ceil(count / texts_each), seed)
+            for row in source.iterate_texts():
                 self.texts.append(row["text"])
         self.seed = seed
         self.tokenizer = tokenizer
@@ -273,21 +272,24 @@ def train_tower(
     return evaluate()
 
 
-def train_image_tower(folder: str, max_steps: int, image_size: int, seed: int, device: str) -> dict:
-    """A job of compare.py."""
+def train_image_tower(
+    folder: str, max_steps: int, pictures: int, image_size: int, seed: int, device: str
+) -> dict:
+    """A job of compare.py. pictures: how many scenes it learns from."""
     world = World(device)
     run = tower_run(folder, max_steps, seed, device)
     seed_all(seed, "image tower")
     model = ImageTower(tower_config(image_size, demo_tokenizer())).to(world.device)
-    dataset = PicturesWithWords("train", PICTURES, seed, image_size)
-    heldout = PicturesWithWords("heldout", HELD_OUT_PICTURES, seed, image_size)
-    return train_tower(
-        NamingWords(model), dataset, partial(measure_words, model, heldout), run, world
-    )
+    dataset = PicturesWithWords("train", pictures, seed, image_size)
+    heldout = PicturesWithWords("heldout", HELD_OUT, seed, image_size)
+    evaluate = partial(measure_words, model, heldout)
+    return train_tower(NamingWords(model), dataset, evaluate, run, world)
 
 
-def train_text_tower(folder: str, max_steps: int, image_size: int, seed: int, device: str) -> dict:
-    """A job of compare.py."""
+def train_text_tower(
+    folder: str, max_steps: int, texts: int, image_size: int, seed: int, device: str
+) -> dict:
+    """A job of compare.py. texts: how many of each kind it learns from."""
     world = World(device)
     run = tower_run(folder, max_steps, seed, device)
     seed_all(seed, "text tower")
@@ -295,12 +297,10 @@ def train_text_tower(folder: str, max_steps: int, image_size: int, seed: int, de
     config = tower_config(image_size, tokenizer)
     model = TextTower(config).to(world.device)
     length = config.max_text_len
-    dataset = MaskedTexts("train", TEXT_RECORDS, seed + TEXT_SEED, tokenizer, length)
-    few = dict.fromkeys(TEXT_RECORDS, HELD_OUT_RECORDS)
-    heldout = MaskedTexts("heldout", few, seed + TEXT_SEED, tokenizer, length)
-    return train_tower(
-        MaskedWords(model), dataset, partial(measure_masked, model, heldout), run, world
-    )
+    dataset = MaskedTexts("train", texts, seed + TEXT_SEED, tokenizer, length)
+    heldout = MaskedTexts("heldout", HELD_OUT, seed + TEXT_SEED, tokenizer, length)
+    evaluate = partial(measure_masked, model, heldout)
+    return train_tower(MaskedWords(model), dataset, evaluate, run, world)
 
 
 def load_small_towers(model: ManagerTower, image_folder: Path, text_folder: Path) -> None:

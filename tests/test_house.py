@@ -10,8 +10,9 @@ from helpers import ROOT
 
 GROUND = "manager fields files index world tokenizer images multigrid metrics torch_files".split()
 MIDDLE = "model llava_manager chat data scenes weights shard loop tasks objectives".split()
-SCRIPTS = "train train_llava finetune eval ask figures prepare bench roofline".split()
-SCRIPTS += "comparison compare compare_llava small_towers".split()
+MIDDLE += "comparison small_towers".split()
+SCRIPTS = "train train_llava finetune eval ask figures prepare bench roofline compare".split()
+SCRIPTS += "compare_llava costs_and_drawing".split()
 FILES = {path.stem: path for path in sorted(ROOT.glob("*.py"))}
 
 

@@ -262,7 +262,7 @@ def test_details_say_where_the_things_are():
 
 
 def test_a_picture_of_half_the_size_does_not_show_the_patterns():
-    """The three patterns of a scene differ in half of the pixels of its things, and half as large in
+    """The three patterns of a scene differ in half of the pixels of its things; half as large, in
     none but those near an edge, by little.
     """
     scene = scenes.random_scene(random.Random(0), False)
