@@ -11,6 +11,7 @@ they share a part, and see the same rows in the same order, so they are compared
 """
 
 import dataclasses
+import hashlib
 import itertools
 import math
 import multiprocessing
@@ -27,11 +28,13 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from torch import Tensor
 
-from files import need, read_json, write_json
+from files import need, read_json, write_atomically, write_json
 from loop import different_values
-from world import Stopped, end_of
+from world import Stopped, World, end_of
 
 RESULT = "result.json"  # in the folder of a job, when it is done
 OUTPUT = "output.txt"  # in the same folder: what the job has printed
@@ -54,6 +57,13 @@ class Job(NamedTuple):
 def count_cores() -> int:
     """The cores that this process may use."""
     return len(os.sched_getaffinity(0))
+
+
+def count_processes(processes: int, device: str) -> int:
+    """How many runs at the same time, where 0 stands for one a core, and one on CUDA."""
+    if processes:
+        return processes
+    return 1 if World(device).device.type == "cuda" else count_cores()
 
 
 def refuse_torchrun() -> None:
@@ -231,6 +241,28 @@ def run_jobs(
     return results
 
 
+# ---------------------------------------------------------------- what jobs read
+def keep_array(folder: Path, name: str, parts: list[Tensor]) -> None:
+    """Write one array of all parts, in one piece or not at all."""
+    array = torch.cat(parts).numpy()
+
+    def write(path: Path) -> None:
+        with open(path, "wb") as file:
+            np.save(file, array)
+
+    write_atomically(folder / f"{name}.npy", write)
+
+
+def describe_weights(folder: str) -> list:
+    """What tells the weights in a folder apart from others."""
+    files = []
+    for file in sorted(Path(folder).rglob("*.safetensors")):
+        files.append(
+            [file.name, file.stat().st_size, hashlib.sha256(file.read_bytes()).hexdigest()]
+        )
+    return files
+
+
 # ---------------------------------------------------------------- what the numbers say
 @dataclass
 class Outcome:
@@ -279,6 +311,29 @@ def choose_rate(validation: dict[float, list[float]]) -> float:
     return max(validation, key=lambda rate: statistics.fmean(validation[rate]))
 
 
+def make_outcome(
+    variant: str,
+    rates: Sequence[float],
+    num_seeds: int,
+    results: dict[tuple[str, float, int], dict],
+) -> Outcome:
+    """The runs of one variant with the learning rate that is best on validation rows.
+
+    results: of jobs, by variant, learning rate and seed.
+    """
+    seeds = range(num_seeds)
+    validation = {}
+    for rate in rates:
+        validation[rate] = [results[variant, rate, seed]["validation"] for seed in seeds]
+    rate = choose_rate(validation)
+    chosen = [results[variant, rate, seed] for seed in seeds]
+    scores = {}
+    for kind in chosen[0]["test"]:
+        scores[kind] = [result["test"][kind] for result in chosen]
+    curves = [result["curve"] for result in chosen]
+    return Outcome(variant, scores, curves, rate, {})
+
+
 def percent(outcome: Outcome, kind: str) -> str:
     """ "83.4 +- 1.4", or "83.4" for a single seed."""
     mean = f"{100 * outcome.mean(kind):.1f}"
@@ -288,12 +343,12 @@ def percent(outcome: Outcome, kind: str) -> str:
     return f"{mean} +- {100 * deviation:.1f}"
 
 
-def comparison_with(outcome: Outcome, baseline: Outcome | None) -> str:
+def comparison_with(outcome: Outcome, baseline: Outcome | None, kind: str = ALL) -> str:
     """ "+9.2 (p 0.25)": the mean difference to a baseline in points, and `sign_flip_test`."""
     if baseline is None or baseline is outcome:
         return "-"
-    difference = 100 * (outcome.mean() - baseline.mean())
-    p = sign_flip_test(outcome.scores[ALL], baseline.scores[ALL])
+    difference = 100 * (outcome.mean(kind) - baseline.mean(kind))
+    p = sign_flip_test(outcome.scores[kind], baseline.scores[kind])
     return f"{difference:+.1f} (p {p:.2g})"
 
 
@@ -377,3 +432,7 @@ def describe_test(seeds: int) -> str:
 def as_record(outcomes: list[Outcome]) -> list[dict]:
     """The outcomes as JSON."""
     return [dataclasses.asdict(outcome) for outcome in outcomes]
+
+
+def describe_result(result: dict) -> str:
+    return f"test {result['test'][ALL]:.1%}, validation {result['validation']:.1%}"

@@ -13,6 +13,7 @@ GROUND += ["drawing"]
 MIDDLE = "model llava_manager chat data scenes weights shard loop tasks objectives".split()
 MIDDLE += "comparison small_towers analysis".split()
 SCRIPTS = "train train_llava finetune eval ask figures prepare bench roofline compare".split()
+SCRIPTS += "compare_llava costs_and_drawing".split()
 FILES = {path.stem: path for path in sorted(ROOT.glob("*.py"))}
 
 
