@@ -4,8 +4,9 @@ Papers: ManagerTower (ACL 2023), appendix A: pre-training crops as CLIP does, VQ
 with ALBEF's RandAugment. Official counterpart: ManagerTower's transforms, `clip_transform`,
 `albef_transform` and `albef_transform_randaug_wc`, `..._wohf`.
 
-A transform is a function (picture, rng) -> float32 (3, S, S), S pixels a side, normalised with
-CLIP's mean and standard deviation. Its random numbers come from `rng` alone.
+A transform is a function (picture, rng) -> float32 (3, S, S), S pixels a side, normalised with the
+mean and the standard deviation that its image encoder was trained with. Its random numbers come
+from `rng` alone.
 """
 
 import contextlib
@@ -14,9 +15,9 @@ import io
 import logging
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,8 +28,28 @@ from fields import show
 from files import BadSample, read_bounded
 from world import first_line_of, silent_libraries
 
-CLIP_MEAN = torch.tensor((0.48145466, 0.4578275, 0.40821073)).view(3, 1, 1)
-CLIP_STD = torch.tensor((0.26862954, 0.26130258, 0.27577711)).view(3, 1, 1)
+
+class Colours(NamedTuple):
+    """What an image encoder was trained with: mean and standard deviation of red, green and blue,
+    where pixels are from 0 to 1.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+CLIP_COLOURS = Colours((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+IMAGENET_COLOURS = Colours((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # DeiT and DINOv2
+VIT_COLOURS = Colours((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+
+
+def as_pixels(colours: Sequence[float]) -> Tensor:
+    """Three numbers -> (3, 1, 1), beside pixels (3, S, S)."""
+    return torch.tensor(colours).view(3, 1, 1)
+
+
+CLIP_MEAN = as_pixels(CLIP_COLOURS.mean)
+CLIP_STD = as_pixels(CLIP_COLOURS.std)
 GRAY = (128, 128, 128)
 BICUBIC = Image.Resampling.BICUBIC
 BILINEAR = Image.Resampling.BILINEAR
@@ -457,36 +478,42 @@ def randaugment(image: Image.Image, rng: np.random.Generator) -> Image.Image:
 Transform = Callable[..., Tensor]  # (picture, rng) -> (3, S, S)
 
 
-def normalize(image: Image.Image) -> Tensor:
-    """RGB -> (3, S, S), with CLIP's mean and standard deviation."""
+def normalize(image: Image.Image, mean: Tensor = CLIP_MEAN, std: Tensor = CLIP_STD) -> Tensor:
+    """RGB -> (3, S, S), in units of std around the mean, which are (3, 1, 1)."""
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)  # (S, S, 3) -> (3, S, S)
     # the bytes are put in order first: four times less to move than floats
     pixels = pixels.contiguous().float()
-    return pixels.div_(255).sub_(CLIP_MEAN).div_(CLIP_STD)
+    return pixels.div_(255).sub_(mean).div_(std)
 
 
-def clip_transform(size: int, image: Image.Image, rng: np.random.Generator | None = None) -> Tensor:
-    return normalize(clip_crop(image, size))
+def clip_transform(
+    size: int, image: Image.Image, rng: np.random.Generator | None = None, **colours: Tensor
+) -> Tensor:
+    return normalize(clip_crop(image, size), **colours)
 
 
 def albef_transform(
-    size: int, image: Image.Image, rng: np.random.Generator | None = None
+    size: int, image: Image.Image, rng: np.random.Generator | None = None, **colours: Tensor
 ) -> Tensor:
-    return normalize(squash(image, size))
+    return normalize(squash(image, size), **colours)
 
 
-def randaug_wc_transform(size: int, image: Image.Image, rng: np.random.Generator) -> Tensor:
+def randaug_wc_transform(
+    size: int, image: Image.Image, rng: np.random.Generator, **colours: Tensor
+) -> Tensor:
     """Random crop, flip, RandAugment."""
     image = random_resized_crop(image, size, rng)
     if rng.random() < 0.5:
         image = ImageOps.mirror(image)
-    return normalize(randaugment(image, rng))
+    return normalize(randaugment(image, rng), **colours)
 
 
-def randaug_wohf_transform(size: int, image: Image.Image, rng: np.random.Generator) -> Tensor:
+def randaug_wohf_transform(
+    size: int, image: Image.Image, rng: np.random.Generator, **colours: Tensor
+) -> Tensor:
     """Without the flip, which would turn "left" in a question into a lie."""
     image = random_resized_crop(image, size, rng)
-    return normalize(randaugment(image, rng))
+    return normalize(randaugment(image, rng), **colours)
 
 
 # the papers pre-train with "clip", without any augmentation
@@ -504,9 +531,24 @@ EVALUATION_TRANSFORMS: dict[str, Transform] = {
 }
 
 
-def image_transform(name: str, image_size: int, train: bool) -> Transform:
+def image_transform(
+    name: str,
+    image_size: int,
+    train: bool,
+    mean: Sequence[float] = CLIP_COLOURS.mean,
+    std: Sequence[float] = CLIP_COLOURS.std,
+) -> Transform:
     """A function (picture, rng) -> (3, S, S), S = image_size. ValueError: an unknown name."""
     transforms = TRAINING_TRANSFORMS if train else EVALUATION_TRANSFORMS
     if name not in transforms:
         raise ValueError(f"unknown image transform {show(name)}: one of {', '.join(transforms)}")
-    return functools.partial(transforms[name], image_size)
+    transform = transforms[name]
+    return functools.partial(transform, image_size, mean=as_pixels(mean), std=as_pixels(std))
+
+
+def tower_transform(name: str, config: Any, train: bool) -> Transform:
+    """The transform of this name for a two-tower model: its image size and its encoder's colours.
+
+    config: a ManagerTowerConfig.
+    """
+    return image_transform(name, config.image_size, train, config.image_mean, config.image_std)

@@ -1166,7 +1166,14 @@ class WeightsConfig:
 
 
 # what `weights` writes
-WRITTEN = ("model.safetensors", "config.json", "answers.json", "tokenizer.json", "tokenizer.model")
+WRITTEN = (
+    "model.safetensors",
+    "config.json",
+    "preprocessor_config.json",
+    "answers.json",
+    "tokenizer.json",
+    "tokenizer.model",
+)
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, Subset
 
 from data import PretrainDataset, Source, collate
 from fields import FlagError, make_parser, option, parse_recipe, show
-from images import image_transform
+from images import tower_transform
 from loop import (
     Checkpoint,
     System,
@@ -40,6 +40,7 @@ from loop import (
     measure_untrained,
     param_groups,
     refuse_idle_flags,
+    stored_config,
     summarize,
 )
 from model import ManagerTower, ManagerTowerConfig
@@ -56,8 +57,12 @@ from tokenizer import (
     train_tokenizer,
 )
 from weights import (
+    FOLLOWING_FIELDS,
+    PUBLISHED_KEYS,
     Loaded,
+    config_of_encoders,
     convert_weights,
+    fit_image_size,
     load_model,
     load_two_tower,
     load_unimodal,
@@ -253,14 +258,44 @@ def find_tokenizer(run: TowerRunConfig, source: Source | None = None) -> Tokeniz
     return train_tokenizer((row["text"] for row in source.iterate_texts()), 8000)
 
 
-def make_model(run: SystemRunConfig, fields: dict, tokenizer: Tokenizer, **heads: Any) -> Any:
-    """The preset --model with `fields` replaced, sized for the tokenizer; encoders from --vision,
-    --text or random.
+def follow_encoders(run: SystemRunConfig, fields: dict) -> dict:
+    """`fields` of the model, with those that follow from the encoders --vision and --text.
+
+    Raises ValueError for a field that contradicts them.
     """
     if bool(run.vision) != bool(run.text):
         raise ValueError(
             "--vision and --text go together: both encoders are pre-trained, or neither"
         )
+    # the encoders of another system have the sizes of its presets
+    if not run.vision or run.system:
+        return fields
+    # 1. what the encoders are; a run that goes on has it stored
+    if is_beginning_gone(run):
+        stored = stored_config(run, {})
+        followed = {name: getattr(stored, name) for name in FOLLOWING_FIELDS}
+    else:
+        followed = config_of_encoders(run.vision, run.text)
+    # 2. recipe and flags say the same or nothing
+    for name, value in fields.items():
+        if name in followed and followed[name] != value:
+            flag = "text" if name in PUBLISHED_KEYS["text"] else "vision"
+            raise ValueError(
+                f"--{name} is {show(value)}, but --{flag} {getattr(run, flag)} has "
+                f"{show(followed[name])}"
+            )
+    # 3. whole patches cover a picture: the preset's 288 pixels are 294 where a patch has 14
+    preset = getattr(ManagerTowerConfig, run.model)()
+    patch_size = followed.get("patch_size", preset.patch_size)
+    image_size = fit_image_size(preset.image_size, patch_size)
+    return {"image_size": image_size, **followed, **fields}
+
+
+def make_model(run: SystemRunConfig, fields: dict, tokenizer: Tokenizer, **heads: Any) -> Any:
+    """The preset --model with `fields` replaced, sized for the tokenizer; encoders from --vision,
+    --text or random.
+    """
+    fields = follow_encoders(run, fields)
     # without a token for each role the sizes that follow from the tokenizer mean nothing
     check_roles(tokenizer, MLM_ROLES if "mlm" in heads.get("heads", ()) else TOWER_ROLES)
     values: dict[str, Any] = {}
@@ -343,6 +378,7 @@ def text_only_mlm_guess(training: Any, heldout: Any, samples: int = 2000) -> flo
 # ---------------------------------------------------------------- the run
 def pretrain(run: TrainConfig, fields: dict, world: World) -> None:
     make_plan(run, world)  # refuses a batch that cannot be dealt before anything is loaded
+    fields = follow_encoders(run, fields)
     image_size = fields.get("image_size", run.architecture.tiny().image_size)
     source, heldout_source = make_sources(run, image_size)
     tokenizer = find_tokenizer_of(run, lambda: find_tokenizer(run, source))
@@ -359,13 +395,13 @@ def pretrain(run: TrainConfig, fields: dict, world: World) -> None:
     )
     dataset = make_dataset(
         source,
-        transform=image_transform(run.transform, config.image_size, train=True),
+        transform=tower_transform(run.transform, config, train=True),
         # with ITC the false pairs are hard negatives of the batch, so the data need not load any
         share_images=run.share_images or "itc" in run.objectives,
         on_bad_sample=run.on_bad_sample,
     )
     heldout_all = make_dataset(
-        heldout_source, transform=image_transform(run.transform, config.image_size, train=False)
+        heldout_source, transform=tower_transform(run.transform, config, train=False)
     )
     heldout = Subset(heldout_all, range(min(run.eval_size, len(heldout_all))))
 

@@ -74,7 +74,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -84,8 +84,8 @@ from torch.nn import functional as F
 
 from data import PairDataset, batches
 from fields import FieldError, check_fields, option, parse_flags, show
-from files import write_atomically, write_json
-from images import image_transform
+from files import read_log, write_atomically, write_json
+from images import IMAGENET_COLOURS, tower_transform
 from loop import Checkpoint, System, Task, TowerRunConfig, fit, make_groups
 from metrics import bleu
 from model import (
@@ -109,17 +109,15 @@ from scenes import OPPOSITE, demo_source
 from tokenizer import load_tokenizer
 from weights import (
     HEAD_NAMES,
+    HF_ROBERTA_LAYOUT,
     READERS,
     ROBERTA,
-    TEXT_LAYOUTS,
-    Layout,
     Names,
     Row,
     State,
     add_new_heads,
     bad_values,
     check_published,
-    config_beside,
     expand,
     export_state,
     find_layout,
@@ -128,12 +126,14 @@ from weights import (
     load_fitted,
     naming,
     read_headers,
+    read_published,
     read_weights,
     refuse,
     refuse_differences,
     refuse_our_own,
     save_folder,
     seed_rank_head,
+    settings_beside,
     shapes_of,
     stored_heads,
     without_heads,
@@ -233,7 +233,7 @@ class FiberConfig:
             "dropout": 0.0,
             "fused_layers": 3,
             "hidden_size": 64,
-            "queue_size": 256,
+            "queue_size": 64,
             "max_text_len": 16,
         }
         fields.update(overrides)
@@ -301,6 +301,17 @@ class FiberConfig:
     @staticmethod
     def check_flags(flags: dict[str, Any]) -> None:
         """All flags go together."""
+
+    # what the parts of the project read, and what is the same in all models of this kind
+    text_kind: ClassVar[str] = "roberta"
+    text_eps: ClassVar[float] = 1e-5
+    image_mean: ClassVar[tuple[float, ...]] = IMAGENET_COLOURS[0]  # of Swin's training
+    image_std: ClassVar[tuple[float, ...]] = IMAGENET_COLOURS[1]
+
+    @property
+    def first_position(self) -> int:
+        """The row of the position table that RoBERTa's first token has."""
+        return self.pad_token_id + 1
 
     def num_experts(self, modality: str) -> int:
         """N: the state before the first fused pair, of either modality."""
@@ -1517,7 +1528,7 @@ def resize_position_biases(state: State, ending: str, config: FiberConfig) -> St
     return resized
 
 
-SWIN_LAYOUT = Layout({}, "vit_model.", (*SWIN_BUFFERS, r"head\..*"))
+SWIN_DEAD = (*SWIN_BUFFERS, r"head\..*")  # in a Swin's file, and not in ours
 
 
 def load_unimodal(model: Fiber, vision: str | Path, text: str | Path) -> None:
@@ -1525,28 +1536,22 @@ def load_unimodal(model: Fiber, vision: str | Path, text: str | Path) -> None:
 
     Swin is read under the names of its authors, which timm 0.4 has too. What FIBER adds stays new.
     """
-    config = model.config
-    heads = {
-        "num_attention_heads": ("text_heads", config.text_heads),
-        "pad_token_id": ("pad_token_id", config.pad_token_id),
-    }
+    config: Any = model.config
+    settings = settings_beside(text)
     for read in READERS:
-        state = read(text)
+        state = read_published(text, read)
+        layout, prefix = find_layout(state, (HF_ROBERTA_LAYOUT,), settings)
+        if read is read_headers:
+            check_published(settings, layout, config, "text")
         with naming(text):
-            refuse_our_own(state)
-            layout, prefix = find_layout(state, TEXT_LAYOUTS)
-            if read is read_headers and layout.settings:
-                check_published(config_beside(text), layout.settings, heads)
-            rows = expand(layout.names, "", prefix, config.text_layers)
+            rows = layout.rows(prefix, config.text_layers)
             roberta = import_state(state, rows, shapes_of(model.text_encoder), layout.dead)
     for read in READERS:
-        state = read(vision)
+        state = read_published(vision, read)
         with naming(vision):
-            refuse_our_own(state)
-            layout, prefix = find_layout(state, (SWIN_LAYOUT,))
             state = resize_position_biases(state, "relative_position_bias_table", config)
-            rows = swin_rows(config, "", prefix)
-            swin = import_state(state, rows, shapes_of(model.image_encoder), layout.dead)
+            rows = swin_rows(config, "", "")
+            swin = import_state(state, rows, shapes_of(model.image_encoder), SWIN_DEAD)
     for encoder, new in ((model.text_encoder, roberta), (model.image_encoder, swin)):
         encoder.load_state_dict({**encoder.state_dict(), **new})
 
@@ -1600,7 +1605,7 @@ def published_config(state: State) -> FiberConfig:
 
 def convert_swin(state: State, out: Path) -> None:
     """A Swin under its own names, as the model.safetensors of a folder."""
-    kept = {key: x.contiguous() for key, x in state.items() if not is_dead(key, SWIN_LAYOUT.dead)}
+    kept = {key: x.contiguous() for key, x in state.items() if not is_dead(key, SWIN_DEAD)}
     refuse(bad_values(kept))
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / "model.safetensors", lambda path: save_file(kept, path))
@@ -1670,7 +1675,7 @@ RECIPES: dict[str, tuple[dict, dict]] = {
             "micro_batch_size": 32,
             "learning_rate": 7e-4,
             # the gates start closed, and open at this rate
-            "lr_mult_cross_modal": 5.0,
+            "lr_mult_cross_modal": 3.0,
             "eval_every": 0,
             "save_every": 350,
         },
@@ -1768,7 +1773,7 @@ def train_captions(init: str, run: TowerRunConfig, world: World) -> dict[str, fl
     tokenizer = load_tokenizer(init)
     size = model.config.image_size
     length = model.config.max_text_len
-    transform = functools.partial(image_transform, run.transform, size)
+    transform = functools.partial(tower_transform, run.transform, model.config)
     source = demo_source("captions", "train", 20_000, run.seed, size)
     heldout = demo_source("captions", "heldout", run.eval_size, run.seed, size)
     dataset = PairDataset(source, tokenizer, transform(train=True), length, run.seed)
@@ -1781,7 +1786,9 @@ def train_captions(init: str, run: TowerRunConfig, world: World) -> dict[str, fl
     }
     checkpoint = Checkpoint(run, model, tokenizer.save, identity, world)
     fit(run, Captioning(model), dataset, evaluate, checkpoint, world, param_groups(model, run))
-    return evaluate()
+    # the last row: the run may have been finished before
+    evaluations = [row["eval"] for row in read_log(checkpoint.log_file) if "eval" in row]
+    return evaluations[-1]
 
 
 def demo(options: DemoOptions) -> None:
