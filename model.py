@@ -877,15 +877,18 @@ class ManagerTower(nn.Module):
         image = image_experts[:, -1, 0]  # (B, D_image)
         return self.heads["itc"](text, image)
 
+    # each modality alone, so that evaluation can store the vectors of many texts and pictures
     def contrast_text(self, text_experts: Tensor, attention_mask: Tensor) -> Tensor:
         """The half of `contrast` for texts, (B, C); their first tokens are never padding."""
         head: Any = self.heads["itc"]
-        return F.normalize(head.text(text_experts[:, -1, 0]), dim=-1)
+        text = text_experts[:, -1, 0]  # (B, D_text)
+        return F.normalize(head.text(text), dim=-1)
 
     def contrast_image(self, image_experts: Tensor) -> Tensor:
         """The half of `contrast` for images, (B, C)."""
         head: Any = self.heads["itc"]
-        return F.normalize(head.image(image_experts[:, -1, 0]), dim=-1)
+        image = image_experts[:, -1, 0]  # (B, D_image)
+        return F.normalize(head.image(image), dim=-1)
 
     # -------------------------------------------------------- the fusion
     def project(self, modality: str, experts: Tensor, token_type: int) -> Tensor:

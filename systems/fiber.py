@@ -1670,14 +1670,14 @@ RECIPES: dict[str, tuple[dict, dict]] = {
         {
             "out_dir": "out/fiber",
             "objectives": ("mlm", "itm", "itc"),
-            "max_steps": 700,
+            "max_steps": 600,
             "batch_size": 32,
             "micro_batch_size": 32,
             "learning_rate": 7e-4,
             # the gates start closed, and open at this rate
             "lr_mult_cross_modal": 3.0,
             "eval_every": 0,
-            "save_every": 350,
+            "save_every": 300,
         },
         {},
     ),
@@ -1731,9 +1731,9 @@ class DemoOptions:
     """Learn the built-in scenes: captions, questions about them, and to write captions."""
 
     out_dir: str = option("out/fiber", "folder of the three runs")
-    pretrain_steps: int = option(700, "updates of MLM, ITM and ITC", least=1)
-    question_steps: int = option(700, "updates on questions", least=1)
-    caption_steps: int = option(500, "updates on writing captions", least=1)
+    pretrain_steps: int = option(600, "updates of MLM, ITM and ITC", least=1)
+    question_steps: int = option(600, "updates on questions", least=1)
+    caption_steps: int = option(400, "updates on writing captions", least=1)
     seed: int = option(0, "of everything random", least=0)
 
     def __post_init__(self) -> None:
