@@ -233,7 +233,7 @@ class FiberConfig:
             "dropout": 0.0,
             "fused_layers": 3,
             "hidden_size": 64,
-            "queue_size": 64,
+            "queue_size": 32,  # of one batch: from random weights the vectors change fast
             "max_text_len": 16,
         }
         fields.update(overrides)
