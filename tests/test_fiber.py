@@ -14,6 +14,7 @@ import eval
 import finetune
 import loop
 import prepare
+import tasks
 import train
 from data import PairDataset
 from images import image_transform
@@ -755,13 +756,31 @@ TASK = "--system fiber --batch_size 8 --micro_batch_size 8 --eval_size 8 --max_s
 
 
 @pytest.fixture(scope="module")
-def pretrained(tmp_path_factory):
+def small_data(small):
+    """Flags for the pictures of the session, which are few."""
+    start = small.index("--data_root")
+    return [*SMALL, *small[start:], "--transform", "albef"]
+
+
+@pytest.fixture(scope="module")
+def pretrained(small_data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("fiber") / "pretrained"
-    train.main([*SMALL, "--max_steps", "4", "--save_every", "2", "--out_dir", str(folder)])
+    train.main([*small_data, "--max_steps", "4", "--save_every", "2", "--out_dir", str(folder)])
     return folder
 
 
-def test_a_run_goes_on_with_its_queue_to_the_same_bits(pretrained, tmp_path, monkeypatch):
+@pytest.fixture
+def few_scenes(monkeypatch):
+    def few(kind, split, size, seed=0, image_size=64):
+        return demo_source(kind, split, min(size, 16), seed, image_size)
+
+    monkeypatch.setattr(finetune, "demo_source", few)
+    monkeypatch.setattr(tasks, "demo_source", few)
+
+
+def test_a_run_goes_on_with_its_queue_to_the_same_bits(
+    small_data, pretrained, tmp_path, monkeypatch
+):
     learn = loop.Learner.learn
 
     def die(self, step, batches, dataset):
@@ -769,7 +788,7 @@ def test_a_run_goes_on_with_its_queue_to_the_same_bits(pretrained, tmp_path, mon
             raise KeyboardInterrupt
         return learn(self, step, batches, dataset)
 
-    flags = [*SMALL, "--max_steps", "4", "--save_every", "2", "--out_dir", str(tmp_path)]
+    flags = [*small_data, "--max_steps", "4", "--save_every", "2", "--out_dir", str(tmp_path)]
     monkeypatch.setattr(loop.Learner, "learn", die)
     with pytest.raises(KeyboardInterrupt):
         train.main(flags)
@@ -784,7 +803,7 @@ def test_a_run_goes_on_with_its_queue_to_the_same_bits(pretrained, tmp_path, mon
 
 
 @pytest.mark.parametrize("task", ["vqav2", "nlvr2", "flickr30k"])
-def test_the_scripts_run_it_without_knowing_it(pretrained, tmp_path, capsys, task):
+def test_the_scripts_run_it_without_knowing_it(pretrained, few_scenes, tmp_path, capsys, task):
     flags = [*TASK, "--task", task, "--data", "demo", "--init", str(pretrained)]
     finetune.main([*flags, "--out_dir", str(tmp_path)])
     capsys.readouterr()
@@ -806,13 +825,13 @@ def test_one_can_ask_it(pretrained, tmp_path, capsys):
     assert all("ITC" in line for line in lines)
 
 
+@torch.no_grad()
 def test_it_has_the_methods_of_a_two_tower_model(task_state, inputs):
     model = load(task_state("vqa"))
     texts = model.encode_text(inputs["text_ids"], inputs["text_masks"])
     images = model.encode_image(inputs["image"])
     features = model.fuse(texts, images, inputs["text_masks"])
-    with torch.no_grad():
-        whole = model(inputs["image"], inputs["text_ids"], inputs["text_masks"])
+    whole = model(inputs["image"], inputs["text_ids"], inputs["text_masks"])
     assert torch.equal(features.pooled, whole.pooled)
     out = read("main.vqa.out.safetensors")
     close(model.heads["vqa"](features.pooled), out["logits"], 5e-6)
@@ -832,9 +851,9 @@ def test_a_system_that_is_not_there_is_one_sentence(pretrained, monkeypatch):
         train.main(["--system", "fiber"])
 
 
-def test_the_queue_does_not_go_with_shards(tmp_path):
+def test_the_queue_does_not_go_with_shards(small_data, tmp_path):
     with pytest.raises(ValueError, match="--shard does not go with FIBER's ITC"):
-        train.main([*SMALL, "--shard", "--max_steps", "1", "--out_dir", str(tmp_path)])
+        train.main([*small_data, "--shard", "--max_steps", "1", "--out_dir", str(tmp_path)])
 
 
 def test_a_picture_of_the_queue_is_that_of_its_record():
