@@ -38,6 +38,7 @@ from data import batches
 from eval import check_data_flags, check_picture_output, open_task
 from fields import Command, check_fields, option, run_command, show
 from files import read_log, save_json, save_picture
+from hub import default_output
 from images import load_image, name_of
 from llava_manager import LlavaManager, LlavaManagerConfig
 from manager import AdaptiveVisualManager
@@ -406,7 +407,7 @@ def check_pair(picture: Path) -> None:
 
 def managers(options: ManagersOptions) -> dict[str, Any]:
     """Draw the figure; the numbers in it are returned, and written beside it as JSON."""
-    out = Path(options.out or f"{options.checkpoint}/managers.png")
+    out = Path(options.out or default_output(options.checkpoint, "managers.png"))
     check_picture_output("--out", out)
     check_pair(out)
     check_is_no_input(out, options.image)

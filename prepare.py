@@ -1347,8 +1347,7 @@ def prepare_weights(argv: list[str]) -> None:
     check_out(Path(config.out))
     check_not_overwritten(config)
     answers = load_answers(Path(config.answers)) if config.answers else None
-    tokenizer = Path(config.tokenizer) if config.tokenizer else None
-    convert_weights(Path(config.source), Path(config.out), tokenizer, answers)
+    convert_weights(config.source, Path(config.out), config.tokenizer or None, answers)
 
 
 def main(argv: list[str]) -> None:

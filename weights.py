@@ -51,6 +51,7 @@ from files import (
     write_json,
     write_text,
 )
+from hub import find_folder
 from images import image_transform
 from llava_manager import (
     OFFICIAL_FIELDS,
@@ -806,6 +807,8 @@ def load_unimodal(model: ManagerTower | LlavaManager, vision: str | Path, text: 
     A config.json beside them must say what the model computes with. Raises ValueError with the
     file, and the keys as in `import_state`.
     """
+    vision = find_folder(vision)
+    text = find_folder(text)
     heads = "num_attention_heads"
     vision_fields = {heads: ("vision_heads", model.config.vision_heads)}
     if isinstance(model, LlavaManager):
@@ -1025,6 +1028,7 @@ def load_model(folder: str | Path, **overrides: Any) -> Any:
     says what becomes of its weights). The MLLM takes `dtype`, and for an official folder `vision`
     and `im_start_id` (see `load_llava`). Raises ValueError for whatever does not fit.
     """
+    folder = find_folder(folder)
     if is_mllm_config(read_config_values(folder)):
         load: Callable = load_llava
         names = set(inspect.signature(load_llava).parameters) - {"folder"}
@@ -1052,6 +1056,7 @@ def load_llava(
     An official one has config.json and .safetensors, sharded or not; `vision` is the config of its
     SigLIP, and `im_start_id` the token of its tokenizer, where they are not those of the paper.
     """
+    folder = find_folder(folder)
     values = read_config_values(folder)
     is_official = values.get("model") != "LlavaManager"
     if is_official:
@@ -1120,6 +1125,7 @@ def load_tower(folder: str | Path, **overrides: Any) -> ManagerTower:
     tasks are dropped and new ones initialised, both of which is printed. Any other difference
     raises ValueError.
     """
+    folder = find_folder(folder)
     stored_config = read_config(folder)
     config = dataclasses.replace(stored_config, **overrides)
     for name in overrides:
@@ -1246,7 +1252,7 @@ def is_mllm(checkpoint: str | Path) -> bool:
 
     Raises ValueError if it holds neither.
     """
-    folder = Path(checkpoint)
+    folder = find_folder(checkpoint)
     values = read_config_values(folder) if (folder / "config.json").is_file() else {}
     if "model" not in values and not is_mllm_config(values):
         problem = "is no checkpoint folder of ours" if folder.exists() else "does not exist"
@@ -1260,6 +1266,7 @@ def is_mllm(checkpoint: str | Path) -> bool:
 @checked
 def load_two_tower(checkpoint: str | Path, head: str = "", device: str = "auto") -> Loaded:
     """A ManagerTower folder. Raises ValueError if it lacks the head that is needed."""
+    checkpoint = find_folder(checkpoint, "checkpoint")
     if is_mllm(checkpoint):
         raise ValueError(
             f"{checkpoint} is a LLaVA-OV-Manager, for ask.py chat, figures.py managers and grid"
@@ -1294,6 +1301,7 @@ def load_mllm(
     checkpoint: str | Path, tokenizer: str | Path | None = None, device: str = "auto"
 ) -> Loaded:
     """A LLaVA-OV-Manager folder, in evaluation mode, and in bf16 on CUDA."""
+    checkpoint = find_folder(checkpoint, "checkpoint")
     if not is_mllm(checkpoint):
         raise ValueError(
             f"{checkpoint} is not a LLaVA-OV-Manager; ask.py question, match, search and "
@@ -1696,6 +1704,7 @@ def convert_weights(
     answers, go along. Raises ValueError, with the source's name, for anything else.
     """
     out = Path(out)
+    source = find_folder(source)
     state, settings = read_weights(source)
     text_tokenizer = load_tokenizer(tokenizer) if tokenizer else None
     with naming(source):

@@ -8,7 +8,7 @@ import prose
 import pytest
 from helpers import ROOT
 
-GROUND = "manager fields files index world tokenizer images multigrid metrics torch_files".split()
+GROUND = "manager fields files index world hub tokenizer images multigrid metrics torch_files".split()
 MIDDLE = "model llava_manager chat data scenes weights shard loop tasks objectives".split()
 SCRIPTS = "train train_llava finetune eval ask figures prepare bench roofline".split()
 FILES = {path.stem: path for path in sorted(ROOT.glob("*.py"))}
