@@ -1063,6 +1063,8 @@ def load_llava(
         known = {} if im_start_id is None else {"im_start_id": im_start_id}
         with naming(Path(folder) / "config.json"):
             check_kind(values, QWEN_KINDS)
+            # the authors only name their SigLIP; an export of ours says its sizes
+            vision = vision or values.get("vision_config")
             config = LlavaManagerConfig.from_official(values, vision, **known)
     elif vision is not None or im_start_id is not None:
         raise ValueError(
@@ -1137,13 +1139,13 @@ def load_tower(folder: str | Path, **overrides: Any) -> ManagerTower:
                 "nothing with another value"
             )
     # from the header alone: what does not fit is neither built nor read
-    header = read_header(folder)
+    header = in_our_names(folder, read_header(folder), stored_config)
     refuse_more_layers(folder, config, header)
     with torch.device("meta"):
         fit_state(folder, header, ManagerTower(config))
     # the numbers
     model = ManagerTower(config)
-    stored = read_safetensors(folder)
+    stored = in_our_names(folder, read_safetensors(folder), stored_config)
     state = fit_state(folder, stored, model)
     model.load_state_dict(state)
     dropped = sorted(stored_heads(stored) - set(model.heads))
@@ -1154,6 +1156,16 @@ def load_tower(folder: str | Path, **overrides: Any) -> ManagerTower:
             f"heads initialised: {', '.join(new) or 'none'}"
         )
     return model
+
+
+def in_our_names(folder: str | Path, state: State, config: ManagerTowerConfig) -> State:
+    """The weights of a folder of ours; those that `prepare.py export` gave the authors' names get
+    ours again.
+    """
+    if official_keys()["text_transform.weight"] not in state:
+        return state
+    with naming(folder):
+        return from_official(state, config)
 
 
 def fit_state(folder: str | Path, stored: State, model: ManagerTower) -> State:

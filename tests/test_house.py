@@ -9,7 +9,7 @@ import pytest
 from helpers import ROOT
 
 GROUND = "manager fields files index world hub tokenizer images multigrid metrics torch_files".split()
-MIDDLE = "model llava_manager chat data scenes weights shard loop tasks objectives".split()
+MIDDLE = "model llava_manager chat data scenes weights export shard loop tasks objectives".split()
 SCRIPTS = "train train_llava finetune eval ask figures prepare bench roofline".split()
 FILES = {path.stem: path for path in sorted(ROOT.glob("*.py"))}
 
