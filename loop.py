@@ -64,6 +64,7 @@ from shard import (
 )
 from tokenizer import Tokenizer, load_tokenizer
 from torch_files import BROKEN, TorchFile, is_archive
+from trackers import PLACES, TRACKERS, check_tracker, open_tracker
 from weights import save_folder
 from world import (
     MOST_WORKERS,
@@ -106,7 +107,7 @@ def move_old_run(folder: Path) -> Path | None:
     """
     # the training state first: without it nobody takes the rest for a run to go on with
     # a run has one of two states, with or without --shard
-    names = (STATE_FOLDER, *FILES, "best")
+    names = (STATE_FOLDER, *FILES, "best", *PLACES)
     present = [name for name in names if os.path.lexists(folder / name)]
     if not present:
         return None
@@ -188,6 +189,7 @@ class RunConfig:
     # running
     log_every: int = option(50, "steps between two rows of the log", least=1)
     save_every: int = option(200, "steps between two checkpoints", least=1)
+    log: str = option("", "who gets the numbers of log.jsonl, too", choices=TRACKERS)
     eval_every: int = option(300, "steps between two evaluations; 0 = only at the end", least=0)
     eval_size: int = option(512, "held-out samples", least=1)
     num_workers: int = option(
@@ -237,6 +239,7 @@ class RunConfig:
             self.check_sources()
         else:
             self.check_old_files()
+        check_tracker(self.log)
         # 3. what it begins with; a name of the hub is fetched before the data are opened
         if not goes_on(self):
             self.fetch_sources()
@@ -683,6 +686,7 @@ class Checkpoint:
         # how far the run is, and how good it was at its best
         self.step = 0  # of the last training state
         self.best: float | None = None  # the highest score so far
+        self.tracker: Any = None  # of --log, from the first row on
         fields = {name: getattr(run, name) for name in run.identity_fields}
         # through JSON and back, as it will be read: lists for tuples
         self.identity = json.loads(json.dumps({**fields, **identity}))
@@ -871,8 +875,12 @@ class Checkpoint:
 
         # a death amid this write leaves half a row, which `read_log` leaves out
         def append() -> None:
+            if self.run.log and self.tracker is None:
+                self.tracker = open_tracker(self.run.log, self.folder, self.step)
             with open(self.log_file, "a") as file:
                 file.write(json.dumps(row) + "\n")
+            if self.tracker is not None:
+                self.tracker.write(row)
 
         self.guard(append, self.log_file)
 
