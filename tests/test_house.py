@@ -11,7 +11,9 @@ from helpers import ROOT
 GROUND = (
     "manager fields files index world hub tokenizer images multigrid metrics torch_files trackers"
 ).split()
-MIDDLE = "model llava_manager chat data scenes weights export shard loop tasks objectives".split()
+MIDDLE = (
+    "model llava_manager chat data scenes weights export llava_parquet shard loop tasks objectives"
+).split()
 SCRIPTS = "train train_llava finetune eval ask figures prepare bench roofline".split()
 FILES = {path.stem: path for path in sorted(ROOT.glob("*.py"))}
 
