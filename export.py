@@ -34,9 +34,12 @@ from llava_manager import (
 from model import ManagerTowerConfig
 from tokenizer import Tokenizer, load_tokenizer
 from weights import (
+    ACTIVATION_NAMES,
     BRIDGETOWER,
     HF_CLIP,
     HF_SIGLIP,
+    PREPROCESSING_FILE,
+    PREPROCESSING_SUPPORTED,
     ROBERTA,
     SIGLIP_PREFIX,
     State,
@@ -62,6 +65,7 @@ class Export(NamedTuple):
     state: State
     config: dict[str, Any]
     usage: str  # lines of Python
+    pictures: dict[str, Any] = {}  # what a preprocessor_config.json says
 
 
 # ---------------------------------------------------------------- the authors' layouts
@@ -244,7 +248,7 @@ def roberta_config(config: ManagerTowerConfig) -> dict[str, Any]:
         "hidden_act": "gelu",
         "max_position_embeddings": config.max_positions,
         "type_vocab_size": 1,
-        "layer_norm_eps": 1e-5,
+        "layer_norm_eps": config.text_eps,
         "pad_token_id": config.pad_token_id,
         "hidden_dropout_prob": config.dropout,
         "attention_probs_dropout_prob": config.dropout,
@@ -252,6 +256,8 @@ def roberta_config(config: ManagerTowerConfig) -> dict[str, Any]:
 
 
 def clip_config(config: ManagerTowerConfig) -> dict[str, Any]:
+    # of several names that transformers has for one activation the first one
+    activations = {ours: theirs for theirs, ours in reversed(ACTIVATION_NAMES.items())}
     return {
         "model_type": "clip_vision_model",
         "hidden_size": config.vision_width,
@@ -260,21 +266,41 @@ def clip_config(config: ManagerTowerConfig) -> dict[str, Any]:
         "num_attention_heads": config.vision_heads,
         "patch_size": config.patch_size,
         "image_size": config.image_size,
-        "hidden_act": "quick_gelu",
-        "layer_norm_eps": 1e-5,
+        "hidden_act": activations[config.vision_activation],
+        "layer_norm_eps": config.vision_eps,
     }
 
 
 def clip_export(model: Any) -> Export:
     """The image encoder of a two-tower model, as CLIP's."""
+    refuse_other_kind("vision_kind", model.config.vision_kind, "clip")
     rows = expand(HF_CLIP, "", "vision_model.", model.config.vision_layers)
     state = export_state(model.image_encoder.state_dict(), rows)
     values = {**clip_config(model.config), "architectures": ["CLIPVisionModel"]}
-    return Export(state, values, transformers_usage(["CLIPVisionModel"]))
+    size = {"height": model.config.image_size, "width": model.config.image_size}
+    pictures = {
+        **PREPROCESSING_SUPPORTED,
+        "image_mean": model.config.image_mean,
+        "image_std": model.config.image_std,
+        "size": size,
+        "crop_size": size,
+        "image_processor_type": "CLIPImageProcessor",
+    }
+    return Export(state, values, transformers_usage(["CLIPVisionModel"]), pictures)
+
+
+def refuse_other_kind(field: str, found: str, wanted: str) -> None:
+    """Raises ValueError for an encoder of another kind than those that are written alone."""
+    if found != wanted:
+        raise ValueError(
+            f"--part exports a two-tower model's {field} {wanted}, but this model has {found}; it "
+            "is in the folder that --vision or --text named"
+        )
 
 
 def roberta_export(model: Any) -> Export:
     """The text encoder of a two-tower model, as RoBERTa."""
+    refuse_other_kind("text_kind", model.config.text_kind, "roberta")
     rows = expand(ROBERTA, "", "", model.config.text_layers)
     state = export_state(model.text_encoder.state_dict(), rows)
     values = {**roberta_config(model.config), "architectures": ["RobertaModel"]}
@@ -544,6 +570,8 @@ def export_checkpoint(checkpoint: str, out: Path, layout: str, part: str = "") -
     if (folder / "answers.json").is_file() and not part:
         write_json(out / "answers.json", read_json(folder / "answers.json", list))
     write_json(out / "config.json", export.config)
+    if export.pictures:
+        write_json(out / PREPROCESSING_FILE, export.pictures)
     write_text(out / "README.md", card_of(folder, checkpoint, title, export, out))
     save_shards(export.state, out)
     size = sum(tensor.nbytes for tensor in export.state.values())

@@ -317,6 +317,13 @@ def parse_integers(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in parts)
 
 
+def parse_numbers(text: str) -> tuple[float, ...]:
+    parts = text.split(",")
+    if not all(NUMBER.fullmatch(part) for part in parts):
+        raise argparse.ArgumentTypeError(f"{show(text)} is not a list like 0.001,0.002")
+    return tuple(float(part) for part in parts)
+
+
 def parse_text_or_json(text: str) -> Any:
     """A text, or what begins with [ as JSON: --grid_pinpoints."""
     if not text.startswith("["):
@@ -339,6 +346,7 @@ FLAG_READERS: dict[Any, tuple[Any, str]] = {
     str | None: (parse_optional, "TEXT"),
     tuple[str, ...]: (parse_texts, "A,B,..."),
     tuple[int, ...]: (parse_integers, "1,2,..."),
+    tuple[float, ...]: (parse_numbers, "0.1,0.2,..."),
     tuple | str: (parse_text_or_json, "TEXT"),
     list[str]: (str, "TEXT"),
 }

@@ -175,7 +175,7 @@ class ManagerWatcher:
     def read(self, key: Any, manager: Any, args: tuple, kwargs: dict, output: Tensor) -> None:
         """Take a manager's output apart: the hook of `watching`."""
         weights = manager.weights(*args, **kwargs)  # (B, N, L, D or 1)
-        unimodal = manager.aggregate_experts(weights, args[0]).float()
+        unimodal = manager.aggregate_experts(weights.unbind(1), args[0]).float()
         self.parts[key] = Parts(weights.float().mean(-1), unimodal, output.float() - unimodal)
 
     def add_batch(self, attention_mask: Tensor) -> None:

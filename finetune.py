@@ -29,7 +29,7 @@ from eval import check_vocabulary, evaluate
 from fields import make_parser, option, parse_recipe
 from files import write_json, write_text
 from hub import find_folder
-from images import image_transform
+from images import tower_transform
 from loop import (
     Checkpoint,
     Task,
@@ -274,7 +274,7 @@ def finetune(name: str, run: FinetuneConfig, fields: dict, world: World) -> None
     source, heldout = files or draw_scenes(run, name, config.image_size)
     if not run.max_steps:
         run = dataclasses.replace(run, max_steps=count_steps(run, len(source)))
-    transform = functools.partial(image_transform, run.transform, config.image_size)
+    transform = functools.partial(tower_transform, run.transform, config)
     dataset = PairDataset(
         source,
         tokenizer,

@@ -4,8 +4,9 @@ Papers: ManagerTower (ACL 2023), appendix A: pre-training crops as CLIP does, VQ
 with ALBEF's RandAugment. Official counterpart: ManagerTower's transforms, `clip_transform`,
 `albef_transform` and `albef_transform_randaug_wc`, `..._wohf`.
 
-A transform is a function (picture, rng) -> float32 (3, S, S), S pixels a side, normalised with
-CLIP's mean and standard deviation. Its random numbers come from `rng` alone.
+A transform is a function (picture, rng) -> float32 (3, S, S), S pixels a side, normalised with the
+mean and the standard deviation that its image encoder was trained with. Its random numbers come
+from `rng` alone.
 """
 
 import contextlib
@@ -14,9 +15,9 @@ import io
 import logging
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,8 +28,12 @@ from fields import show
 from files import BadSample, read_bounded
 from world import first_line_of, silent_libraries
 
-CLIP_MEAN = torch.tensor((0.48145466, 0.4578275, 0.40821073)).view(3, 1, 1)
-CLIP_STD = torch.tensor((0.26862954, 0.26130258, 0.27577711)).view(3, 1, 1)
+# red, green and blue, of pixels from 0 to 1
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of DeiT and DINOv2
+IMAGENET_STD = (0.229, 0.224, 0.225)
+HALF = (0.5, 0.5, 0.5)  # mean and standard deviation of ViT
 GRAY = (128, 128, 128)
 BICUBIC = Image.Resampling.BICUBIC
 BILINEAR = Image.Resampling.BILINEAR
@@ -457,36 +462,62 @@ def randaugment(image: Image.Image, rng: np.random.Generator) -> Image.Image:
 Transform = Callable[..., Tensor]  # (picture, rng) -> (3, S, S)
 
 
-def normalize(image: Image.Image) -> Tensor:
-    """RGB -> (3, S, S), with CLIP's mean and standard deviation."""
+class Colours(NamedTuple):
+    """What an image encoder expects of its pixels, red, green and blue: both (3, 1, 1)."""
+
+    mean: Tensor
+    std: Tensor
+
+
+def make_colours(mean: Sequence[float], std: Sequence[float]) -> Colours:
+    return Colours(torch.tensor(mean).view(3, 1, 1), torch.tensor(std).view(3, 1, 1))
+
+
+CLIP_COLOURS = make_colours(CLIP_MEAN, CLIP_STD)
+
+
+def normalize(image: Image.Image, colours: Colours = CLIP_COLOURS) -> Tensor:
+    """RGB -> (3, S, S), in units of the standard deviation around the mean."""
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)  # (S, S, 3) -> (3, S, S)
     # the bytes are put in order first: four times less to move than floats
     pixels = pixels.contiguous().float()
-    return pixels.div_(255).sub_(CLIP_MEAN).div_(CLIP_STD)
+    return pixels.div_(255).sub_(colours.mean).div_(colours.std)
 
 
-def clip_transform(size: int, image: Image.Image, rng: np.random.Generator | None = None) -> Tensor:
-    return normalize(clip_crop(image, size))
+def clip_transform(
+    size: int,
+    image: Image.Image,
+    rng: np.random.Generator | None = None,
+    colours: Colours = CLIP_COLOURS,
+) -> Tensor:
+    return normalize(clip_crop(image, size), colours)
 
 
 def albef_transform(
-    size: int, image: Image.Image, rng: np.random.Generator | None = None
+    size: int,
+    image: Image.Image,
+    rng: np.random.Generator | None = None,
+    colours: Colours = CLIP_COLOURS,
 ) -> Tensor:
-    return normalize(squash(image, size))
+    return normalize(squash(image, size), colours)
 
 
-def randaug_wc_transform(size: int, image: Image.Image, rng: np.random.Generator) -> Tensor:
+def randaug_wc_transform(
+    size: int, image: Image.Image, rng: np.random.Generator, colours: Colours = CLIP_COLOURS
+) -> Tensor:
     """Random crop, flip, RandAugment."""
     image = random_resized_crop(image, size, rng)
     if rng.random() < 0.5:
         image = ImageOps.mirror(image)
-    return normalize(randaugment(image, rng))
+    return normalize(randaugment(image, rng), colours)
 
 
-def randaug_wohf_transform(size: int, image: Image.Image, rng: np.random.Generator) -> Tensor:
+def randaug_wohf_transform(
+    size: int, image: Image.Image, rng: np.random.Generator, colours: Colours = CLIP_COLOURS
+) -> Tensor:
     """Without the flip, which would turn "left" in a question into a lie."""
     image = random_resized_crop(image, size, rng)
-    return normalize(randaugment(image, rng))
+    return normalize(randaugment(image, rng), colours)
 
 
 # the papers pre-train with "clip", without any augmentation
@@ -504,9 +535,24 @@ EVALUATION_TRANSFORMS: dict[str, Transform] = {
 }
 
 
-def image_transform(name: str, image_size: int, train: bool) -> Transform:
+def image_transform(
+    name: str,
+    image_size: int,
+    train: bool,
+    mean: Sequence[float] = CLIP_MEAN,
+    std: Sequence[float] = CLIP_STD,
+) -> Transform:
     """A function (picture, rng) -> (3, S, S), S = image_size. ValueError: an unknown name."""
     transforms = TRAINING_TRANSFORMS if train else EVALUATION_TRANSFORMS
     if name not in transforms:
         raise ValueError(f"unknown image transform {show(name)}: one of {', '.join(transforms)}")
-    return functools.partial(transforms[name], image_size)
+    colours = make_colours(mean, std)
+    return functools.partial(transforms[name], image_size, colours=colours)
+
+
+def tower_transform(name: str, config: Any, train: bool) -> Transform:
+    """The transform of this name for a two-tower model: its image size and its encoder's colours.
+
+    config: a ManagerTowerConfig.
+    """
+    return image_transform(name, config.image_size, train, config.image_mean, config.image_std)

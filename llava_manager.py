@@ -1063,7 +1063,9 @@ class LlavaManager(nn.Module):
             config.vision_layers - 1,
             config.vision_heads,
             config.vision_mlp_width,
-            siglip=True,
+            kind="siglip",
+            activation="gelu_tanh",
+            eps=1e-6,
         )
         self.vision.ln_post.requires_grad_(False)  # in the official checkpoints, but not used
         self.llm = Qwen2(config)

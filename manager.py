@@ -51,7 +51,28 @@ def draw_noise(experts: Tensor) -> Tensor:
     the two-tower managers, so tests replace this function.
     """
     num_experts = experts.shape[1]
+    if torch.compiler.is_compiling():  # a draw that becomes a part of the kernel
+        return torch.randn_like(experts) / num_experts
     return torch.empty_like(experts).normal_(std=1 / num_experts)
+
+
+def softmax_over_experts(scores: Tensor) -> tuple[Tensor, ...]:
+    """softmax over dimension 1 of (B, N, L, D), as N tensors (B, L, D).
+
+    torch.compile puts all passes of a manager into one kernel where nothing sums over a dimension
+    between them. There the sum over the few experts is written out.
+    """
+    if not torch.compiler.is_compiling():
+        return torch.softmax(scores, dim=1).unbind(1)
+    parts = scores.unbind(1)
+    largest = parts[0]
+    for part in parts[1:]:
+        largest = torch.maximum(largest, part)
+    powers = [torch.exp(part - largest) for part in parts]
+    total = powers[0]
+    for power in powers[1:]:
+        total = total + power
+    return tuple(power / total for power in powers)
 
 
 def split_previous(previous: Tensor | None) -> list[Tensor]:
@@ -110,10 +131,11 @@ class Manager(nn.Module):
             own.append(F.layer_norm(output, output.shape[-1:], scales[i], shifts[i], EPS))
         return own
 
-    def normalize(self, scores: Tensor, experts: Tensor) -> Tensor:
+    def normalize(self, scores: Tensor, experts: Tensor) -> tuple[Tensor, ...]:
         """softmax((scores + noise) / temperature) over the experts, which sum to 1: W_i.
 
-        scores and result (1 or B, N, 1 or L, 1 or D). Raises ValueError for another N.
+        scores (1 or B, N, 1 or L, 1 or D) -> N tensors (1 or B, 1 or L, 1 or D). Raises ValueError
+        for another N.
         """
         if experts.shape[1] != self.num_experts:
             raise ValueError(
@@ -124,18 +146,17 @@ class Manager(nn.Module):
         if self.training and self.noise:
             # one pass over (B, N, L, D): scores / temperature + noise * (1 / temperature)
             scaled = torch.addcmul(scaled, draw_noise(experts), 1 / self.temperature)
-        return torch.softmax(scaled, dim=1)
+        return softmax_over_experts(scaled)
 
-    def aggregate_experts(self, weights: Tensor, experts: Tensor) -> Tensor:
+    def aggregate_experts(self, weight: tuple[Tensor, ...], experts: Tensor) -> Tensor:
         """sum_i W_i * LN_i(V_i), (B, L, D), one expert after the other, in two passes over each.
 
-        weights: what `normalize` or `weights` returns; experts (B, N, L, D), standardised.
+        weight: what `normalize` returns; experts (B, N, L, D), standardised.
         """
         # unbind and not an index: its gradient is one stack of all experts, where the gradient of
         # each index would be a stack of zeros around one expert
         scale = self.scale.unbind(0)  # N + K tensors (D)
         shift = self.shift.unbind(0)
-        weight = weights.unbind(1)  # N tensors (1 or B, 1 or L, 1 or D)
         expert = experts.unbind(1)  # N tensors (B, L, D)
         total = weight[0] * torch.addcmul(shift[0], scale[0], expert[0])
         for i in range(1, self.num_experts):
@@ -156,7 +177,8 @@ class Manager(nn.Module):
         manager's do not depend on previous, which may be left out.
         """
         own = self.norm_previous(split_previous(previous))
-        weights = self.normalize(self.score(own, query, query_mask), experts)
+        weight = self.normalize(self.score(own, query, query_mask), experts)
+        weights = torch.stack(weight, 1)  # (1 or B, N, 1 or L, 1 or D)
         return weights.expand(experts.shape[0], -1, experts.shape[2], -1)
 
     def forward(
@@ -181,12 +203,12 @@ class Manager(nn.Module):
         own = self.norm_previous(outputs)  # the own modality's: K tensors (B, L, D)
 
         # the insights: sum_i W_i * LN_i(V_i)
-        weights = self.normalize(self.score(own, query, query_mask), experts)
-        managed = self.aggregate_experts(weights, experts)  # (B, L, D)
+        weight = self.normalize(self.score(own, query, query_mask), experts)
+        managed = self.aggregate_experts(weight, experts)  # (B, L, D)
 
         # what the previous cross-modal layers know: + W_C * LN_C(C)
-        for weight, output in zip(self.weigh_previous(), own, strict=True):
-            managed = torch.addcmul(managed, weight, output)
+        for weight_previous, output in zip(self.weigh_previous(), own, strict=True):
+            managed = torch.addcmul(managed, weight_previous, output)
         return managed
 
 
@@ -239,15 +261,29 @@ class AdaptiveManager(Manager):
         A  = softmax(q(Cn) k(On)^T / sqrt(D)) On
         W  = softmax(Linear([A, Cn]) / temperature)
 
+    own_query=True is the papers' ablation without the other modality, W = softmax(Linear(Cn) /
+    temperature), which needs neither the attention nor LN_Q (TCSVT table I).
+
     query_mask (B, Lq) masks the padding of On in that attention. The official code does not mask
     it, and the released weights were trained so: ManagerTower passes a mask only with
     mask_fused_query=True.
     """
 
-    def __init__(self, width: int, num_experts: int, weight: str = "vector", noise: bool = True):
+    def __init__(
+        self,
+        width: int,
+        num_experts: int,
+        weight: str = "vector",
+        noise: bool = True,
+        own_query: bool = False,
+    ):
         super().__init__(width, num_experts, 1, weight, noise)
+        self.own_query = own_query
         # W_C. "vector" or "scalar" shapes nothing else here: W has one number for each expert.
         self.score_previous = nn.Parameter(torch.ones(1, self.weight_width))
+        if own_query:
+            self.controller = nn.Linear(width, num_experts)
+            return
         self.norm_query = nn.LayerNorm(width, eps=EPS)
         self.q_proj = nn.Linear(width, width)
         self.k_proj = nn.Linear(width, width)
@@ -256,6 +292,9 @@ class AdaptiveManager(Manager):
     def score(self, own: list[Tensor], query: Tensor | None, query_mask: Tensor | None) -> Tensor:
         """The scores of each token, (B, N, L, 1). query (B, Lq, D): C_other."""
         own_normed = own[0]  # Cn (B, L, D)
+        if self.own_query:
+            own_scores = self.controller(own_normed)  # (B, L, N)
+            return own_scores.transpose(1, 2).unsqueeze(-1)  # (B, N, L, 1)
         other_normed = self.norm_query(query)  # On (B, Lq, D)
         mask = None
         if query_mask is not None:

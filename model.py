@@ -34,11 +34,13 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from fields import FieldError, check_fields, option, show
+from images import CLIP_MEAN, CLIP_STD
 from manager import AdaptiveManager, Manager, StaticManager, standardize
 
 MANAGER_FLAGS = (  # the fields that mean something only with managers
     "manager_type",
     "manager_weight",
+    "manager_query",
     "managed_layers_text",
     "managed_layers_image",
     "mask_fused_query",
@@ -52,6 +54,8 @@ MOST_LAYERS = 1000
 MOST_CHANNELS = 100_000
 MOST_ROWS = 10_000_000  # of a table of words, positions or answers
 MOST_TIMES = 1000  # a width in units of another one
+
+ACTIVATIONS = ("quick_gelu", "gelu", "gelu_tanh")  # of image encoders, see `ViTBlock`
 
 
 # ---------------------------------------------------------------- the architecture
@@ -68,11 +72,27 @@ class ManagerTowerConfig:
     vision_width: int = option(768, "channels of the image encoder", least=1, most=MOST_CHANNELS)
     vision_layers: int = option(12, "layers of the image encoder", least=1, most=MOST_LAYERS)
     vision_heads: int = option(12, "attention heads of the image encoder", least=1)
+    # what follows from the weights of --vision, where there are any: see `ViT`
+    vision_kind: str = option(
+        "clip", "which parts the image encoder has", choices=("clip", "vit"), flag=False
+    )
+    vision_activation: str = option(
+        "quick_gelu", "in the image encoder's MLPs", choices=ACTIVATIONS, flag=False
+    )
+    vision_eps: float = option(
+        1e-5, "epsilon of the image encoder's norms", above=0, most=1, flag=False
+    )
+    image_mean: tuple[float, ...] = option(
+        CLIP_MEAN, "of red, green and blue, which the transform subtracts", least=0, flag=False
+    )
+    image_std: tuple[float, ...] = option(
+        CLIP_STD, "of red, green and blue, which the transform divides by", above=0, flag=False
+    )
     # the text encoder
     vocab_size: int = option(50265, "tokens in the vocabulary", least=1, most=MOST_ROWS)
     max_positions: int = option(
         514,
-        "rows of the text's position table; positions start at pad_token_id + 1",
+        "rows of the text's position table; RoBERTa's positions start at pad_token_id + 1",
         least=1,
         most=MOST_ROWS,
     )
@@ -83,6 +103,16 @@ class ManagerTowerConfig:
         3072, "hidden channels of the text encoder's MLPs", least=1, most=MOST_CHANNELS
     )
     pad_token_id: int = option(1, "id of the padding token", least=0)
+    # what follows from the weights of --text, where there are any
+    text_kind: str = option(
+        "roberta",
+        "where a text's positions start: behind pad_token_id (roberta), or at 0 (bert)",
+        choices=("roberta", "bert"),
+        flag=False,
+    )
+    text_eps: float = option(
+        1e-5, "epsilon of the text encoder's norms", above=0, most=1, flag=False
+    )
     # the cross-modal layers
     hidden_size: int = option(
         768, "channels of the cross-modal layers", least=1, most=MOST_CHANNELS
@@ -130,6 +160,11 @@ class ManagerTowerConfig:
         "vector",
         "a learnt weight for each channel of a layer, or one for the whole layer",
         choices=("vector", "scalar"),
+    )
+    manager_query: str = option(
+        "fused",
+        "what aaue computes its weights from: both modalities, or the own one alone (an ablation)",
+        choices=("fused", "own"),
     )
     managed_layers_text: int = option(
         6, "how many of the text encoder's last layers are managed", least=1
@@ -210,7 +245,10 @@ class ManagerTowerConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        self.heads = tuple(self.heads)  # config.json has a list
+        # config.json has lists
+        self.heads = tuple(self.heads)
+        self.image_mean = tuple(self.image_mean)
+        self.image_std = tuple(self.image_std)
         for name in self.heads:  # HEADS stands below: the checker of fields does not know it
             if name not in HEADS:
                 raise FieldError(f"heads is {show(name)}; it must be one of {', '.join(HEADS)}")
@@ -229,7 +267,19 @@ class ManagerTowerConfig:
                     f"fusion {self.fusion!r} reads {managed} layers of the {modality} encoder "
                     f"(managed_layers_{modality}, or num_layers), which has {layers}"
                 )
+        if self.manager_query == "own" and self.manager_type != "aaue":
+            raise FieldError(
+                f"manager_query is 'own', which only aaue has; manager_type is {self.manager_type}"
+            )
         self.check_rows()
+        for field, colours in (("image_mean", self.image_mean), ("image_std", self.image_std)):
+            if len(colours) != 3:
+                raise FieldError(f"{field} is {show(colours)}; it must be three numbers")
+
+    @property
+    def first_position(self) -> int:
+        """The row of the text's position table that belongs to the first token."""
+        return 0 if self.text_kind == "bert" else self.pad_token_id + 1
 
     def check_rows(self) -> None:
         """Raises ValueError for tables without a row for the padding, or for a text's places."""
@@ -239,12 +289,16 @@ class ManagerTowerConfig:
                 f"end at {self.vocab_size - 1}"
             )
         # RoBERTa's positions start behind the id of its padding, wherever that lies
-        needed = self.pad_token_id + 1 + self.max_text_len
+        needed = self.first_position + self.max_text_len
         if needed > self.max_positions:
+            start = "BERT's positions start at 0"
+            if self.text_kind == "roberta":
+                start = (
+                    f"RoBERTa's positions start at pad_token_id + 1, which is {self.first_position}"
+                )
             raise ValueError(
-                f"max_positions is {self.max_positions}; it must be at least {needed}: RoBERTa's "
-                f"positions start at pad_token_id + 1, which is {self.pad_token_id + 1}, and a "
-                f"text has max_text_len {self.max_text_len} of them"
+                f"max_positions is {self.max_positions}; it must be at least {needed}: {start}, "
+                f"and a text has max_text_len {self.max_text_len} of them"
             )
 
     @staticmethod
@@ -340,13 +394,15 @@ def last_layers(num_layers: int, num_experts: int) -> range:
 
 
 class ViTBlock(nn.Module):
-    """A pre-norm transformer block without dropout: CLIP's, or SigLIP's."""
+    """A pre-norm transformer block without dropout, of CLIP, SigLIP, ViT, DeiT or DINOv2.
 
-    def __init__(self, width: int, heads: int, mlp_width: int, siglip: bool):
+    activation: one of ACTIVATIONS, in its MLP; eps: epsilon of its norms.
+    """
+
+    def __init__(self, width: int, heads: int, mlp_width: int, activation: str, eps: float):
         super().__init__()
-        eps = 1e-6 if siglip else 1e-5  # each as its authors trained it
         self.heads = heads
-        self.siglip = siglip
+        self.activation = activation
         self.ln_1 = nn.LayerNorm(width, eps=eps)
         self.ln_2 = nn.LayerNorm(width, eps=eps)
         self.qkv = nn.Linear(width, 3 * width)
@@ -362,15 +418,24 @@ class ViTBlock(nn.Module):
 
         # MLP
         hidden = self.fc(self.ln_2(x))
-        if self.siglip:
-            return x + self.fc_out(F.gelu(hidden, approximate="tanh"))
-        # CLIP's QuickGELU, h * sigmoid(1.702 h), is SiLU(1.702 h) / 1.702
-        hidden = F.silu(1.702 * hidden)
-        return x + scaled_linear(self.fc_out, hidden, 1 / 1.702)
+        if self.activation == "quick_gelu":
+            # CLIP's QuickGELU, h * sigmoid(1.702 h), is SiLU(1.702 h) / 1.702
+            hidden = F.silu(1.702 * hidden)
+            return x + scaled_linear(self.fc_out, hidden, 1 / 1.702)
+        approximate = "tanh" if self.activation == "gelu_tanh" else "none"
+        return x + self.fc_out(F.gelu(hidden, approximate=approximate))
 
 
 class ViT(nn.Module):
-    """CLIP's ViT: class token, ln_pre, QuickGELU. Or SigLIP's: neither, a patch bias, tanh GELU."""
+    """An image encoder: patches, positions, pre-norm blocks and a norm. Its kind says what else:
+
+        kind     class token   bias of the patches   ln_pre
+        clip     yes           no                    yes
+        vit      yes           yes                   no      (ViT, DeiT, DINOv2)
+        siglip   no            yes                   no
+
+    The default activation and epsilon are CLIP's; each encoder has those that it was trained with.
+    """
 
     def __init__(
         self,
@@ -380,25 +445,27 @@ class ViT(nn.Module):
         layers: int,
         heads: int,
         mlp_width: int | None = None,
-        siglip: bool = False,
+        kind: str = "clip",
+        activation: str = "quick_gelu",
+        eps: float = 1e-5,
     ):
         super().__init__()
         self.image_size = image_size
         self.checkpointing = False
         # patches do not overlap: the stride is their size
-        self.patch = nn.Conv2d(3, width, patch_size, patch_size, bias=siglip)
+        self.patch = nn.Conv2d(3, width, patch_size, patch_size, bias=kind != "clip")
         num_tokens = (image_size // patch_size) ** 2
         self.class_embedding = None
-        if not siglip:
+        if kind != "siglip":
             self.class_embedding = nn.Parameter(0.02 * torch.randn(width))
             num_tokens += 1
         self.position_embedding = nn.Parameter(0.02 * torch.randn(num_tokens, width))
-        self.ln_pre = nn.Identity() if siglip else nn.LayerNorm(width)
-        mlp_width = mlp_width or 4 * width  # CLIP's; SigLIP's is given
+        self.ln_pre = nn.LayerNorm(width, eps=eps) if kind == "clip" else nn.Identity()
+        mlp_width = mlp_width or 4 * width  # only SigLIP's is another one, and is given
         self.blocks = nn.ModuleList(
-            ViTBlock(width, heads, mlp_width, siglip) for _ in range(layers)
+            ViTBlock(width, heads, mlp_width, activation, eps) for _ in range(layers)
         )
-        self.ln_post = nn.LayerNorm(width, eps=1e-6 if siglip else 1e-5)
+        self.ln_post = nn.LayerNorm(width, eps=eps)
 
     def forward(self, pixels: Tensor, keep: Iterable[int]) -> list[Tensor]:
         """pixels (B, 3, S, S) -> the hidden states `keep`, each (B, L, D), before ln_post.
@@ -410,7 +477,7 @@ class ViT(nn.Module):
                 f"pixels {tuple(pixels.shape)} do not have the encoder's image_size "
                 f"{self.image_size}"
             )
-        # n * n patches, row by row; CLIP's class token comes first
+        # n * n patches, row by row; the class token comes first
         x = self.patch(pixels).flatten(2).transpose(1, 2)  # (B, D, n, n) -> (B, n*n, D)
         if self.class_embedding is not None:
             class_token = self.class_embedding.to(x.dtype).expand(len(x), 1, -1)
@@ -485,21 +552,26 @@ class BertLayer(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """RoBERTa without its pooler."""
+    """RoBERTa, or BERT, without its pooler. They differ in where their positions start."""
 
     def __init__(self, config: ManagerTowerConfig):
         super().__init__()
         width = config.text_width
         self.pad = config.pad_token_id
+        self.is_bert = config.text_kind == "bert"
+        self.first_position = config.first_position
         self.dropout = config.dropout
         self.checkpointing = False
         self.word_embedding = nn.Embedding(config.vocab_size, width, padding_idx=self.pad)
-        self.position_embedding = nn.Embedding(config.max_positions, width, padding_idx=self.pad)
-        # RoBERTa inherits BERT's sentence types and has a single one
+        # RoBERTa's padding has a position of its own, which is not trained
+        unused = None if self.is_bert else self.pad
+        self.position_embedding = nn.Embedding(config.max_positions, width, padding_idx=unused)
+        # of BERT's two sentence types all texts have the first; RoBERTa has a single one
         self.type_embedding = nn.Parameter(0.02 * torch.randn(1, width))
-        self.ln = nn.LayerNorm(width)
+        self.ln = nn.LayerNorm(width, eps=config.text_eps)
+        mlp_width = config.text_mlp_width
         self.layers = nn.ModuleList(
-            BertLayer(width, config.text_heads, config.text_mlp_width, config.dropout, 1e-5)
+            BertLayer(width, config.text_heads, mlp_width, config.dropout, config.text_eps)
             for _ in range(config.text_layers)
         )
 
@@ -510,19 +582,25 @@ class TextEncoder(nn.Module):
 
         0 is the embeddings, k the output of the k-th layer. Raises ValueError for too long a text.
         """
-        longest = self.position_embedding.num_embeddings - self.pad - 1
+        longest = self.position_embedding.num_embeddings - self.first_position
         if input_ids.shape[1] > longest:
             raise ValueError(
                 f"the text has {input_ids.shape[1]} tokens, the position table holds {longest}"
             )
-        # RoBERTa's positions: pad + 1, pad + 2, ... for tokens, and pad for padding; they follow
-        # from the ids and not from the mask
-        is_token = (input_ids != self.pad).long()
-        positions = torch.cumsum(is_token, dim=1) * is_token + self.pad
+        positions = self.positions(input_ids)
         x = self.word_embedding(input_ids) + self.position_embedding(positions)
         x = F.dropout(self.ln(x + self.type_embedding), self.dropout, self.training)
         mask = attention_mask[:, None, None, :].bool()  # (B, 1, 1, L)
         return run_layers(self.layers, x, keep, self.checkpointing, mask)
+
+    def positions(self, input_ids: Tensor) -> Tensor:
+        """The rows of the position table, (B, L) of RoBERTa, (L) of BERT."""
+        if self.is_bert:
+            return torch.arange(input_ids.shape[1], device=input_ids.device)
+        # RoBERTa's: pad + 1, pad + 2, ... for tokens, and pad for padding; they follow from the ids
+        # and not from the mask
+        is_token = (input_ids != self.pad).long()
+        return torch.cumsum(is_token, dim=1) * is_token + self.pad
 
 
 def init_weights(module: nn.Module, std: float) -> None:
@@ -658,7 +736,8 @@ def make_manager(i: int, modality: str, config: ManagerTowerConfig) -> Manager:
         return StaticManager(width, num_experts, 0, weight, noise)
     if config.manager_type == "saue":
         return StaticManager(width, num_experts, 1, weight, noise)
-    return AdaptiveManager(width, num_experts, weight, noise)
+    own_query = config.manager_query == "own"
+    return AdaptiveManager(width, num_experts, weight, noise, own_query)
 
 
 def make_managers(modality: str, config: ManagerTowerConfig) -> nn.ModuleList:
@@ -724,6 +803,9 @@ class ManagerTower(nn.Module):
             config.vision_width,
             config.vision_layers,
             config.vision_heads,
+            kind=config.vision_kind,
+            activation=config.vision_activation,
+            eps=config.vision_eps,
         )
         # from the encoders' widths to the width of the cross-modal layers
         self.text_transform = nn.Linear(config.text_width, width)

@@ -25,9 +25,9 @@ import torch
 from torch.utils.data import DataLoader, Subset
 
 from data import PretrainDataset, Source, collate
-from fields import make_parser, option, parse_recipe
+from fields import make_parser, option, parse_recipe, show
 from hub import find_folder
-from images import image_transform
+from images import tower_transform
 from loop import (
     Checkpoint,
     TowerRunConfig,
@@ -38,6 +38,7 @@ from loop import (
     measure_untrained,
     param_groups,
     refuse_idle_flags,
+    stored_config,
     summarize,
 )
 from model import ManagerTower, ManagerTowerConfig
@@ -53,7 +54,13 @@ from tokenizer import (
     load_tokenizer,
     train_tokenizer,
 )
-from weights import load_unimodal
+from weights import (
+    FOLLOWING_FIELDS,
+    PUBLISHED_KEYS,
+    config_of_encoders,
+    fit_image_size,
+    load_unimodal,
+)
 from world import World, autocast, one_sentence, seed_all, to_device
 
 
@@ -156,16 +163,40 @@ def find_tokenizer(run: TowerRunConfig, source: Source | None = None) -> Tokeniz
     return train_tokenizer((row["text"] for row in source.iterate_texts()), 8000)
 
 
+def follow_encoders(run: TowerRunConfig, fields: dict) -> dict:
+    """`fields` of the model, with those that follow from the encoders --vision and --text.
+
+    Raises ValueError for a field that contradicts them.
+    """
+    if bool(run.vision) != bool(run.text):
+        raise ValueError(
+            "--vision and --text go together: both encoders are pre-trained, or neither"
+        )
+    if not run.vision:
+        return fields
+    if is_beginning_gone(run):
+        stored = stored_config(run, {})
+        followed = {name: getattr(stored, name) for name in FOLLOWING_FIELDS}
+    else:
+        followed = config_of_encoders(run.vision, run.text)
+    for name, value in fields.items():
+        if name in followed and followed[name] != value:
+            place = run.text if name in PUBLISHED_KEYS["text"] else run.vision
+            raise ValueError(f"--{name} is {show(value)}, but {place} has {show(followed[name])}")
+    # whole patches cover a picture: the preset's 288 pixels are 294 where a patch has 14
+    preset = getattr(ManagerTowerConfig, run.model)()
+    patch_size = followed.get("patch_size", preset.patch_size)
+    image_size = fit_image_size(preset.image_size, patch_size)
+    return {"image_size": image_size, **followed, **fields}
+
+
 def make_model(
     run: TowerRunConfig, fields: dict, tokenizer: Tokenizer, **heads: Any
 ) -> ManagerTower:
     """The preset --model with `fields` replaced, sized for the tokenizer; encoders from --vision,
     --text or random.
     """
-    if bool(run.vision) != bool(run.text):
-        raise ValueError(
-            "--vision and --text go together: both encoders are pre-trained, or neither"
-        )
+    fields = follow_encoders(run, fields)
     # without a token for each role the sizes that follow from the tokenizer mean nothing
     check_roles(tokenizer, MLM_ROLES if "mlm" in heads.get("heads", ()) else TOWER_ROLES)
     values: dict[str, Any] = {}
@@ -248,6 +279,7 @@ def text_only_mlm_guess(training: Any, heldout: Any, samples: int = 2000) -> flo
 # ---------------------------------------------------------------- the run
 def pretrain(run: TrainConfig, fields: dict, world: World) -> None:
     make_plan(run, world)  # refuses a batch that cannot be dealt before anything is loaded
+    fields = follow_encoders(run, fields)
     image_size = fields.get("image_size", ManagerTowerConfig.tiny().image_size)
     source, heldout_source = make_sources(run, image_size)
     tokenizer = find_tokenizer_of(run, lambda: find_tokenizer(run, source))
@@ -264,13 +296,13 @@ def pretrain(run: TrainConfig, fields: dict, world: World) -> None:
     )
     dataset = make_dataset(
         source,
-        transform=image_transform(run.transform, config.image_size, train=True),
+        transform=tower_transform(run.transform, config, train=True),
         # with ITC the false pairs are hard negatives of the batch, so the data need not load any
         share_images=run.share_images or "itc" in run.objectives,
         on_bad_sample=run.on_bad_sample,
     )
     heldout_all = make_dataset(
-        heldout_source, transform=image_transform(run.transform, config.image_size, train=False)
+        heldout_source, transform=tower_transform(run.transform, config, train=False)
     )
     heldout = Subset(heldout_all, range(min(run.eval_size, len(heldout_all))))
 

@@ -3,7 +3,8 @@
 What is ours are the parameter names of model.py and llava_manager.py. A foreign layout is whatever
 somebody else published: the authors' ManagerTower, BridgeTower and METER (Lightning checkpoints of
 `src/modules/mt_module.py`), LLaVA-OV-Manager and LLaVA-OneVision (`llava/model`), OpenAI's CLIP,
-and the CLIP, SigLIP, RoBERTa, Qwen2 and BridgeTower of transformers.
+timm's ViT, DeiT and DINOv2, and the CLIP, SigLIP, ViT, DeiT, DINOv2, RoBERTa, BERT, Qwen2 and
+BridgeTower of transformers.
 
 A layout is a table, our key -> their key. In both, {} stands for the number of a layer, and * for
 weight and bias. Several keys of theirs are concatenated into one of ours:
@@ -33,7 +34,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from types import NoneType, UnionType
+from types import MappingProxyType, NoneType, UnionType
 from typing import Any, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
@@ -42,7 +43,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fields import shorten, show
+from fields import FieldError, check_values, shorten, show
 from files import (
     VERSION,
     as_dict,
@@ -52,7 +53,7 @@ from files import (
     write_text,
 )
 from hub import find_folder
-from images import image_transform
+from images import CLIP_MEAN, CLIP_STD, HALF, IMAGENET_MEAN, IMAGENET_STD, tower_transform
 from llava_manager import (
     OFFICIAL_FIELDS,
     SIGLIP_SUPPORTED,
@@ -84,7 +85,9 @@ class Row(NamedTuple):
     """One tensor of ours, and the tensors of a foreign layout that it is made of.
 
     layout says how. "cat": theirs are concatenated along the first dimension. "stack": they become
-    its rows. "scores": a single one of shape (1, n, 1, width), which is (n, width) here.
+    its rows. "scores": a single one of shape (1, n, 1, width), which is (n, width) here. "token":
+    one of shape (1, 1, width), here (width). "table": one of shape (1, n, width), here (n, width).
+    "scaled": the second one is a layer scale, by which the outputs of the first are multiplied.
 
         >>> Row("qkv.bias", ("q.bias", "k.bias", "v.bias")).join([torch.zeros(2)] * 3).shape
         torch.Size([6])
@@ -102,6 +105,12 @@ class Row(NamedTuple):
             return torch.stack(parts)
         if self.layout == "scores":
             return parts[0][0, :, 0]
+        if self.layout == "token":
+            return parts[0][0, 0]
+        if self.layout == "table":
+            return parts[0][0]
+        if self.layout == "scaled":
+            return scale_outputs(*parts)
         if len(parts) == 1:
             return parts[0]
         return torch.cat(parts)
@@ -112,9 +121,23 @@ class Row(NamedTuple):
             return list(tensor.unbind(0))
         if self.layout == "scores":
             return [tensor[None, :, None]]
+        if self.layout == "token":
+            return [tensor[None, None]]
+        if self.layout == "table":
+            return [tensor[None]]
+        if self.layout == "scaled":
+            return [tensor, tensor.new_ones(len(tensor))]
         if len(self.theirs) == 1:
             return [tensor]
         return list(tensor.chunk(len(self.theirs)))
+
+
+def scale_outputs(tensor: Tensor, scale: Tensor) -> Tensor:
+    """The weight (D, K) or bias (D) of a matrix whose outputs are multiplied by scale (D)."""
+    factors = scale.float()
+    if tensor.dim() == 2:
+        factors = factors[:, None]
+    return tensor.float() * factors
 
 
 def expand(
@@ -183,6 +206,62 @@ HF_CLIP: Names = {
     "ln_pre.*": "pre_layrnorm.*",  # so it is spelled there
 }
 HF_SIGLIP: Names = {**HF_VISION, "patch.bias": "embeddings.patch_embedding.bias"}
+HF_ATTENTION: Names = {  # of HF's ViT, DeiT and DINOv2
+    "qkv.*": (
+        "attention.attention.query.*",
+        "attention.attention.key.*",
+        "attention.attention.value.*",
+    ),
+}
+VIT_BLOCK: Names = {
+    **HF_ATTENTION,
+    "ln_1.*": "layernorm_before.*",
+    "proj.*": "attention.output.dense.*",
+    "ln_2.*": "layernorm_after.*",
+    "fc.*": "intermediate.dense.*",
+    "fc_out.*": "output.dense.*",
+}
+DINOV2_BLOCK: Names = {
+    **HF_ATTENTION,
+    "ln_1.*": "norm1.*",
+    "ln_2.*": "norm2.*",
+    "fc.*": "mlp.fc1.*",
+}
+HF_PATCHES: Names = {
+    "patch.*": "embeddings.patch_embeddings.projection.*",
+    "ln_post.*": "layernorm.*",
+}
+HF_VIT: Names = {**HF_PATCHES, **within("blocks.{}.", "encoder.layer.{}.", VIT_BLOCK)}
+HF_DINOV2: Names = {**HF_PATCHES, **within("blocks.{}.", "encoder.layer.{}.", DINOV2_BLOCK)}
+TIMM_BLOCK: Names = {
+    "ln_1.*": "norm1.*",
+    "qkv.*": "attn.qkv.*",
+    "ln_2.*": "norm2.*",
+    "fc.*": "mlp.fc1.*",
+}
+TIMM: Names = {  # timm's ViT, DeiT and DINOv2
+    "patch.*": "patch_embed.proj.*",
+    **within("blocks.{}.", "blocks.{}.", TIMM_BLOCK),
+    "ln_post.*": "norm.*",
+}
+# What has another shape there, or a layer scale behind it: the layout of `Row` -> names
+Shaped = Mapping[str, Names]
+HF_TABLES: Shaped = {
+    "token": {"class_embedding": "embeddings.cls_token"},
+    "table": {"position_embedding": "embeddings.position_embeddings"},
+}
+TIMM_TABLES: Shaped = {
+    "token": {"class_embedding": "cls_token"},
+    "table": {"position_embedding": "pos_embed"},
+}
+HF_OUTPUTS: Names = {
+    "proj.*": ("attention.output.dense.*", "layer_scale1.lambda1"),
+    "fc_out.*": ("mlp.fc2.*", "layer_scale2.lambda1"),
+}
+TIMM_OUTPUTS: Names = {
+    "proj.*": ("attn.proj.*", "ls1.gamma"),
+    "fc_out.*": ("mlp.fc2.*", "ls2.gamma"),
+}
 BERT_LAYER: Names = {
     "qkv.*": (
         "attention.self.query.*",
@@ -231,8 +310,8 @@ class Published(NamedTuple):
 CLIP_SETTINGS = Published(
     ("clip", "clip_vision_model"),
     "vision_config",
-    {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5},
-    {"num_attention_heads": 12},
+    {"num_channels": 3},
+    {"num_attention_heads": 12, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5},
 )
 SIGLIP_SETTINGS = Published(
     ("siglip", "siglip_vision_model"),
@@ -240,16 +319,36 @@ SIGLIP_SETTINGS = Published(
     SIGLIP_SUPPORTED,
     {"num_attention_heads": 12},
 )
+VIT_SETTINGS = Published(
+    ("vit",),
+    "",
+    {"num_channels": 3, "qkv_bias": True},
+    {"num_attention_heads": 12, "hidden_act": "gelu", "layer_norm_eps": 1e-12},
+)
+DEIT_SETTINGS = VIT_SETTINGS._replace(kinds=("deit",))
+DINOV2_SETTINGS = Published(
+    ("dinov2",),
+    "",
+    {"num_channels": 3, "qkv_bias": True, "use_swiglu_ffn": False, "mlp_ratio": 4},
+    {"num_attention_heads": 12, "hidden_act": "gelu", "layer_norm_eps": 1e-6},
+)
+TEXT_SUPPORTED = {
+    "hidden_act": "gelu",
+    "position_embedding_type": "absolute",
+    "is_decoder": False,
+    "add_cross_attention": False,
+}
 ROBERTA_SETTINGS = Published(
     ("roberta", "xlm-roberta", "camembert"),  # they differ in their tokenizers
     "text_config",
-    {
-        "hidden_act": "gelu",
-        "layer_norm_eps": 1e-5,
-        "position_embedding_type": "absolute",
-        "is_decoder": False,
-    },
+    TEXT_SUPPORTED,
     {"num_attention_heads": 12, "layer_norm_eps": 1e-12, "pad_token_id": 1},
+)
+BERT_SETTINGS = Published(
+    ("bert",),
+    "",
+    TEXT_SUPPORTED,
+    {"num_attention_heads": 12, "layer_norm_eps": 1e-12, "pad_token_id": 0},
 )
 
 
@@ -274,14 +373,49 @@ class Layout(NamedTuple):
     prefix: str  # before all its keys, where the encoder is a part of something larger
     dead: tuple[str, ...]  # patterns of other keys in such files; {} is the number of our layers
     settings: Published | None = None  # where a config.json belongs to it
+    # fields of ManagerTowerConfig as they are where neither keys, shapes nor a config.json say it
+    fields: Mapping[str, Any] = MappingProxyType({})
+    shaped: Shaped = MappingProxyType({})  # more names
+
+    def rows(self, prefix: str, layers: int) -> list[Row]:
+        """The rows of an encoder of so many layers, with this before their keys."""
+        rows = expand(self.names, "", prefix, layers)
+        for layout, names in self.shaped.items():
+            rows += expand(names, "", prefix, layers, layout)
+        return rows
 
 
-OPENAI_LAYOUT = Layout(CLIP, "visual.", (r"(?!visual\.).*", r"visual\.proj"))
+CLIP_FIELDS = {
+    "vision_kind": "clip",
+    "vision_activation": "quick_gelu",
+    "vision_eps": 1e-5,
+    "image_mean": CLIP_MEAN,
+    "image_std": CLIP_STD,
+}
+VIT_FIELDS = {
+    "vision_kind": "vit",
+    "vision_activation": "gelu",
+    "vision_eps": 1e-12,
+    "image_mean": HALF,
+    "image_std": HALF,
+}
+DEIT_FIELDS = {**VIT_FIELDS, "image_mean": IMAGENET_MEAN, "image_std": IMAGENET_STD}
+DINOV2_FIELDS = {**DEIT_FIELDS, "vision_eps": 1e-6}
+ROBERTA_FIELDS = {"text_kind": "roberta", "text_eps": 1e-5, "pad_token_id": 1}
+BERT_FIELDS = {"text_kind": "bert", "text_eps": 1e-12, "pad_token_id": 0}
+
+OPENAI_LAYOUT = Layout(
+    within("", "visual.", CLIP),
+    "",
+    (r"(?!visual\.).*", r"visual\.proj"),
+    fields=CLIP_FIELDS,
+)
 HF_CLIP_LAYOUT = Layout(
     HF_CLIP,
     "vision_model.",
     (r"text_model\..*", r"logit_scale", r"(visual|text)_projection\.weight", r".*position_ids"),
     CLIP_SETTINGS,
+    CLIP_FIELDS,
 )
 HF_SIGLIP_LAYOUT = Layout(
     HF_SIGLIP,
@@ -296,16 +430,68 @@ HF_SIGLIP_LAYOUT = Layout(
     ),
     SIGLIP_SETTINGS,
 )
+# the pooler, the classifier, and what masked image modelling needs
+HF_VIT_DEAD = (
+    r"(\w+\.)?pooler\..*",
+    r"classifier\..*",
+    r"(\w+\.)?embeddings\.mask_token",
+    r"decoder\..*",
+)
+HF_VIT_LAYOUT = Layout(HF_VIT, "vit.", HF_VIT_DEAD, VIT_SETTINGS, VIT_FIELDS, HF_TABLES)
+HF_DEIT_LAYOUT = Layout(HF_VIT, "deit.", HF_VIT_DEAD, DEIT_SETTINGS, DEIT_FIELDS, HF_TABLES)
+HF_DINOV2_LAYOUT = Layout(
+    HF_DINOV2,
+    "dinov2.",
+    HF_VIT_DEAD,
+    DINOV2_SETTINGS,
+    DINOV2_FIELDS,
+    {**HF_TABLES, "scaled": within("blocks.{}.", "encoder.layer.{}.", HF_OUTPUTS)},
+)
+TIMM_DEAD = (r"head\..*", r"pre_logits\..*", r"mask_token")
+# timm's epsilon; mean and standard deviation are in its config.json
+TIMM_FIELDS = {**VIT_FIELDS, "vision_eps": 1e-6}
+TIMM_UNSCALED: Names = {"proj.*": "attn.proj.*", "fc_out.*": "mlp.fc2.*"}
+TIMM_LAYOUT = Layout(
+    {**TIMM, **within("blocks.{}.", "blocks.{}.", TIMM_UNSCALED)},
+    "",
+    TIMM_DEAD,
+    fields=TIMM_FIELDS,
+    shaped=TIMM_TABLES,
+)
+TIMM_DINOV2_LAYOUT = Layout(
+    TIMM,
+    "",
+    TIMM_DEAD,
+    fields=DINOV2_FIELDS,
+    shaped={**TIMM_TABLES, "scaled": within("blocks.{}.", "blocks.{}.", TIMM_OUTPUTS)},
+)
 HF_ROBERTA_LAYOUT = Layout(
     ROBERTA,
     "roberta.",
     (r"lm_head\..*", r".*pooler\..*", r".*position_ids"),
     ROBERTA_SETTINGS,
+    ROBERTA_FIELDS,
+)
+HF_BERT_LAYOUT = Layout(
+    ROBERTA,
+    "bert.",
+    (r"cls\..*", r".*pooler\..*", r".*position_ids"),
+    BERT_SETTINGS,
+    BERT_FIELDS,
 )
 INV_FREQ = r".*rotary_emb\.inv_freq"  # a buffer that old versions of transformers wrote
 QWEN_LAYOUT = Layout({**QWEN, **QWEN_HEAD}, "", (INV_FREQ,), QWEN_SETTINGS)
-IMAGE_LAYOUTS = (OPENAI_LAYOUT, HF_CLIP_LAYOUT)
-TEXT_LAYOUTS = (HF_ROBERTA_LAYOUT,)
+# of two that have the same keys the later one is meant, where no config.json says which
+IMAGE_LAYOUTS = (
+    OPENAI_LAYOUT,
+    TIMM_DINOV2_LAYOUT,
+    TIMM_LAYOUT,
+    HF_DINOV2_LAYOUT,
+    HF_DEIT_LAYOUT,
+    HF_VIT_LAYOUT,
+    HF_CLIP_LAYOUT,
+)
+TEXT_LAYOUTS = (HF_BERT_LAYOUT, HF_ROBERTA_LAYOUT)
 
 # ---------------------------------------------------------------- the official ManagerTower
 VISUAL = "vit_model.visual."
@@ -329,6 +515,7 @@ ADAPTIVE = {
     "q_proj.*": "fusion_attention.q_proj.*",
     "k_proj.*": "fusion_attention.k_proj.*",
 }
+OWN_QUERY = {"controller.*": ADAPTIVE["controller.*"]}  # aaue without the other modality
 CLASSIFIER = {"fc.*": "0.*", "ln.*": "1.*", "fc_out.*": "3.*"}
 MLM_HEAD = {
     "dense.*": "mlm_score.transform.dense.*",
@@ -357,12 +544,29 @@ DEAD_KEYS: tuple[str, ...] = (  # in every official state, but not used by its m
 )
 
 
+# what the official code builds, whatever its config says
+OFFICIAL_ENCODERS = {
+    "vision_kind": "clip",
+    "vision_activation": "quick_gelu",
+    "vision_eps": 1e-5,
+    "text_kind": "roberta",
+    "text_eps": 1e-5,
+}
+
+
 def tower_rows(config: ManagerTowerConfig) -> list[Row]:
     """The layout of the official ManagerTower, BridgeTower and METER states."""
     if config.fusion == "manager" and config.manager_type == "sae":
         raise ValueError(
             "manager_type 'sae' has no official code, so there are no official weights of it"
         )
+    for field, official in OFFICIAL_ENCODERS.items():
+        value = getattr(config, field)
+        if value != official:
+            raise ValueError(
+                f"{field} is {show(value)}; the official weights are of CLIP and RoBERTa, with "
+                f"{show(official)}"
+            )
     rows = expand(CLIP, "image_encoder.", VISUAL, config.vision_layers)
     rows += expand(ROBERTA, "text_encoder.", TEXT, config.text_layers)
     rows += expand({"type_embedding": "token_type_embeddings.weight"})
@@ -407,7 +611,7 @@ def manager_rows(config: ManagerTowerConfig, modality: str, i: int) -> list[Row]
     rows += expand({"temperature": "softmax_temperature"}, ours, theirs)
     if config.manager_type == "aaue" and i > 0:
         rows += expand({"score_previous": "layer_scores_cross"}, ours, theirs, layout="scores")
-        rows += expand(ADAPTIVE, ours, theirs)
+        rows += expand(OWN_QUERY if config.manager_query == "own" else ADAPTIVE, ours, theirs)
     else:
         rows += expand({"scores": "layer_scores"}, ours, theirs, layout="scores")
     return rows
@@ -800,33 +1004,33 @@ ARGUMENT_NAMES = {
 def load_unimodal(model: ManagerTower | LlavaManager, vision: str | Path, text: str | Path) -> None:
     """Fill both encoders from pre-trained ones: .safetensors files, or folders of them.
 
-    ManagerTower: vision is CLIP in OpenAI's layout or HF's, its position table resized to the
-    model's image size; text is RoBERTa, HF's RobertaModel or RobertaForMaskedLM. LlavaManager:
-    HF's SiglipModel or SiglipVisionModel, without its last layer, and Qwen2ForCausalLM.
+    ManagerTower: vision is CLIP in OpenAI's layout or HF's, ViT, DeiT or DINOv2 in HF's or timm's,
+    its position table resized to the model's image size; text is HF's RoBERTa or BERT, with a head
+    or without. `config_of_encoders` says which model they fit. LlavaManager: HF's SiglipModel or
+    SiglipVisionModel, without its last layer, and Qwen2ForCausalLM.
 
     A config.json beside them must say what the model computes with. Raises ValueError with the
     file, and the keys as in `import_state`.
     """
     vision = find_folder(vision)
     text = find_folder(text)
-    heads = "num_attention_heads"
-    vision_fields = {heads: ("vision_heads", model.config.vision_heads)}
     if isinstance(model, LlavaManager):
         layers = len(model.vision.blocks)
-        load_encoder(model.vision, vision, (HF_SIGLIP_LAYOUT,), layers, vision_fields)
+        load_encoder(model.vision, vision, (HF_SIGLIP_LAYOUT,), layers, model.config, "image")
         load_language_model(model, text)
-    else:
-        text_fields = {
-            heads: ("text_heads", model.config.text_heads),
-            "pad_token_id": ("pad_token_id", model.config.pad_token_id),
-        }
-        images = model.image_encoder
-        texts = model.text_encoder
-        load_encoder(images, vision, IMAGE_LAYOUTS, len(images.blocks), vision_fields)
-        load_encoder(texts, text, TEXT_LAYOUTS, len(texts.layers), text_fields)
+        return
+    config = model.config
+    images = model.image_encoder
+    texts = model.text_encoder
+    image_layouts = layouts_of(IMAGE_LAYOUTS, "vision_kind", config.vision_kind)
+    text_layouts = layouts_of(TEXT_LAYOUTS, "text_kind", config.text_kind)
+    load_encoder(images, vision, image_layouts, len(images.blocks), config, "image")
+    load_encoder(texts, text, text_layouts, len(texts.layers), config, "text")
 
 
-OurFields = Mapping[str, tuple[str, Any]]  # their key -> our field, and its value in the model
+def layouts_of(layouts: tuple[Layout, ...], field: str, kind: str) -> tuple[Layout, ...]:
+    """The layouts of this kind of encoder, and those that do not say their kind."""
+    return tuple(layout for layout in layouts if layout.fields.get(field, kind) == kind)
 
 
 def load_encoder(
@@ -834,23 +1038,62 @@ def load_encoder(
     path: str | Path,
     layouts: tuple[Layout, ...],
     num_layers: int,
-    our_fields: OurFields,
+    config: ManagerTowerConfig | LlavaManagerConfig,
+    modality: str,
 ) -> None:
-    """Load a file or folder in one of these layouts into an encoder."""
+    """Load a file or folder in one of these layouts into an encoder of a model with this config."""
     imported: State = {}
+    settings = settings_beside(path)
     for read in READERS:
-        state = read(path)
+        state = read_published(path, read)
+        layout, prefix = find_layout(state, layouts, settings)
+        if read is read_headers:
+            check_published(settings, layout, config, modality)
         with naming(path):
-            refuse_our_own(state)
-            layout, prefix = find_layout(state, layouts)
-            if read is read_headers and layout.settings:
-                check_published(config_beside(path), layout.settings, our_fields)
-            rows = expand(layout.names, "", prefix, num_layers)
+            rows = layout.rows(prefix, num_layers)
             dead = tuple(pattern.replace("{}", str(num_layers)) for pattern in layout.dead)
-            if "class_embedding" in layout.names:  # SigLIP's images have one size
-                state = resize_foreign_positions(state, rows, encoder)
+            state = fit_tables(state, rows, encoder)
             imported = import_state(state, rows, shapes_of(encoder), dead)
     encoder.load_state_dict(imported)
+
+
+def read_published(path: str | Path, read: Callable[[str | Path], State]) -> State:
+    """The state of a published encoder by one of READERS, with the names of today."""
+    state = read(path)
+    with naming(path):
+        refuse_our_own(state)
+        refuse_distilled(state)
+        return with_new_names(state)
+
+
+# the second token of a distilled DeiT, of transformers and of timm
+SECOND_TOKENS = ("distillation_token", "dist_token")
+
+
+def refuse_distilled(state: State) -> None:
+    for key in state:
+        if key.endswith(SECOND_TOKENS):
+            raise ValueError(
+                f"{key} is the second token of a distilled DeiT, which is not supported; take a "
+                "DeiT without distillation"
+            )
+
+
+# how files from before 2019 call weight and bias of BERT's norms
+OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
+
+
+def with_new_names(state: State) -> State:
+    """The state with the names of today. Raises ValueError for a weight that has both."""
+    renamed: State = {}
+    for key, tensor in state.items():
+        for old, new in OLD_NAMES.items():
+            if key.endswith(old):
+                key = key.removesuffix(old) + new
+        if key in renamed:
+            raise ValueError(f"{key} is there twice, under its name of today and an older one")
+        renamed[key] = tensor
+    return renamed
 
 
 def load_language_model(model: LlavaManager, path: str | Path) -> None:
@@ -877,32 +1120,80 @@ def whole_language_model(state: State) -> State:
 WHOLE_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
+PREPROCESSING_FILE = "preprocessor_config.json"  # what transformers does with pictures
+
+
 def config_beside(path: str | Path) -> Path | None:
     """The config.json of a folder, or beside one of WHOLE_FILES; None if there is none."""
+    return file_beside(path, "config.json")
+
+
+def file_beside(path: str | Path, name: str) -> Path | None:
+    """The file of this name in a folder, or beside one of WHOLE_FILES; None if there is none."""
     path = Path(path)
     folder = path.parent if path.name in WHOLE_FILES and path.is_file() else path
-    file = folder / "config.json"
+    file = folder / name
     return file if file.is_file() else None
 
 
-def check_published(file: Path | None, settings: Published, our_fields: OurFields) -> None:
-    """Raises ValueError for a config.json of another kind of encoder, or of other settings."""
-    if file is None:
-        return
-    whole = read_json(file, dict)
-    values = whole.get(settings.part, whole)
-    with naming(file):
+class Settings(NamedTuple):
+    """A config.json beside an encoder."""
+
+    file: Path | None  # None where there is none
+    values: dict[str, Any]  # what it says; empty where there is none
+
+    @contextlib.contextmanager
+    def naming(self) -> Iterator[None]:
+        """A ValueError inside begins with the file."""
+        if self.file is None:
+            yield
+            return
+        with naming(self.file):
+            yield
+
+    def part(self, published: Published) -> dict[str, Any]:
+        """The encoder's own part of it. Raises ValueError if that is no object."""
+        values = self.values.get(published.part, self.values)
         if not isinstance(values, dict):
-            raise ValueError(f"{settings.part} is {show(values)}; it must be an object")
-        check_kind(values if "model_type" in values else whole, settings.kinds)
-        said = {key: value for key, value in values.items() if value is not None}
-        values = {**settings.defaults, **said}
-        check_settings(values, settings.supported, "the encoder's")
-        for key, (field, ours) in our_fields.items():
-            if values[key] != ours:
-                raise ValueError(
-                    f"{key} is {show(values[key])}, but the model has --{field} {ours}"
-                )
+            raise ValueError(f"{published.part} is {show(values)}; it must be an object")
+        return values
+
+    def kind(self, published: Published) -> Any:
+        """The model_type of the encoder; None where nothing says it."""
+        return self.part(published).get("model_type", self.values.get("model_type"))
+
+    def said(self, published: Published) -> dict[str, Any]:
+        """Its part, with what transformers takes for an absent key. null is an absent key."""
+        said = {}
+        for key, value in self.part(published).items():
+            if value is not None:
+                said[key] = value
+        return {**published.defaults, **said}
+
+
+def settings_beside(path: str | Path) -> Settings:
+    file = config_beside(path)
+    return Settings(file, read_json(file, dict) if file else {})
+
+
+def check_published(
+    settings: Settings,
+    layout: Layout,
+    config: ManagerTowerConfig | LlavaManagerConfig,
+    modality: str,
+) -> None:
+    """Raises ValueError for a config.json of other settings than the model's."""
+    published = published_fields(settings, layout, modality)
+    with settings.naming():
+        for field in UNSEEN_FIELDS:
+            ours = getattr(config, field, None)  # the MLLM has not all of them
+            if field not in published or ours is None or published[field] == ours:
+                continue
+            key = PUBLISHED_KEYS[modality][field]
+            found = f"{key} is {show(published[field])}"
+            if field in UNSEEN_FLAGS:
+                raise ValueError(f"{found}, but the model has --{field} {ours}")
+            raise ValueError(f"{found}; only {show(ours)} fits the model's {field}")
 
 
 def check_published_llm(file: Path | None, config: LlavaManagerConfig) -> None:
@@ -920,27 +1211,273 @@ def check_published_llm(file: Path | None, config: LlavaManagerConfig) -> None:
                 raise ValueError(f"{key} is {theirs}, but the model has --{field} {ours}")
 
 
-def find_layout(state: State, layouts: tuple[Layout, ...]) -> tuple[Layout, str]:
+def find_layout(
+    state: State, layouts: tuple[Layout, ...], settings: Settings
+) -> tuple[Layout, str]:
     """The layout of a state, and what its keys begin with.
 
-    It is the first one whose prefix is there. Where none is, the encoder was saved by itself, and
-    the last layout is meant.
+    It is the one that has most of its keys there, among those that the config.json may be of. An
+    encoder that was saved by itself has nothing before its keys. Raises ValueError for a
+    config.json of another family of models.
     """
-    for layout in layouts:
-        if any(key.startswith(layout.prefix) for key in state):
-            return layout, layout.prefix
-    return layouts[-1], ""
+    best_layout = layouts[-1]
+    best_prefix = ""
+    most = -1
+    for layout in possible_layouts(layouts, settings):
+        for prefix in (layout.prefix, ""):
+            count = 0
+            for row in layout.rows(prefix, 1):
+                count += sum(key in state for key in row.theirs)
+            if count >= most:
+                best_layout = layout
+                best_prefix = prefix
+                most = count
+    return best_layout, best_prefix
 
 
-def resize_foreign_positions(state: State, rows: list[Row], encoder: Any) -> State:
-    """The state with its position table, if it has one, resized to the encoder's images."""
-    grid = encoder.image_size // encoder.patch.kernel_size[0]
-    resized = dict(state)
-    for row in rows:
-        key = row.theirs[0]
-        if row.ours == "position_embedding" and key in state:
-            resized[key] = resize_position_embedding(state[key], grid)
-    return resized
+def possible_layouts(layouts: tuple[Layout, ...], settings: Settings) -> list[Layout]:
+    """Those that the model_type of a config.json allows. Raises ValueError if it allows none."""
+    possible = []
+    kinds: list[str] = []
+    found: Any = None
+    with settings.naming():
+        for layout in layouts:
+            if layout.settings is None:
+                possible.append(layout)
+                continue
+            kinds += layout.settings.kinds
+            found = settings.kind(layout.settings)
+            if found is None or found in layout.settings.kinds:
+                possible.append(layout)
+        if found is not None and not any(layout.settings for layout in possible):
+            check_kind({"model_type": found}, tuple(kinds))
+    return possible
+
+
+def fit_tables(state: State, rows: list[Row], encoder: Any) -> State:
+    """The state with its position table resized to the encoder's images, if it has a class token
+    and a table, and with the first sentence type alone, which all texts have.
+    """
+    fitted = dict(state)
+    names = {row.ours: row for row in rows}
+    types = names.get("type_embedding")
+    if types is not None and types.theirs[0] in state:
+        key = types.theirs[0]
+        if state[key].dim() == 2:  # else the import names it
+            fitted[key] = state[key][:1]
+    positions = names.get("position_embedding")
+    # SigLIP, which has no class token, has images of one size
+    if positions is not None and "class_embedding" in names and positions.theirs[0] in state:
+        key = positions.theirs[0]
+        grid = encoder.image_size // encoder.patch.kernel_size[0]
+        fitted[key] = resize_foreign_positions(state[key], positions, grid)
+    return fitted
+
+
+def resize_foreign_positions(table: Tensor, row: Row, grid: int) -> Tensor:
+    """A position table of theirs, (1, L, D) or (L, D), for grid x grid patches."""
+    if row.layout == "table" and table.dim() == 3 and len(table) == 1:
+        return resize_position_embedding(table[0], grid)[None]
+    return resize_position_embedding(table, grid)
+
+
+# ---------------------------------------------------------------- the config that encoders ask for
+# field of ManagerTowerConfig -> (our key in the encoder, dimension) of the tensor whose size it is
+ENCODER_SIZES = {
+    "image": {
+        "vision_width": ("patch.weight", 0),
+        "patch_size": ("patch.weight", 3),
+    },
+    "text": {
+        "vocab_size": ("word_embedding.weight", 0),
+        "text_width": ("word_embedding.weight", 1),
+        "max_positions": ("position_embedding.weight", 0),
+        "text_mlp_width": ("layers.0.fc.weight", 0),
+    },
+}
+# modality -> (field, our key of the first of the layers, whose number it is)
+ENCODER_LAYERS = {
+    "image": ("vision_layers", "blocks.0.fc.weight"),
+    "text": ("text_layers", "layers.0.fc.weight"),
+}
+# modality -> field -> its key in transformers' config.json
+PUBLISHED_KEYS = {
+    "image": {
+        "vision_width": "hidden_size",
+        "vision_layers": "num_hidden_layers",
+        "vision_heads": "num_attention_heads",
+        "patch_size": "patch_size",
+        "vision_activation": "hidden_act",
+        "vision_eps": "layer_norm_eps",
+    },
+    "text": {
+        "vocab_size": "vocab_size",
+        "max_positions": "max_position_embeddings",
+        "text_width": "hidden_size",
+        "text_layers": "num_hidden_layers",
+        "text_heads": "num_attention_heads",
+        "text_mlp_width": "intermediate_size",
+        "pad_token_id": "pad_token_id",
+        "text_eps": "layer_norm_eps",
+    },
+}
+# all fields of `config_of_encoders`
+FOLLOWING_FIELDS = (
+    *CLIP_FIELDS,
+    *ROBERTA_FIELDS,
+    *PUBLISHED_KEYS["image"],
+    *PUBLISHED_KEYS["text"],
+)
+# what no shape shows, so that weights of another model would be taken without a word
+UNSEEN_FLAGS = ("vision_heads", "text_heads", "pad_token_id")
+UNSEEN_FIELDS = (*UNSEEN_FLAGS, "vision_activation", "vision_eps", "text_eps")
+# transformers' name of an activation -> ours
+ACTIVATION_NAMES = {
+    "quick_gelu": "quick_gelu",
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+}
+# of one attention head, in all released encoders up to this width, where nothing says it
+CHANNELS_OF_A_HEAD = 64
+WIDEST_WITH_SUCH_HEADS = 1024
+# field -> its key in transformers' preprocessor_config.json, and in timm's config.json
+COLOUR_KEYS = {"image_mean": ("image_mean", "mean"), "image_std": ("image_std", "std")}
+PREPROCESSING_SUPPORTED = {"do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True}
+# the arguments of a timm model that show in shapes, and the number of heads
+TIMM_ARGUMENTS = ("img_size", "patch_size", "embed_dim", "depth", "num_classes", "num_heads")
+
+
+@checked
+def config_of_encoders(vision: str | Path, text: str | Path) -> dict[str, Any]:
+    """The fields of ManagerTowerConfig that follow from two published encoders.
+
+    vision, text: as for `load_unimodal`, which then fills a model with these fields. They are the
+    sizes, heads, kinds and epsilons of both, and the mean and standard deviation of the pictures.
+    Only headers are read. Raises ValueError for what is not supported.
+    """
+    return {**encoder_fields(vision, "image"), **encoder_fields(text, "text")}
+
+
+def encoder_fields(path: str | Path, modality: str) -> dict[str, Any]:
+    """The half of `config_of_encoders` of one modality: what is usual for the layout, what shapes
+    show, and what stands in the files beside the weights, which counts most.
+    """
+    layouts = {"image": IMAGE_LAYOUTS, "text": TEXT_LAYOUTS}[modality]
+    path = find_folder(path)
+    settings = settings_beside(path)
+    state = read_published(path, read_headers)
+    layout, prefix = find_layout(state, layouts, settings)
+    fields = dict(layout.fields)
+    with naming(path):
+        fields.update(shown_fields(state, layout, prefix, modality))
+    fields.update(published_fields(settings, layout, modality))
+    if modality == "image":
+        fields.update(preprocessing_beside(path))
+    return fields
+
+
+def shown_fields(state: State, layout: Layout, prefix: str, modality: str) -> dict[str, Any]:
+    """What shapes and keys show. What is missing is left out: the import then names it."""
+    keys = {row.ours: row.theirs[0] for row in layout.rows(prefix, 1)}
+    fields: dict[str, Any] = {}
+    for field, (our_key, dimension) in ENCODER_SIZES[modality].items():
+        size = size_of(state, keys[our_key], dimension, 0)
+        if size > 0:
+            fields[field] = size
+    field, our_key = ENCODER_LAYERS[modality]
+    layers = count_numbers(state, keys[our_key])
+    if layers > 0:
+        fields[field] = layers
+    # heads do not show, but all of them have the same size
+    tower = {"image": "vision", "text": "text"}[modality]
+    width = fields.get(f"{tower}_width", 0)
+    if 0 < width <= WIDEST_WITH_SUCH_HEADS and width % CHANNELS_OF_A_HEAD == 0:
+        fields[f"{tower}_heads"] = width // CHANNELS_OF_A_HEAD
+    return fields
+
+
+def published_fields(settings: Settings, layout: Layout, modality: str) -> dict[str, Any]:
+    """What a config.json says. Raises ValueError, with the file, for what is not supported."""
+    if settings.file is None:
+        return {}
+    with settings.naming():
+        if layout.settings is None:
+            return timm_fields(settings.values)
+        said = settings.said(layout.settings)
+        check_settings(said, layout.settings.supported, "the encoder's")
+        fields: dict[str, Any] = {}
+        for field, key in PUBLISHED_KEYS[modality].items():
+            if key in said:
+                value = said[key]
+                if field == "vision_activation":
+                    value = activation_of(value)
+                check_as(key, field, value)
+                fields[field] = value
+    return fields
+
+
+def check_as(key: str, field: str, value: Any) -> None:
+    """Raises ValueError unless the value of a foreign key may be that of a field of ours."""
+    try:
+        check_values(ManagerTowerConfig, {field: value})
+    except FieldError as error:
+        _, _, problem = str(error).partition(" ")
+        raise ValueError(f"{key} {problem}") from None
+
+
+def activation_of(name: Any) -> str:
+    """Our name of an activation of transformers."""
+    if not isinstance(name, str) or name not in ACTIVATION_NAMES:
+        raise ValueError(f"hidden_act is {show(name)}; it must be {' or '.join(ACTIVATION_NAMES)}")
+    return ACTIVATION_NAMES[name]
+
+
+def timm_fields(values: dict[str, Any]) -> dict[str, Any]:
+    """What timm's config.json says and no shape shows: the pictures, and perhaps the heads."""
+    arguments = as_dict(values.get("model_args"))
+    unknown = sorted(set(arguments) - set(TIMM_ARGUMENTS))
+    if unknown:
+        raise ValueError(
+            f"model_args has {show(unknown[0])}; only {', '.join(TIMM_ARGUMENTS)} are supported"
+        )
+    fields: dict[str, Any] = {}
+    if "num_heads" in arguments:
+        check_as("num_heads", "vision_heads", arguments["num_heads"])
+        fields["vision_heads"] = arguments["num_heads"]
+    # old files have no pretrained_cfg, but its keys
+    pictures = {**values, **as_dict(values.get("pretrained_cfg"))}
+    for field, (_, key) in COLOUR_KEYS.items():
+        if pictures.get(key) is not None:
+            fields[field] = colours_in(pictures, key, field)
+    return fields
+
+
+def preprocessing_beside(path: str | Path) -> dict[str, Any]:
+    """Mean and standard deviation of a preprocessor_config.json; empty where there is none."""
+    file = file_beside(path, PREPROCESSING_FILE)
+    if file is None:
+        return {}
+    values = read_json(file, dict)
+    fields = {}
+    with naming(file):
+        check_settings(values, PREPROCESSING_SUPPORTED, "the pictures'")
+        for field, (key, _) in COLOUR_KEYS.items():
+            if values.get(key) is not None:
+                fields[field] = colours_in(values, key, field)
+    return fields
+
+
+def colours_in(values: dict[str, Any], key: str, field: str) -> tuple[float, ...]:
+    check_as(key, field, values[key])
+    if len(values[key]) != 3:
+        raise ValueError(f"{key} is {show(values[key])}; it must be three numbers")
+    return tuple(values[key])
+
+
+def fit_image_size(image_size: int, patch_size: int) -> int:
+    """The nearest image size that whole patches cover."""
+    return patch_size * max(1, round(image_size / patch_size))
 
 
 OUR_MARKS = ("image_encoder.patch.weight", "llm.embed.weight")  # each model of ours has one of them
@@ -1291,7 +1828,7 @@ def load_two_tower(checkpoint: str | Path, head: str = "", device: str = "auto")
     tokenizer = load_tokenizer(checkpoint)
     with naming(checkpoint):
         check_tokenizer(tokenizer, config.vocab_size, config.pad_token_id)
-        transform = image_transform(stored_transform(checkpoint), config.image_size, False)
+        transform = tower_transform(stored_transform(checkpoint), config, train=False)
     return Loaded(load_tower(checkpoint).to(place), tokenizer, transform)
 
 
@@ -1574,23 +2111,23 @@ def infer_config(state: State, settings: dict) -> ManagerTowerConfig:
     """
     values = dataclasses.asdict(ManagerTowerConfig())
     values["heads"] = infer_heads(state)
+    keys = official_keys()
     for field, (our_key, dimension) in SIZES.items():
-        values[field] = size_of(state, our_key, dimension, values[field])
+        values[field] = size_of(state, keys[our_key], dimension, values[field])
     for field, our_key in COUNTS.items():
-        values[field] = count_numbers(state, our_key) or values[field]
+        values[field] = count_numbers(state, keys[our_key]) or values[field]
     infer_derived_sizes(state, values)
     infer_fusion(state, values)
     check_layers(settings, values)
     infer_from_settings(settings, values)
     if values["vocab_size"] <= values["pad_token_id"]:
-        key = official_keys()["text_encoder.word_embedding.weight"]
+        key = keys["text_encoder.word_embedding.weight"]
         raise ValueError(f"wrong shape: {key} has no row for the padding token")
     return ManagerTowerConfig(**values)
 
 
-def size_of(state: State, our_key: str, dimension: int, default: int) -> int:
-    """The size of a dimension of a tensor, by our name of it; the default where it is missing."""
-    key = official_keys()[our_key]
+def size_of(state: State, key: str, dimension: int, default: int) -> int:
+    """The size of a dimension of a tensor; the default where it is missing."""
     if key not in state:
         return default
     shape = tuple(state[key].shape)
@@ -1599,9 +2136,9 @@ def size_of(state: State, our_key: str, dimension: int, default: int) -> int:
     return shape[dimension]
 
 
-def count_numbers(state: State, our_key: str) -> int:
-    """How many different numbers stand where the official name of our_key has its last .0."""
-    before, _, _ = official_keys()[our_key].rpartition(".0.")
+def count_numbers(state: State, key: str) -> int:
+    """How many different numbers stand where a key has its last .0."""
+    before, _, _ = key.rpartition(".0.")
     pattern = re.compile(re.escape(before) + r"\.(\d+)\.")
     numbers = set()
     for key in state:
@@ -1624,16 +2161,17 @@ def infer_heads(state: State) -> tuple[str, ...]:
 
 def infer_derived_sizes(state: State, values: dict[str, Any]) -> None:
     """The sizes that stand in shapes as multiples of others."""
-    positions = size_of(state, "image_encoder.position_embedding", 0, 0)
+    keys = official_keys()
+    positions = size_of(state, keys["image_encoder.position_embedding"], 0, 0)
     if positions > 0:
         values["image_size"] = math.isqrt(positions - 1) * values["patch_size"]
     width = max(1, values["hidden_size"])
-    mlp_width = size_of(state, "text_layers.0.fc.weight", 0, 0)
+    mlp_width = size_of(state, keys["text_layers.0.fc.weight"], 0, 0)
     if mlp_width > 0:
         values["mlp_ratio"] = mlp_width // width
     for head in values["heads"]:
         if "fc.*" in HEAD_NAMES[head]:  # a classifier
-            hidden = size_of(state, f"heads.{head}.fc_out.weight", 1, 0)
+            hidden = size_of(state, keys[f"heads.{head}.fc_out.weight"], 1, 0)
             values["head_hidden_scale"] = max(1, hidden // (2 * width))
 
 
@@ -1648,6 +2186,9 @@ def infer_fusion(state: State, values: dict[str, Any]) -> None:
     controller = ADAPTIVE["controller.*"].removesuffix("*")
     is_adaptive = any(controller in key for key in state)
     values["manager_type"] = "aaue" if is_adaptive else "saue"
+    query = ADAPTIVE["q_proj.*"].removesuffix("*")
+    if is_adaptive and not any(query in key for key in state):
+        values["manager_query"] = "own"
 
 
 def infer_from_settings(settings: dict, values: dict[str, Any]) -> None:
@@ -1695,10 +2236,15 @@ def number_in(settings: dict, name: str, default: float) -> Any:
 # how a key of an encoder ends -> the dimensions of its tensor, and the layouts that have it
 ENCODER_MARKS: dict[str, tuple[int, tuple[Layout, ...]]] = {
     CLIP["class_embedding"]: (1, IMAGE_LAYOUTS),
+    "embeddings.cls_token": (3, IMAGE_LAYOUTS),  # of HF's ViT, DeiT and DINOv2
+    "patch_embed.proj.weight": (4, IMAGE_LAYOUTS),  # of timm's
     str(HF_SIGLIP["patch.bias"]): (1, (HF_SIGLIP_LAYOUT,)),
     str(ROBERTA["word_embedding.weight"]): (2, TEXT_LAYOUTS),
     "embed_tokens.weight": (2, (QWEN_LAYOUT,)),
 }
+
+
+ENCODERS = ("CLIP", "SigLIP", "ViT", "DeiT", "DINOv2", "RoBERTa", "BERT", "Qwen2")
 
 
 @checked
@@ -1711,9 +2257,9 @@ def convert_weights(
     """Official weights -> a folder of ours; nothing in their files is executed.
 
     ManagerTower, BridgeTower, METER and HF's BridgeTower become a checkpoint folder, in float32;
-    CLIP, SigLIP, RoBERTa and Qwen2 a folder for --vision or --text, and LLaVA-OV-Manager one for
-    --checkpoint, under their own names. The tokenizer, and the texts of a VQA model's
-    answers, go along. Raises ValueError, with the source's name, for anything else.
+    CLIP, SigLIP, ViT, DeiT, DINOv2, RoBERTa, BERT and Qwen2 a folder for --vision or --text, and
+    LLaVA-OV-Manager one for --checkpoint, under their own names. The tokenizer, and the texts of a
+    VQA model's answers, go along. Raises ValueError, with the source's name, for anything else.
     """
     out = Path(out)
     source = find_folder(source)
@@ -1734,10 +2280,10 @@ def convert_weights(
     elif any(key.endswith(tuple(ENCODER_MARKS)) for key in state):
         with naming(source):
             check_marks(state)
-            convert_encoder(state, settings, out)
+            convert_encoder(source, state, settings, out)
     else:
         raise ValueError(
-            f"{source} is no ManagerTower, BridgeTower, METER, CLIP, SigLIP, RoBERTa, Qwen2 or "
+            f"{source} is no ManagerTower, BridgeTower, METER, {', '.join(ENCODERS)} or "
             f"LLaVA-OV-Manager: {describe_keys(state)}"
         )
     if text_tokenizer:
@@ -1778,42 +2324,46 @@ def check_marks(state: State) -> None:
                 )
 
 
-def published_layout(state: State) -> tuple[Layout, str]:
+def published_layout(state: State, settings: dict) -> tuple[Layout, str]:
     """The layout of an encoder that has one of ENCODER_MARKS, and what its keys begin with."""
     layouts: tuple[Layout, ...] = ()
     for mark, (_, layouts_with_mark) in ENCODER_MARKS.items():
         if any(key.endswith(mark) for key in state):
             layouts = layouts_with_mark
-    return find_layout(state, layouts)
+    return find_layout(state, layouts, Settings(None, settings))
 
 
 def unknown_keys(state: State, layout: Layout, prefix: str) -> list[str]:
     """The keys that no encoder of this layout has, whatever its number of layers."""
     patterns = list(layout.dead)
-    for row in expand(layout.names, "", prefix, 1):
+    for row in layout.rows(prefix, 1):
         for name in row.theirs:
             patterns.append(re.escape(name).replace(r"\.0\.", r"\.\d+\."))
     return [key for key in state if not is_dead(key, tuple(patterns))]
 
 
-def convert_encoder(state: State, settings: dict, out: Path) -> None:
-    """An encoder under its own names; `load_unimodal` reads it, and its config.json."""
+def convert_encoder(source: str | Path, state: State, settings: dict, out: Path) -> None:
+    """An encoder under its own names; `load_unimodal` reads it, and the files beside it."""
     visual = {key: tensor for key, tensor in state.items() if key.startswith("visual.")}
     if visual:  # CLIP's text encoder is not used
         state = visual
-    layout, prefix = published_layout(state)
+    refuse_distilled(state)
+    state = with_new_names(state)
+    layout, prefix = published_layout(state, settings)
     if layout is QWEN_LAYOUT:
         state = whole_language_model(state)
-    if layout.settings:
-        check_kind(settings, layout.settings.kinds)
     unknown = unknown_keys(state, layout, prefix)
     if unknown:
         raise ValueError(
-            "it is no CLIP, SigLIP, RoBERTa or Qwen2, as it has the keys "
+            f"it is no {', '.join(ENCODERS[:-1])} or {ENCODERS[-1]}, as it has the keys "
             f"{shorten(', '.join(unknown), 200)}"
         )
-    published = settings if "model_type" in settings else {}  # a config.json of transformers
+    # a config.json of transformers, or of timm
+    published = settings if {"model_type", "architecture"} & settings.keys() else {}
     write_published(state, published, out, "an encoder, for --vision or --text")
+    preprocessing = file_beside(source, PREPROCESSING_FILE)
+    if preprocessing:
+        write_json(out / PREPROCESSING_FILE, read_json(preprocessing, dict))
 
 
 def convert_llava(state: State, settings: dict, out: Path) -> None:

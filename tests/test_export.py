@@ -14,7 +14,7 @@ from chat import IMAGE_TOKEN
 from export import export_checkpoint, save_shards
 from llava_manager import LlavaManager, LlavaManagerConfig
 from model import ManagerTower, ManagerTowerConfig
-from weights import load_model, read_shards, save_model
+from weights import config_of_encoders, load_model, load_unimodal, read_shards, save_model
 
 
 def randomize(model):
@@ -263,6 +263,33 @@ def test_what_a_layout_cannot_say_is_refused(overrides, layout, words, tmp_path)
     save_llava(tmp_path / "ours", **overrides)
     with pytest.raises(ValueError, match=words):
         export_checkpoint(str(tmp_path / "ours"), tmp_path / "out", layout)
+
+
+@pytest.mark.parametrize(
+    "part, kind, words",
+    [("vision", {"vision_kind": "vit"}, "vision_kind clip"), ("text", {"text_kind": "bert"}, "ro")],
+)
+def test_encoders_of_other_kinds_are_refused(part, kind, words, tmp_path):
+    save_bridge(tmp_path / "ours", fusion="manager", **kind)
+    with pytest.raises(ValueError, match=f"--part exports .*{words}"):
+        export_checkpoint(str(tmp_path / "ours"), tmp_path / "out", "transformers", part)
+    with pytest.raises(ValueError, match="the official weights are of CLIP and RoBERTa"):
+        export_checkpoint(str(tmp_path / "ours"), tmp_path / "out", "official")
+
+
+def test_encoders_that_are_written_alone_are_taken_again(tmp_path):
+    model = save_bridge(tmp_path / "ours", fusion="manager", image_mean=(0.5, 0.25, 0.75))
+    for part in ("vision", "text"):
+        export_checkpoint(str(tmp_path / "ours"), tmp_path / part, "transformers", part)
+    fields = config_of_encoders(tmp_path / "vision", tmp_path / "text")
+    for name, value in fields.items():
+        assert value == getattr(model.config, name), name
+    again = ManagerTower(model.config)
+    load_unimodal(again, tmp_path / "vision", tmp_path / "text")
+    for name in ("image_encoder", "text_encoder"):
+        ours = getattr(model, name).state_dict()
+        for key, tensor in getattr(again, name).state_dict().items():
+            assert torch.equal(tensor, ours[key]), key
 
 
 def test_an_sae_manager_has_no_official_layout(tmp_path):

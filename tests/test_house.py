@@ -11,10 +11,9 @@ from helpers import ROOT
 GROUND = (
     "manager fields files index world hub tokenizer images multigrid metrics torch_files trackers"
 ).split()
-MIDDLE = (
-    "model llava_manager chat data scenes weights export llava_parquet shard loop tasks objectives"
-).split()
-SCRIPTS = "train train_llava finetune eval ask figures prepare bench roofline".split()
+MIDDLE = "model llava_manager chat data scenes weights export llava_parquet shard loop".split()
+MIDDLE += "tasks objectives comparison small_towers".split()
+SCRIPTS = "train train_llava finetune eval ask figures prepare bench roofline compare".split()
 FILES = {path.stem: path for path in sorted(ROOT.glob("*.py"))}
 
 

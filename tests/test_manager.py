@@ -18,6 +18,7 @@ from manager import (
     standardize,
     weighted_sum,
 )
+from model import ManagerTower, ManagerTowerConfig
 
 
 def randomize(module, std):
@@ -112,6 +113,37 @@ def test_static_manager_is_the_papers_formula(weight, num_previous):
     close(static(standardize(experts), given), want, 1e-5)
     shape = static.weights(standardize(experts)).shape
     assert shape == (2, 4, 5, 16 if weight == "vector" else 1)
+
+
+def test_an_adaptive_manager_with_its_own_query_is_the_papers_ablation():
+    """TCSVT table I: W = softmax(Linear(Cn)), without the other modality."""
+    torch.manual_seed(0)
+    adaptive = randomize(AdaptiveManager(16, 4, own_query=True).eval(), 0.3)
+    experts = torch.randn(2, 4, 5, 16)
+    own = torch.randn(2, 5, 16)
+    own_normed = F.layer_norm(own, (16,), adaptive.scale[4], adaptive.shift[4], 1e-5)
+    weights = torch.softmax(adaptive.controller(own_normed) / adaptive.temperature, -1)  # (B, L, N)
+    want = adaptive.score_previous * own_normed
+    for i in range(4):
+        insight = F.layer_norm(experts[:, i], (16,), adaptive.scale[i], adaptive.shift[i], 1e-5)
+        want = want + weights[..., i : i + 1] * insight
+    close(adaptive(standardize(experts), own, torch.randn(2, 7, 16)), want, 1e-5)
+
+
+def test_managers_have_as_many_parameters_as_the_paper_says():
+    """Of all parameters: 326.58M with bridges, 326.77M with SAUE, 326.77M and 338.64M with AAUE."""
+    millions = []
+    for fields in (
+        {"fusion": "bridge"},
+        {"manager_type": "saue"},
+        {"manager_query": "own"},
+        {},
+    ):
+        with torch.device("meta"):
+            model = ManagerTower(ManagerTowerConfig(heads=(), **fields))
+        millions.append(sum(parameter.numel() for parameter in model.parameters()) / 1e6)
+    more_than_bridges = [round(count - millions[0], 2) for count in millions[1:]]
+    assert more_than_bridges == [0.19, 0.19, 12.06]
 
 
 def test_adaptive_manager_is_the_papers_formula():
