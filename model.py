@@ -274,6 +274,7 @@ class ManagerTowerConfig:
                     f"fusion {self.fusion!r} reads {managed} layers of the {modality} encoder "
                     f"(managed_layers_{modality}, or num_layers), which has {layers}"
                 )
+        # the other managers compute no weights from anything
         if self.manager_query == "own" and self.manager_type != "aaue":
             raise FieldError(
                 f"manager_query is 'own', which only aaue has; manager_type is {self.manager_type}"
