@@ -785,7 +785,8 @@ def describe_settings(config: CompareConfig, kept: Kept) -> str:
         f"{config.task_name()} on {data}: {encoders}, pre-trained apart, {trained}; "
         f"{sizes['train']} pictures to learn from, {sizes['validation']} to choose the learning "
         f"rate on (of {rates}), {sizes['test']} to measure on; {config.num_steps()} steps of "
-        f"{config.batch_size} rows, {config.hidden_size} channels, {config.num_layers} cross-modal layers, {config.experts} experts, {noise} noise on the "
+        f"{config.batch_size} rows, {config.hidden_size} channels, {config.num_layers} "
+        f"cross-modal layers, {config.experts} experts, {noise} noise on the "
         f"managers' scores, {config.num_seeds()} seeds"
     )
 
