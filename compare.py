@@ -24,12 +24,8 @@ import dataclasses
 import functools
 import hashlib
 import inspect
-import io
 import json
 import os
-import statistics
-import textwrap
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +33,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -47,33 +42,34 @@ from comparison import (
     Job,
     Outcome,
     as_record,
-    choose_rate,
-    count_cores,
+    count_processes,
     describe_facts,
     describe_order,
+    describe_result,
     describe_scores,
     describe_test,
+    describe_weights,
+    keep_array,
+    make_outcome,
+    measure_costs,
     refuse_torchrun,
     run_jobs,
+    save_drawing,
 )
 from data import PairDataset, Part, Source, batches
 from eval import evaluate
 from fields import FieldError, check_fields, option, parse_flags
-from figures import load_matplotlib
 from files import (
     read_json,
     read_log,
     save_json,
-    save_picture,
     why_no_folder,
-    write_atomically,
     write_json,
 )
 from images import tower_transform
 from loop import Checkpoint, Task, TowerRunConfig, fit, param_groups
 from model import ManagerTower, ManagerTowerConfig
 from objectives import Classification, Retrieval
-from roofline import count_gflop
 from scenes import DEMO_ANSWERS, Demo, demo_tokenizer
 from tasks import TASKS, baselines, find_task, load_answers, open_sets
 from tokenizer import Tokenizer, load_tokenizer
@@ -442,17 +438,6 @@ def read_records(
             yield split, [transform(image, None) for image in images], rows
 
 
-def keep_array(folder: Path, name: str, parts: list[Tensor]) -> None:
-    """Write one array of all parts, in one piece or not at all."""
-    array = torch.cat(parts).numpy()
-
-    def write(path: Path) -> None:
-        with open(path, "wb") as file:
-            np.save(file, array)
-
-    write_atomically(folder / f"{name}.npy", write)
-
-
 def keep_states(
     config: CompareConfig, encoders: Encoders, folder: Path, device: torch.device
 ) -> None:
@@ -569,16 +554,6 @@ def find_kept(config: CompareConfig, encoders: Encoders, device: torch.device) -
     return Kept(folder)
 
 
-def describe_weights(folder: str) -> list:
-    """What tells the weights in a folder apart from others."""
-    files = []
-    for file in sorted(Path(folder).rglob("*.safetensors")):
-        files.append(
-            [file.name, file.stat().st_size, hashlib.sha256(file.read_bytes()).hexdigest()]
-        )
-    return files
-
-
 # ---------------------------------------------------------------- one run
 @dataclass
 class CompareRun(TowerRunConfig):
@@ -668,7 +643,6 @@ def matching_accuracy(model: ManagerTower, dataset: PairDataset) -> float:
 
 # what the questions about scenes are called that begin with "is there" and "is the"
 KINDS = {"there": "existence", "the": "relation"}
-ROUNDS = 10  # of measuring the time of a step
 K_TEST = 16  # candidates that retrieval ranks again
 
 
@@ -735,115 +709,6 @@ def train_variant(
     }
 
 
-# ---------------------------------------------------------------- what a variant costs
-def training_step(model: ManagerTower, objective: Task, batch: dict) -> None:
-    """Forward and backward, without an update."""
-    objective.negatives.manual_seed(0)
-    objective.shares = [len(batch["input_ids"])]
-    losses = objective(batch)
-    total: Any = sum(losses.values())
-    total.backward()
-    model.zero_grad(set_to_none=True)
-
-
-def measure_costs(
-    models: dict[str, ManagerTower], dataset: PairDataset, task: str, batch_size: int
-) -> dict[str, dict[str, float]]:
-    """Parameters that are trained, GFLOPs and milliseconds of a step, for each variant.
-
-    The variants take turns, so that what else the machine does is shared among them.
-    """
-    _, batch = next(batches(dataset, batch_size))
-    calls = {}
-    for name, model in models.items():
-        objective = make_objective(model.train(), task)
-        calls[name] = functools.partial(training_step, model, objective, batch)
-    seconds: dict[str, list[float]] = {name: [] for name in models}
-    for _ in range(ROUNDS):
-        for name, call in calls.items():
-            began = time.perf_counter()
-            call()
-            seconds[name].append(time.perf_counter() - began)
-    costs = {}
-    for name, model in models.items():
-        parameters = sum(parameter.numel() for parameter in model.parameters())
-        costs[name] = {
-            "parameters": float(parameters),
-            "GFLOPs a step": count_gflop(calls[name]),
-            "ms a step": 1000 * statistics.median(seconds[name]),
-        }
-    return costs
-
-
-# ---------------------------------------------------------------- the picture
-# of Okabe and Ito: they differ for colour-blind eyes too
-COLORS_OF_VARIANTS = (
-    "#999999",
-    "#E69F00",
-    "#56B4E9",
-    "#0072B2",
-    "#009E73",
-    "#D55E00",
-    "#CC79A7",
-    "#000000",
-)
-
-
-def draw_bars(axes: Any, outcomes: list[Outcome]) -> None:
-    """The mean test score of each variant, its standard deviation, and a point for each seed."""
-    for place, outcome in enumerate(outcomes):
-        color = COLORS_OF_VARIANTS[place % len(COLORS_OF_VARIANTS)]
-        deviation = 100 * (outcome.deviation() or 0.0)
-        mean = 100 * outcome.mean()
-        axes.bar(place, mean, color=color, alpha=0.75, yerr=deviation, capsize=5)
-        points = [100 * score for score in outcome.scores[ALL]]
-        axes.plot([place] * len(points), points, "o", color="black", markersize=4)
-        axes.annotate(
-            f"{mean:.1f}", (place, 1), xytext=(0, 3), textcoords="offset points", ha="center"
-        )
-    axes.set_xticks(range(len(outcomes)), [outcome.name for outcome in outcomes])
-    axes.set(title="after the last step", ylabel="test score, %")
-    axes.grid(alpha=0.3, axis="y")
-
-
-def draw_curves(axes: Any, outcomes: list[Outcome]) -> None:
-    """The validation score over the steps: mean over the seeds, and a band from least to most."""
-    for place, outcome in enumerate(outcomes):
-        color = COLORS_OF_VARIANTS[place % len(COLORS_OF_VARIANTS)]
-        steps = [step for step, _ in outcome.curves[0]]
-        scores = np.array([[100 * score for _, score in curve] for curve in outcome.curves])
-        axes.plot(steps, scores.mean(0), color=color, label=outcome.name)
-        axes.fill_between(steps, scores.min(0), scores.max(0), color=color, alpha=0.15)
-    axes.set(
-        title="on the way: mean and range over the seeds",
-        xlabel="step",
-        ylabel="validation score, %",
-    )
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
-
-
-def draw_outcomes(outcomes: list[Outcome], caption: str) -> Image.Image:
-    """Bars and curves side by side, and below them what they depend on."""
-    figure = load_matplotlib()(figsize=(11, 5), dpi=150, layout="constrained")
-    bars, curves = figure.subplots(1, 2)
-    draw_bars(bars, outcomes)
-    draw_curves(curves, outcomes)
-    figure.supxlabel(textwrap.fill(caption, 150), fontsize="x-small")
-    file = io.BytesIO()
-    figure.savefig(file, format="png")
-    return Image.open(file)
-
-
-def save_drawing(outcomes: list[Outcome], caption: str, file: Path) -> str:
-    """Draw, and say where; without matplotlib say what is missing: the numbers are there anyway."""
-    try:
-        save_picture(file, draw_outcomes(outcomes, caption))
-    except ValueError as error:
-        return f"There is no picture: {error}"
-    return f"The picture is {file}."
-
-
 # ---------------------------------------------------------------- the comparison
 def variant_fields(config: CompareConfig, variant: str) -> dict[str, Any]:
     """The fields of ManagerTowerConfig that this comparison sets."""
@@ -883,34 +748,16 @@ def all_jobs(config: CompareConfig, kept: Kept) -> dict[tuple[str, float, int], 
     return jobs
 
 
-def make_outcome(
-    config: CompareConfig, variant: str, results: dict[tuple[str, float, int], dict]
-) -> Outcome:
-    """The runs of one variant with the learning rate that is best on validation rows."""
-    seeds = range(config.num_seeds())
-    validation = {}
-    for rate in config.learning_rates():
-        validation[rate] = [results[variant, rate, seed]["validation"] for seed in seeds]
-    rate = choose_rate(validation)
-    chosen = [results[variant, rate, seed] for seed in seeds]
-    scores = {}
-    for kind in chosen[0]["test"]:
-        scores[kind] = [result["test"][kind] for result in chosen]
-    curves = [result["curve"] for result in chosen]
-    return Outcome(variant, scores, curves, rate, {})
-
-
 def add_costs(config: CompareConfig, kept: Kept, outcomes: list[Outcome]) -> None:
     """What a step of each variant costs on this machine."""
-    torch.set_num_threads(1)  # as in the runs
     task = config.task_name()
-    models = {}
+    _, batch = next(batches(kept.dataset("train"), config.batch_size))
+    objectives = {}
     for outcome in outcomes:
         fields = variant_fields(config, outcome.name)
-        models[outcome.name] = make_tower(
-            kept, make_config(kept, fields, find_task(task).heads), seed=0
-        )
-    costs = measure_costs(models, kept.dataset("train"), task, config.batch_size)
+        model = make_tower(kept, make_config(kept, fields, find_task(task).heads), seed=0)
+        objectives[outcome.name] = make_objective(model, task)
+    costs = measure_costs(objectives, dict.fromkeys(objectives, batch))
     for outcome in outcomes:
         outcome.facts = costs[outcome.name]
 
@@ -927,23 +774,43 @@ def describe_guess(kept: Kept) -> str:
 def describe_settings(config: CompareConfig, kept: Kept) -> str:
     """What the numbers depend on, in words."""
     sizes = {split: len(records) for split, records in kept.info["splits"].items()}
-    encoders = f"{config.vision} and {config.text}" if config.vision else "two small towers"
+    encoders = "two small towers"
+    if config.vision:
+        encoders = f"{Path(config.vision).name} and {Path(config.text).name}"
+    data = config.root() or "built-in scenes"
     trained = f"trained at {config.tune:g} of the rate" if config.tune else "frozen"
     noise = "with" if config.noise else "without"
     rates = ", ".join(f"{rate:g}" for rate in config.learning_rates())
     return (
-        f"{config.task_name()}: {encoders}, pre-trained apart, {trained}; {sizes['train']} "
-        f"pictures to learn from, {sizes['validation']} to choose the learning rate on "
-        f"(of {rates}), "
-        f"{sizes['test']} to measure on; {config.num_steps()} steps of {config.batch_size} rows, "
-        f"{config.num_layers} cross-modal layers, {config.experts} experts, {noise} noise on the "
+        f"{config.task_name()} on {data}: {encoders}, pre-trained apart, {trained}; "
+        f"{sizes['train']} pictures to learn from, {sizes['validation']} to choose the learning "
+        f"rate on (of {rates}), {sizes['test']} to measure on; {config.num_steps()} steps of "
+        f"{config.batch_size} rows, {config.hidden_size} channels, {config.num_layers} "
+        f"cross-modal layers, {config.experts} experts, {noise} noise on the "
         f"managers' scores, {config.num_seeds()} seeds"
     )
 
 
+def describe_limits(config: CompareConfig) -> str:
+    """What the tables do not show."""
+    lines = ["What this does not show:"]
+    if len(config.learning_rates()) == 1:
+        lines.append("- another learning rate may suit a variant better: --full chooses from two")
+    if not config.noise:
+        lines.append("- the papers train with noise on the managers' scores: --noise true")
+    if not config.tune:
+        lines.append("- the papers train the encoders too: --tune 0.2")
+    lines += [
+        "- differences may shrink with more steps or pictures: --steps, --pairs",
+        "- that the last layers have lost something: `python figures.py probe` finds most of it "
+        "there too. Managers let a small cross-modal part find it in fewer steps",
+    ]
+    return "\n".join(lines)
+
+
 def compare(config: CompareConfig) -> list[Outcome]:
     """The whole comparison: encoders, their states, the runs, the tables and the picture."""
-    processes = count_processes(config)
+    processes = count_processes(config.processes, config.device)
     folder = Path(config.out_dir)
     folder.mkdir(parents=True, exist_ok=True)
 
@@ -951,7 +818,8 @@ def compare(config: CompareConfig) -> list[Outcome]:
     encoders = find_encoders(config, processes)
     kept = find_kept(config, encoders, World(config.device).device)
     settings = describe_settings(config, kept)
-    print(f"{settings}\n{describe_guess(kept)}", flush=True)
+    guess = describe_guess(kept)
+    print(f"{settings}\n{guess}", flush=True)
 
     # 2. the runs
     jobs = all_jobs(config, kept)
@@ -959,14 +827,18 @@ def compare(config: CompareConfig) -> list[Outcome]:
     results = {key: by_name[job.name] for key, job in jobs.items()}
 
     # 3. what came out
-    outcomes = [make_outcome(config, variant, results) for variant in config.variant_names()]
+    rates = config.learning_rates()
+    outcomes = []
+    for variant in config.variant_names():
+        outcomes.append(make_outcome(variant, rates, config.num_seeds(), results))
     add_costs(config, kept, outcomes)
     present = [name for name in BASELINES if name in config.variant_names()]
     report = "\n\n".join(
         [
-            describe_scores(outcomes, present),
+            f"{describe_scores(outcomes, present)}\n{guess}",
             f"{describe_order(outcomes)}\n{describe_test(config.num_seeds())}",
             describe_facts(outcomes),
+            describe_limits(config),
         ]
     )
     print(f"\n{report}")
@@ -976,24 +848,14 @@ def compare(config: CompareConfig) -> list[Outcome]:
     record = {
         "settings": settings,
         "flags": dataclasses.asdict(config),
+        "guess": guess,
         "outcomes": as_record(outcomes),
         "validation": searched,
     }
     save_json(folder / "result.json", record)
-    drawn = save_drawing(outcomes, settings, folder / "result.png")
+    drawn = save_drawing(outcomes, f"{settings}; {guess}", folder / "result.png")
     print(f"\nThe numbers are in {folder / 'result.json'}. {drawn}")
     return outcomes
-
-
-def describe_result(result: dict) -> str:
-    return f"test {result['test'][ALL]:.1%}, validation {result['validation']:.1%}"
-
-
-def count_processes(config: CompareConfig) -> int:
-    """How many runs at the same time."""
-    if config.processes:
-        return config.processes
-    return 1 if World(config.device).device.type == "cuda" else count_cores()
 
 
 def main(argv: list[str]) -> None:

@@ -1180,7 +1180,14 @@ class ExportConfig:
 
 
 # what `weights` writes
-WRITTEN = ("model.safetensors", "config.json", "answers.json", "tokenizer.json", "tokenizer.model")
+WRITTEN = (
+    "model.safetensors",
+    "config.json",
+    "preprocessor_config.json",
+    "answers.json",
+    "tokenizer.json",
+    "tokenizer.model",
+)
 
 
 @dataclass(frozen=True)

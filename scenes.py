@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
 from PIL import Image, ImageDraw
 
 from data import SNLI_LABELS, Part, Source
@@ -280,6 +281,96 @@ def paint_hypothesis(brush: Brush, number: int) -> dict:
     return {"image": image, "hypothesis": describe(told, swap=brush.coin()), "label": label}
 
 
+# ---------------------------------------------------------------- scenes with details
+# Which pixels of a thing have its colour: every second one. Half as large, all patterns look alike,
+# as each pixel is the mean of two coloured and two empty ones.
+PATTERNS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
+    "rows": lambda x, y: y % 2 == 0,
+    "columns": lambda x, y: x % 2 == 0,
+    "checks": lambda x, y: (x + y) % 2 == 0,
+}
+OVERVIEW = "overview"  # kinds of questions: a picture of half the size answers them,
+DETAIL = "detail"  # and these it does not
+
+
+def paint_patterned(
+    draw: random.Random, scene: Scene, patterns: list[str], size: int
+) -> tuple[Image.Image, list[list[float]]]:
+    """A picture of size x size pixels, and the boxes (left, top, right, bottom) of its two things.
+
+    As `paint`, but each thing is filled with a pattern.
+    """
+    across = draw.uniform(0.3, 0.7)
+    background = draw.randint(235, 255)
+    image = Image.new("RGB", (size, size), (background, background, background))
+    y, x = np.mgrid[:size, :size]
+    boxes = []
+    things = (scene.first, scene.second)
+    for thing, pattern, middle in zip(things, patterns, (0.25, 0.75), strict=True):
+        thing_x = size * (middle + draw.uniform(-0.03, 0.03))
+        thing_y = size * (across + draw.uniform(-0.06, 0.06))
+        if scene.relation == "above":
+            thing_x, thing_y = thing_y, thing_x
+        radius = SIZES[thing.size] * size
+        filled = image.copy()
+        draw_thing(ImageDraw.Draw(filled), thing, thing_x, thing_y, radius)
+        image.paste(filled, mask=Image.fromarray(PATTERNS[pattern](x, y)))
+        boxes.append([thing_x - radius, thing_y - radius, thing_x + radius, thing_y + radius])
+    return image, boxes
+
+
+def ask_overview(draw: random.Random, scene: Scene) -> tuple[str, str]:
+    attribute = draw.choice(("size", "color", "shape"))
+    return ask_attribute(scene, draw.randrange(2), attribute)
+
+
+def ask_pattern(draw: random.Random, scene: Scene, number: int, pattern: str) -> tuple[str, str]:
+    """Of the thing `number`, which is named by its shape or by its colour."""
+    left_out = draw.choice(("color", "shape"))
+    return f"what pattern is on the {refer(scene, number, left_out)}?", pattern
+
+
+def paint_details(brush: Brush, number: int) -> dict:
+    """Two questions about what is seen from afar and two about patterns, in any order, and the same
+    ones as a conversation; "things" says what is where, for who learns to see.
+    """
+    draw = brush.draw
+    scene = brush.scene()
+    while scene.first.color == scene.second.color or scene.first.shape == scene.second.shape:
+        scene = brush.scene()
+    patterns = [draw.choice(list(PATTERNS)), draw.choice(list(PATTERNS))]
+    asked: dict[str, tuple[str, str]] = {}  # question -> its answer and its kind
+    while len(asked) < 2:
+        question, answer = ask_overview(draw, scene)
+        asked[question] = (answer, OVERVIEW)
+    for k, pattern in enumerate(patterns):
+        question, answer = ask_pattern(draw, scene, k, pattern)
+        asked[question] = (answer, DETAIL)
+    order = list(asked)
+    draw.shuffle(order)
+    image, boxes = paint_patterned(draw, scene, patterns, brush.image_size)
+
+    turns = []
+    questions = []
+    for k, question in enumerate(order):
+        answer, kind = asked[question]
+        turns.append({"from": "human", "value": question})
+        turns.append({"from": "gpt", "value": answer})
+        questions.append(
+            {
+                "id": 4 * number + k,
+                "question": question,
+                "answers": {answer: 1.0},
+                "question_type": kind,
+            }
+        )
+    turns[0]["value"] = f"<image>\n{turns[0]['value']}"
+    things = []
+    for thing, pattern, box in zip((scene.first, scene.second), patterns, boxes, strict=True):
+        things.append({**thing._asdict(), "pattern": pattern, "box": box})
+    return {"image": image, "conversations": turns, "questions": questions, "things": things}
+
+
 Painter = Callable[[Brush, int], dict]  # the brush and the number of the record
 
 PAINTERS: dict[str, Painter] = {
@@ -289,7 +380,12 @@ PAINTERS: dict[str, Painter] = {
     "chat": paint_questions,
     "statements": paint_statement,
     "hypotheses": paint_hypothesis,
+    "details": paint_details,
+    "chat_details": paint_details,
 }
+# kinds that are read as others
+READ_AS = {"details": "questions", "chat_details": "chat"}
+ROWS_EACH = {"questions": 3, "details": 4}  # of a record; else 1
 # what the random numbers of a kind are drawn from: older names, so that the scenes stay the same
 SEED_NAMES = {
     "captions": "captions",
@@ -298,6 +394,9 @@ SEED_NAMES = {
     "hypotheses": "snli_ve",
     "chat": "chat",
     "chat_captions": "chat_captions",
+    # the same scenes, as questions and as conversations
+    "details": "details",
+    "chat_details": "details",
 }
 
 
@@ -309,7 +408,7 @@ class Demo(Part):
         assert split in ("train", "heldout"), split
         self.path = f"demo {SEED_NAMES.get(kind, kind)} {split}"
         self.places = range(size)
-        self.rows_each = 3 if kind == "questions" else 1
+        self.rows_each = ROWS_EACH.get(kind, 1)
         self.description = f"{self.path}, {size} records, seed {seed}"
         self.painter = PAINTERS[kind]
         self.heldout = split == "heldout"
@@ -326,11 +425,11 @@ class Demo(Part):
 
 
 def demo_source(kind: str, split: str, size: int, seed: int = 0, image_size: int = 64) -> Source:
-    """`size` records of a kind, a key of PAINTERS; questions have 3 rows each.
+    """`size` records of a kind, a key of PAINTERS; questions have 3 rows each, details 4.
 
     split: train or heldout. image_size: pixels a side.
     """
-    return Source(kind, [Demo(kind, split, size, seed, image_size)])
+    return Source(READ_AS.get(kind, kind), [Demo(kind, split, size, seed, image_size)])
 
 
 def demo_tokenizer(vocab_size: int = 512) -> Tokenizer:

@@ -147,7 +147,7 @@ def words_of(caption: str) -> Tensor:
     return torch.tensor(flags)
 
 
-def measure_words(model: ImageTower, dataset: PicturesWithWords) -> dict[str, float]:
+def measure_words(model: nn.Module, dataset: Any) -> dict[str, float]:
     """The part of the pictures whose words are all right."""
     right = 0
     with evaluating(model) as device:

@@ -408,21 +408,30 @@ def true_answers(source: Source, row: dict) -> dict:
     return {row["label"]: 1.0}
 
 
-def text_only_guess(source: Source, heldout: Source) -> dict[str, float]:
-    """Accuracy of the commonest answer, and of the commonest answer to the same text."""
+def text_only_guess(
+    source: Source, heldout: Source, question_type: str | None = None
+) -> dict[str, float]:
+    """Accuracy of the commonest answer, and of the commonest answer to the same text.
+
+    question_type: of the held-out rows that are counted; None counts all.
+    """
     overall: Counter = Counter()
     by_text: dict[str, Counter] = defaultdict(Counter)
     for row in source.iterate_texts():
         by_text[row["text"]].update(true_answers(source, row))
         overall.update(true_answers(source, row))
     totals: Counter = Counter()
+    num_rows = 0
     for row in heldout.iterate_texts():
+        if question_type is not None and row["question_type"] != question_type:
+            continue
+        num_rows += 1
         same_text = by_text.get(row["text"]) or overall
         for name, counts in (("majority", overall), ("text_only", same_text)):
             # there is no guess if no question has an answer with a score
             for guess, _ in counts.most_common(1):
                 totals[name] += true_answers(heldout, row).get(guess, 0.0)
-    return {name: totals[name] / len(heldout) for name in ("majority", "text_only")}
+    return {name: totals[name] / num_rows for name in ("majority", "text_only")}
 
 
 def baselines(source: Source, heldout: Source) -> dict[str, dict]:

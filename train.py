@@ -174,16 +174,21 @@ def follow_encoders(run: TowerRunConfig, fields: dict) -> dict:
         )
     if not run.vision:
         return fields
+    # 1. what the encoders are; a run that goes on has it stored
     if is_beginning_gone(run):
         stored = stored_config(run, {})
         followed = {name: getattr(stored, name) for name in FOLLOWING_FIELDS}
     else:
         followed = config_of_encoders(run.vision, run.text)
+    # 2. recipe and flags say the same or nothing
     for name, value in fields.items():
         if name in followed and followed[name] != value:
-            place = run.text if name in PUBLISHED_KEYS["text"] else run.vision
-            raise ValueError(f"--{name} is {show(value)}, but {place} has {show(followed[name])}")
-    # whole patches cover a picture: the preset's 288 pixels are 294 where a patch has 14
+            flag = "text" if name in PUBLISHED_KEYS["text"] else "vision"
+            raise ValueError(
+                f"--{name} is {show(value)}, but --{flag} {getattr(run, flag)} has "
+                f"{show(followed[name])}"
+            )
+    # 3. whole patches cover a picture: the preset's 288 pixels are 294 where a patch has 14
     preset = getattr(ManagerTowerConfig, run.model)()
     patch_size = followed.get("patch_size", preset.patch_size)
     image_size = fit_image_size(preset.image_size, patch_size)

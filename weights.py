@@ -53,7 +53,7 @@ from files import (
     write_text,
 )
 from hub import find_folder
-from images import CLIP_MEAN, CLIP_STD, HALF, IMAGENET_MEAN, IMAGENET_STD, tower_transform
+from images import CLIP_COLOURS, IMAGENET_COLOURS, VIT_COLOURS, tower_transform
 from llava_manager import (
     OFFICIAL_FIELDS,
     SIGLIP_SUPPORTED,
@@ -389,17 +389,21 @@ CLIP_FIELDS = {
     "vision_kind": "clip",
     "vision_activation": "quick_gelu",
     "vision_eps": 1e-5,
-    "image_mean": CLIP_MEAN,
-    "image_std": CLIP_STD,
+    "image_mean": CLIP_COLOURS.mean,
+    "image_std": CLIP_COLOURS.std,
 }
 VIT_FIELDS = {
     "vision_kind": "vit",
     "vision_activation": "gelu",
     "vision_eps": 1e-12,
-    "image_mean": HALF,
-    "image_std": HALF,
+    "image_mean": VIT_COLOURS.mean,
+    "image_std": VIT_COLOURS.std,
 }
-DEIT_FIELDS = {**VIT_FIELDS, "image_mean": IMAGENET_MEAN, "image_std": IMAGENET_STD}
+DEIT_FIELDS = {
+    **VIT_FIELDS,
+    "image_mean": IMAGENET_COLOURS.mean,
+    "image_std": IMAGENET_COLOURS.std,
+}
 DINOV2_FIELDS = {**DEIT_FIELDS, "vision_eps": 1e-6}
 ROBERTA_FIELDS = {"text_kind": "roberta", "text_eps": 1e-5, "pad_token_id": 1}
 BERT_FIELDS = {"text_kind": "bert", "text_eps": 1e-12, "pad_token_id": 0}
@@ -1012,8 +1016,6 @@ def load_unimodal(model: ManagerTower | LlavaManager, vision: str | Path, text: 
     A config.json beside them must say what the model computes with. Raises ValueError with the
     file, and the keys as in `import_state`.
     """
-    vision = find_folder(vision)
-    text = find_folder(text)
     if isinstance(model, LlavaManager):
         layers = len(model.vision.blocks)
         load_encoder(model.vision, vision, (HF_SIGLIP_LAYOUT,), layers, model.config, "image")
@@ -1042,6 +1044,7 @@ def load_encoder(
     modality: str,
 ) -> None:
     """Load a file or folder in one of these layouts into an encoder of a model with this config."""
+    path = find_folder(path)
     imported: State = {}
     settings = settings_beside(path)
     for read in READERS:
@@ -1097,6 +1100,7 @@ def with_new_names(state: State) -> State:
 
 
 def load_language_model(model: LlavaManager, path: str | Path) -> None:
+    path = find_folder(path)
     check_published_llm(config_beside(path), model.config)
     imported: State = {}
     for read in READERS:

@@ -1,9 +1,11 @@
 """scenes.py: what is said about the demo's pictures, read back from their pixels."""
 
+import random
 from collections import Counter
 
 import numpy as np
 import pytest
+from PIL import Image, ImageFilter
 
 import images
 import scenes
@@ -185,6 +187,103 @@ def test_conversations_are_true():
             assert answer in scenes.DEMO_ANSWERS
 
 
+def patterns_of(image):
+    """The scene in a picture with patterns, as `look` gives it, and the patterns of its things."""
+    pixels = np.array(image).astype(int)
+    background = pixels[0, 0]
+    ink = np.abs(pixels - background).sum(-1) > 0
+    # what is between the lines of a pattern is filled: then it is a scene as any other
+    mask = Image.fromarray(ink).convert("L").filter(ImageFilter.MaxFilter(3))
+    whole = np.array(mask.filter(ImageFilter.MinFilter(3))) > 0
+    axis, first, second = find_gap(whole)
+    filled = np.full_like(pixels, background)
+    patterns = []
+    for part in (first, second):
+        window = np.zeros_like(ink)
+        window[(slice(None), part) if axis == 0 else part] = True
+        ys, xs = np.nonzero(ink & window)
+        colors, counts = np.unique(pixels[ys, xs], axis=0, return_counts=True)
+        assert len(colors) == 1
+        filled[whole & window] = colors[0]
+        # which of the lines have no ink at all
+        found = set()
+        for name, values in (("rows", ys), ("columns", xs), ("checks", xs + ys)):
+            if len(set(values % 2)) == 1:
+                found.add(name)
+        (pattern,) = found
+        patterns.append(pattern)
+    return *look(Image.fromarray(filled.astype(np.uint8))), patterns
+
+
+@pytest.mark.parametrize("split", ["train", "heldout"])
+def test_questions_about_details_have_the_answers_that_the_pixels_give(split):
+    source = demo_source("details", split, 30, image_size=128)
+    kinds = []
+    for i in range(30):
+        (image,), rows = source.load(i)
+        things, relation, patterns = patterns_of(image)
+        assert things[0][1] != things[1][1] and things[0][2] != things[1][2]
+        for row in rows:
+            words = row["text"].rstrip("?").split()
+            if words[1] == "pattern":
+                (which,) = matching(things, relation, words[5:])
+                answer = patterns[which]
+            else:
+                answer = true_answer(row["text"], things, relation)
+            assert row["answers"] == {answer: 1.0}, row["text"]
+            assert row["question_type"] == ("detail" if words[1] == "pattern" else "overview")
+            kinds.append(row["question_type"])
+    assert rows[-1]["question_id"] == 119
+    assert Counter(kinds) == {"detail": 60, "overview": 60}
+    # the conversations are the same, in the same order
+    chats = demo_source("chat_details", split, 30, image_size=128)
+    for i in (0, 29):
+        turns = [turn["value"] for turn in chats[i]["conversation"]]
+        rows = [source[4 * i + k] for k in range(4)]
+        assert turns[0] == f"<image>\n{rows[0]['text']}"
+        assert turns[2::2] == [row["text"] for row in rows[1:]]
+        assert turns[1::2] == [next(iter(row["answers"])) for row in rows]
+
+
+def test_details_say_where_the_things_are():
+    part = scenes.Demo("details", "train", 12, 0, 128)
+    for i in range(12):
+        record = part.record(i)
+        things, _, patterns = patterns_of(record["image"])
+        pixels = np.array(record["image"]).astype(int)
+        ink = np.abs(pixels - pixels[0, 0]).sum(-1) > 0
+        for thing, seen, pattern in zip(record["things"], things, patterns, strict=True):
+            assert (thing["size"], thing["color"], thing["shape"]) == seen
+            assert thing["pattern"] == pattern
+            # Pillow rounds outwards
+            left, top, right, bottom = (round(value) for value in thing["box"])
+            ink[max(top - 1, 0) : bottom + 2, max(left - 1, 0) : right + 2] = False
+        assert not ink.any()
+
+
+def test_a_picture_of_half_the_size_does_not_show_the_patterns():
+    """The three patterns of a scene differ in half of the pixels of its things; half as large, in
+    none but those near an edge, by little.
+    """
+    scene = scenes.random_scene(random.Random(0), False)
+    large = []
+    small = []
+    for name in scenes.PATTERNS:
+        image, _ = scenes.paint_patterned(random.Random(1), scene, [name, name], 128)
+        large.append(np.array(image).astype(int))
+        small.append(np.array(image.resize((64, 64), Image.Resampling.BICUBIC)).astype(int))
+    ink = (large[0] != large[0][0, 0]).any(-1)
+    # the things without their edges, half as large
+    whole = Image.fromarray(ink).convert("L").filter(ImageFilter.MaxFilter(3))
+    inside = np.array(whole.filter(ImageFilter.MinFilter(11)))[::2, ::2] > 0
+    assert inside.sum() > 60
+    for k in (1, 2):
+        assert (large[0] != large[k]).any(-1).mean() > 0.9 * ink.mean()
+        difference = np.abs(small[0] - small[k])
+        assert difference.max() <= 48
+        assert difference[inside].max() <= 1
+
+
 def test_the_splits_are_disjoint_in_content():
     seen = {"train": set(), "heldout": set()}
     for seed, kind in enumerate(("captions", "questions", "statements", "hypotheses")):
@@ -254,6 +353,7 @@ def test_the_scenes_stay_what_they_were():
     question, answer = first_row("chat")["conversation"][:2]
     assert question["value"] == "<image>\nis the square right of the circle?"
     assert answer["value"] == "yes"
+    assert first_row("details")["text"] == "what pattern is on the square?"
     told = first_row("chat_captions")["conversation"][1]["value"]
     assert told == "a large green circle is above a small black square"
 
