@@ -57,10 +57,11 @@ from comparison import (
     format_table,
     keep_array,
     make_outcome,
+    measure_costs,
     refuse_torchrun,
     run_jobs,
+    save_drawing,
 )
-from costs_and_drawing import measure_costs, save_drawing
 from data import collate_conversations
 from fields import FieldError, check_fields, option, parse_flags
 from files import read_json, read_log, save_json, why_no_folder, write_json

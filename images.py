@@ -28,12 +28,28 @@ from fields import show
 from files import BadSample, read_bounded
 from world import first_line_of, silent_libraries
 
-# red, green and blue, of pixels from 0 to 1
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of DeiT and DINOv2
-IMAGENET_STD = (0.229, 0.224, 0.225)
-HALF = (0.5, 0.5, 0.5)  # mean and standard deviation of ViT
+
+class Colours(NamedTuple):
+    """What an image encoder was trained with: mean and standard deviation of red, green and blue,
+    where pixels are from 0 to 1.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+CLIP_COLOURS = Colours((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+IMAGENET_COLOURS = Colours((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # DeiT and DINOv2
+VIT_COLOURS = Colours((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+
+
+def as_pixels(colours: Sequence[float]) -> Tensor:
+    """Three numbers -> (3, 1, 1), beside pixels (3, S, S)."""
+    return torch.tensor(colours).view(3, 1, 1)
+
+
+CLIP_MEAN = as_pixels(CLIP_COLOURS.mean)
+CLIP_STD = as_pixels(CLIP_COLOURS.std)
 GRAY = (128, 128, 128)
 BICUBIC = Image.Resampling.BICUBIC
 BILINEAR = Image.Resampling.BILINEAR
@@ -462,62 +478,42 @@ def randaugment(image: Image.Image, rng: np.random.Generator) -> Image.Image:
 Transform = Callable[..., Tensor]  # (picture, rng) -> (3, S, S)
 
 
-class Colours(NamedTuple):
-    """What an image encoder expects of its pixels, red, green and blue: both (3, 1, 1)."""
-
-    mean: Tensor
-    std: Tensor
-
-
-def make_colours(mean: Sequence[float], std: Sequence[float]) -> Colours:
-    return Colours(torch.tensor(mean).view(3, 1, 1), torch.tensor(std).view(3, 1, 1))
-
-
-CLIP_COLOURS = make_colours(CLIP_MEAN, CLIP_STD)
-
-
-def normalize(image: Image.Image, colours: Colours = CLIP_COLOURS) -> Tensor:
-    """RGB -> (3, S, S), in units of the standard deviation around the mean."""
+def normalize(image: Image.Image, mean: Tensor = CLIP_MEAN, std: Tensor = CLIP_STD) -> Tensor:
+    """RGB -> (3, S, S), in units of std around the mean, which are (3, 1, 1)."""
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)  # (S, S, 3) -> (3, S, S)
     # the bytes are put in order first: four times less to move than floats
     pixels = pixels.contiguous().float()
-    return pixels.div_(255).sub_(colours.mean).div_(colours.std)
+    return pixels.div_(255).sub_(mean).div_(std)
 
 
 def clip_transform(
-    size: int,
-    image: Image.Image,
-    rng: np.random.Generator | None = None,
-    colours: Colours = CLIP_COLOURS,
+    size: int, image: Image.Image, rng: np.random.Generator | None = None, **colours: Tensor
 ) -> Tensor:
-    return normalize(clip_crop(image, size), colours)
+    return normalize(clip_crop(image, size), **colours)
 
 
 def albef_transform(
-    size: int,
-    image: Image.Image,
-    rng: np.random.Generator | None = None,
-    colours: Colours = CLIP_COLOURS,
+    size: int, image: Image.Image, rng: np.random.Generator | None = None, **colours: Tensor
 ) -> Tensor:
-    return normalize(squash(image, size), colours)
+    return normalize(squash(image, size), **colours)
 
 
 def randaug_wc_transform(
-    size: int, image: Image.Image, rng: np.random.Generator, colours: Colours = CLIP_COLOURS
+    size: int, image: Image.Image, rng: np.random.Generator, **colours: Tensor
 ) -> Tensor:
     """Random crop, flip, RandAugment."""
     image = random_resized_crop(image, size, rng)
     if rng.random() < 0.5:
         image = ImageOps.mirror(image)
-    return normalize(randaugment(image, rng), colours)
+    return normalize(randaugment(image, rng), **colours)
 
 
 def randaug_wohf_transform(
-    size: int, image: Image.Image, rng: np.random.Generator, colours: Colours = CLIP_COLOURS
+    size: int, image: Image.Image, rng: np.random.Generator, **colours: Tensor
 ) -> Tensor:
     """Without the flip, which would turn "left" in a question into a lie."""
     image = random_resized_crop(image, size, rng)
-    return normalize(randaugment(image, rng), colours)
+    return normalize(randaugment(image, rng), **colours)
 
 
 # the papers pre-train with "clip", without any augmentation
@@ -539,15 +535,15 @@ def image_transform(
     name: str,
     image_size: int,
     train: bool,
-    mean: Sequence[float] = CLIP_MEAN,
-    std: Sequence[float] = CLIP_STD,
+    mean: Sequence[float] = CLIP_COLOURS.mean,
+    std: Sequence[float] = CLIP_COLOURS.std,
 ) -> Transform:
     """A function (picture, rng) -> (3, S, S), S = image_size. ValueError: an unknown name."""
     transforms = TRAINING_TRANSFORMS if train else EVALUATION_TRANSFORMS
     if name not in transforms:
         raise ValueError(f"unknown image transform {show(name)}: one of {', '.join(transforms)}")
-    colours = make_colours(mean, std)
-    return functools.partial(transforms[name], image_size, colours=colours)
+    transform = transforms[name]
+    return functools.partial(transform, image_size, mean=as_pixels(mean), std=as_pixels(std))
 
 
 def tower_transform(name: str, config: Any, train: bool) -> Transform:

@@ -34,7 +34,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from fields import FieldError, check_fields, option, show
-from images import CLIP_MEAN, CLIP_STD
+from images import CLIP_COLOURS
 from manager import AdaptiveManager, Manager, StaticManager, standardize
 
 MANAGER_FLAGS = (  # the fields that mean something only with managers
@@ -61,7 +61,8 @@ ACTIVATIONS = ("quick_gelu", "gelu", "gelu_tanh")  # of image encoders, see `ViT
 # ---------------------------------------------------------------- the architecture
 @dataclass
 class ManagerTowerConfig:
-    """The architecture. Every field but the heads' is a flag of the training scripts.
+    """The architecture. Every field is a flag of the training scripts, but the heads' and what only
+    pre-trained encoders decide.
 
     The defaults are the papers' base model: CLIP ViT-B/16, RoBERTa-base, 6 cross-modal layers.
     """
@@ -83,10 +84,16 @@ class ManagerTowerConfig:
         1e-5, "epsilon of the image encoder's norms", above=0, most=1, flag=False
     )
     image_mean: tuple[float, ...] = option(
-        CLIP_MEAN, "of red, green and blue, which the transform subtracts", least=0, flag=False
+        CLIP_COLOURS.mean,
+        "of red, green and blue, which the transform subtracts",
+        least=0,
+        flag=False,
     )
     image_std: tuple[float, ...] = option(
-        CLIP_STD, "of red, green and blue, which the transform divides by", above=0, flag=False
+        CLIP_COLOURS.std,
+        "of red, green and blue, which the transform divides by",
+        above=0,
+        flag=False,
     )
     # the text encoder
     vocab_size: int = option(50265, "tokens in the vocabulary", least=1, most=MOST_ROWS)
@@ -267,11 +274,13 @@ class ManagerTowerConfig:
                     f"fusion {self.fusion!r} reads {managed} layers of the {modality} encoder "
                     f"(managed_layers_{modality}, or num_layers), which has {layers}"
                 )
+        # the other managers compute no weights from anything
         if self.manager_query == "own" and self.manager_type != "aaue":
             raise FieldError(
                 f"manager_query is 'own', which only aaue has; manager_type is {self.manager_type}"
             )
         self.check_rows()
+        # a picture has three colours
         for field, colours in (("image_mean", self.image_mean), ("image_std", self.image_std)):
             if len(colours) != 3:
                 raise FieldError(f"{field} is {show(colours)}; it must be three numbers")
@@ -455,11 +464,14 @@ class ViT(nn.Module):
         # patches do not overlap: the stride is their size
         self.patch = nn.Conv2d(3, width, patch_size, patch_size, bias=kind != "clip")
         num_tokens = (image_size // patch_size) ** 2
+        # the class token has a position as well, the first
         self.class_embedding = None
         if kind != "siglip":
             self.class_embedding = nn.Parameter(0.02 * torch.randn(width))
             num_tokens += 1
         self.position_embedding = nn.Parameter(0.02 * torch.randn(num_tokens, width))
+        # CLIP alone has a norm before its blocks; all have one behind them, which `encode_image`
+        # applies to every layer
         self.ln_pre = nn.LayerNorm(width, eps=eps) if kind == "clip" else nn.Identity()
         mlp_width = mlp_width or 4 * width  # only SigLIP's is another one, and is given
         self.blocks = nn.ModuleList(
@@ -582,6 +594,7 @@ class TextEncoder(nn.Module):
 
         0 is the embeddings, k the output of the k-th layer. Raises ValueError for too long a text.
         """
+        # the rows before the first position belong to no token
         longest = self.position_embedding.num_embeddings - self.first_position
         if input_ids.shape[1] > longest:
             raise ValueError(
@@ -595,7 +608,7 @@ class TextEncoder(nn.Module):
 
     def positions(self, input_ids: Tensor) -> Tensor:
         """The rows of the position table, (B, L) of RoBERTa, (L) of BERT."""
-        if self.is_bert:
+        if self.is_bert:  # padding has positions as well, which nothing attends to
             return torch.arange(input_ids.shape[1], device=input_ids.device)
         # RoBERTa's: pad + 1, pad + 2, ... for tokens, and pad for padding; they follow from the ids
         # and not from the mask

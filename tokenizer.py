@@ -29,6 +29,7 @@ from files import (
     size_in_words,
     write_atomically,
 )
+from hub import find_folder
 from world import first_line_of, silent_libraries
 
 ROBERTA_SPECIALS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
@@ -46,7 +47,8 @@ ROLES = {
     "im_start": (("<|im_start|>",), "which begins each turn of a chat"),
     "im_end": (("<|im_end|>",), "which ends each turn of a chat"),
 }
-ROBERTA_KINDS = ("roberta", "xlm-roberta", "camembert", "bridgetower")  # model_type of a config
+# model_type of a config.json that says which ids the special tokens have
+TEXT_KINDS = ("roberta", "xlm-roberta", "camembert", "bert", "bridgetower")
 TOWER_ROLES = ("pad", "cls", "sep")  # what a two-tower model needs
 MLM_ROLES = ("pad", "cls", "sep", "mask")
 CHAT_ROLES = ("im_start", "im_end")  # what LLaVA-OV-Manager needs
@@ -280,7 +282,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """
     if not isinstance(path, str | Path):
         raise ValueError(f"load_tokenizer: path is {show(path)}; it must be a text or a Path")
-    file = tokenizer_file(Path(path))
+    file = tokenizer_file(find_folder(path, "tokenizer"))
     check_files(file)
     try:
         with silent_libraries():
@@ -307,10 +309,10 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 def check_special_ids(tokenizer: Tokenizer, config: dict, name: str) -> None:
     """Raises ValueError for a tokenizer that numbers its special tokens otherwise than the
-    config.json of RoBERTa or BridgeTower, called `name`: then its other ids differ as well.
+    config.json of RoBERTa, BERT or BridgeTower, called `name`: then its other ids differ as well.
     """
     values = {**config, **as_dict(config.get("text_config"))}
-    if config.get("model_type") not in ROBERTA_KINDS:
+    if config.get("model_type") not in TEXT_KINDS:
         return
     for key, found in (
         ("bos_token_id", tokenizer.cls_id),

@@ -19,7 +19,6 @@ import functools
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -27,6 +26,7 @@ from torch.utils.data import DataLoader, Subset
 
 from data import PretrainDataset, Source, collate
 from fields import make_parser, option, parse_recipe, show
+from hub import find_folder
 from images import tower_transform
 from loop import (
     Checkpoint,
@@ -156,7 +156,8 @@ def find_tokenizer(run: TowerRunConfig, source: Source | None = None) -> Tokeniz
     if run.tokenizer:
         return load_tokenizer(run.tokenizer)
     if run.text:
-        return load_tokenizer(run.text if Path(run.text).is_dir() else Path(run.text).parent)
+        text = find_folder(run.text, "tokenizer")
+        return load_tokenizer(text if text.is_dir() else text.parent)
     if source is None or not run.data_root:
         return demo_tokenizer()
     return train_tokenizer((row["text"] for row in source.iterate_texts()), 8000)
@@ -173,16 +174,21 @@ def follow_encoders(run: TowerRunConfig, fields: dict) -> dict:
         )
     if not run.vision:
         return fields
+    # 1. what the encoders are; a run that goes on has it stored
     if is_beginning_gone(run):
         stored = stored_config(run, {})
         followed = {name: getattr(stored, name) for name in FOLLOWING_FIELDS}
     else:
         followed = config_of_encoders(run.vision, run.text)
+    # 2. recipe and flags say the same or nothing
     for name, value in fields.items():
         if name in followed and followed[name] != value:
-            place = run.text if name in PUBLISHED_KEYS["text"] else run.vision
-            raise ValueError(f"--{name} is {show(value)}, but {place} has {show(followed[name])}")
-    # whole patches cover a picture: the preset's 288 pixels are 294 where a patch has 14
+            flag = "text" if name in PUBLISHED_KEYS["text"] else "vision"
+            raise ValueError(
+                f"--{name} is {show(value)}, but --{flag} {getattr(run, flag)} has "
+                f"{show(followed[name])}"
+            )
+    # 3. whole patches cover a picture: the preset's 288 pixels are 294 where a patch has 14
     preset = getattr(ManagerTowerConfig, run.model)()
     patch_size = followed.get("patch_size", preset.patch_size)
     image_size = fit_image_size(preset.image_size, patch_size)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import compare_llava
-import costs_and_drawing
+import comparison
 from compare_llava import (
     CompareLlavaConfig,
     KeptConversations,
@@ -48,7 +48,7 @@ def small():
     monkeypatch.setattr(compare_llava, "run_jobs", run_here)
     monkeypatch.setattr(compare_llava, "MODEL", SMALL)
     monkeypatch.setattr(compare_llava, "TOWER_STEPS", 2)
-    monkeypatch.setattr(costs_and_drawing, "ROUNDS", 1)
+    monkeypatch.setattr(comparison, "ROUNDS", 1)
     monkeypatch.setattr(compare_llava, "save_drawing", lambda *given: "There is no picture.")
     sizes = compare_llava.Sizes(pictures=8, validation=2, test=3, tower=20)
     monkeypatch.setattr(compare_llava, "SIZES_OF_SPLITS", sizes)
