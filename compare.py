@@ -51,10 +51,11 @@ from comparison import (
     describe_weights,
     keep_array,
     make_outcome,
+    measure_costs,
     refuse_torchrun,
     run_jobs,
+    save_drawing,
 )
-from costs_and_drawing import measure_costs, save_drawing
 from data import PairDataset, Part, Source, batches
 from eval import evaluate
 from fields import FieldError, check_fields, option, parse_flags
@@ -65,6 +66,7 @@ from files import (
     why_no_folder,
     write_json,
 )
+from hub import find_folder
 from images import tower_transform
 from loop import Checkpoint, Task, TowerRunConfig, fit, param_groups
 from model import ManagerTower, ManagerTowerConfig
@@ -126,8 +128,12 @@ class CompareConfig:
 
     out_dir: str = option("out/compare", "folder of the runs, of result.json and result.png")
     # the encoders
-    vision: str = option("", "image encoder: a folder; none = a small one, pre-trained here")
-    text: str = option("", "text encoder: a folder; none = a small one, pre-trained here")
+    vision: str = option(
+        "", "image encoder: a folder or hub name; none = a small one, pre-trained here"
+    )
+    text: str = option(
+        "", "text encoder: a folder or hub name; none = a small one, pre-trained here"
+    )
     image_size: int = option(
         0, "pixels a side; 0 = 64, or the next size that patches cover", least=0, most=4096
     )
@@ -372,13 +378,10 @@ def fields_of_encoders(config: CompareConfig) -> dict[str, Any]:
 def find_encoders(config: CompareConfig, processes: int) -> Encoders:
     """The encoders of --vision and --text, or two small ones, which are trained first."""
     if config.vision:
-        return Encoders(
-            fields_of_encoders(config),
-            load_tokenizer(config.text),
-            config.vision,
-            config.text,
-            are_small=False,
-        )
+        vision = find_folder(config.vision)
+        text = find_folder(config.text, "checkpoint")
+        fields = fields_of_encoders(config)
+        return Encoders(fields, load_tokenizer(text), str(vision), str(text), are_small=False)
     image_size = config.image_size or SMALL_PICTURES
     common = {"image_size": image_size, "seed": 0, "device": config.device}
     image_settings = {"max_steps": IMAGE_STEPS, "pictures": TOWER_PICTURES, **common}
@@ -773,18 +776,38 @@ def describe_guess(kept: Kept) -> str:
 def describe_settings(config: CompareConfig, kept: Kept) -> str:
     """What the numbers depend on, in words."""
     sizes = {split: len(records) for split, records in kept.info["splits"].items()}
-    encoders = f"{config.vision} and {config.text}" if config.vision else "two small towers"
+    encoders = "two small towers"
+    if config.vision:
+        encoders = f"{Path(config.vision).name} and {Path(config.text).name}"
+    data = config.root() or "built-in scenes"
     trained = f"trained at {config.tune:g} of the rate" if config.tune else "frozen"
     noise = "with" if config.noise else "without"
     rates = ", ".join(f"{rate:g}" for rate in config.learning_rates())
     return (
-        f"{config.task_name()}: {encoders}, pre-trained apart, {trained}; {sizes['train']} "
-        f"pictures to learn from, {sizes['validation']} to choose the learning rate on "
-        f"(of {rates}), "
-        f"{sizes['test']} to measure on; {config.num_steps()} steps of {config.batch_size} rows, "
-        f"{config.num_layers} cross-modal layers, {config.experts} experts, {noise} noise on the "
+        f"{config.task_name()} on {data}: {encoders}, pre-trained apart, {trained}; "
+        f"{sizes['train']} pictures to learn from, {sizes['validation']} to choose the learning "
+        f"rate on (of {rates}), {sizes['test']} to measure on; {config.num_steps()} steps of "
+        f"{config.batch_size} rows, {config.hidden_size} channels, {config.num_layers} "
+        f"cross-modal layers, {config.experts} experts, {noise} noise on the "
         f"managers' scores, {config.num_seeds()} seeds"
     )
+
+
+def describe_limits(config: CompareConfig) -> str:
+    """What the tables do not show."""
+    lines = ["What this does not show:"]
+    if len(config.learning_rates()) == 1:
+        lines.append("- another learning rate may suit a variant better: --full chooses from two")
+    if not config.noise:
+        lines.append("- the papers train with noise on the managers' scores: --noise true")
+    if not config.tune:
+        lines.append("- the papers train the encoders too: --tune 0.2")
+    lines += [
+        "- differences may shrink with more steps or pictures: --steps, --pairs",
+        "- that the last layers have lost something: `python figures.py probe` finds most of it "
+        "there too. Managers let a small cross-modal part find it in fewer steps",
+    ]
+    return "\n".join(lines)
 
 
 def compare(config: CompareConfig) -> list[Outcome]:
@@ -797,7 +820,8 @@ def compare(config: CompareConfig) -> list[Outcome]:
     encoders = find_encoders(config, processes)
     kept = find_kept(config, encoders, World(config.device).device)
     settings = describe_settings(config, kept)
-    print(f"{settings}\n{describe_guess(kept)}", flush=True)
+    guess = describe_guess(kept)
+    print(f"{settings}\n{guess}", flush=True)
 
     # 2. the runs
     jobs = all_jobs(config, kept)
@@ -813,9 +837,10 @@ def compare(config: CompareConfig) -> list[Outcome]:
     present = [name for name in BASELINES if name in config.variant_names()]
     report = "\n\n".join(
         [
-            describe_scores(outcomes, present),
+            f"{describe_scores(outcomes, present)}\n{guess}",
             f"{describe_order(outcomes)}\n{describe_test(config.num_seeds())}",
             describe_facts(outcomes),
+            describe_limits(config),
         ]
     )
     print(f"\n{report}")
@@ -825,11 +850,12 @@ def compare(config: CompareConfig) -> list[Outcome]:
     record = {
         "settings": settings,
         "flags": dataclasses.asdict(config),
+        "guess": guess,
         "outcomes": as_record(outcomes),
         "validation": searched,
     }
     save_json(folder / "result.json", record)
-    drawn = save_drawing(outcomes, settings, folder / "result.png")
+    drawn = save_drawing(outcomes, f"{settings}; {guess}", folder / "result.png")
     print(f"\nThe numbers are in {folder / 'result.json'}. {drawn}")
     return outcomes
 

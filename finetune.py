@@ -28,6 +28,7 @@ from data import PairDataset, Source
 from eval import check_vocabulary, evaluate
 from fields import make_parser, option, parse_recipe
 from files import write_json, write_text
+from hub import find_folder
 from images import tower_transform
 from loop import (
     Checkpoint,
@@ -149,7 +150,7 @@ def convert_official(run: FinetuneConfig, world: World) -> Path:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             write_text(mark, f"{source}\n")
-            find_system(run.system).convert(Path(source), folder)
+            find_system(run.system).convert(source, folder)
         except OSError as error:
             raise ValueError(f"--init {run.init}: {error}") from error
     world.barrier()
@@ -163,7 +164,8 @@ def initial_model(run: FinetuneConfig, fields: dict, tokenizer: Tokenizer, world
         return system.model(stored_config(run, fields))
     if run.init == UNIMODAL:
         return make_model(run, fields, tokenizer)
-    folder = convert_official(run, world) if run.init.startswith(OFFICIAL) else Path(run.init)
+    is_official = run.init.startswith(OFFICIAL)
+    folder = convert_official(run, world) if is_official else find_folder(run.init)
     if is_mllm_config(read_config_values(folder)):
         raise ValueError(f"--init {run.init} is a LLaVA-OV-Manager; it must be a ManagerTower")
     seed_all(run.seed, "model")  # the new heads

@@ -28,6 +28,7 @@ from torch.utils.data import DataLoader, Subset
 
 from data import PretrainDataset, Source, collate
 from fields import FlagError, make_parser, option, parse_recipe, show
+from hub import find_folder
 from images import tower_transform
 from loop import (
     Checkpoint,
@@ -195,7 +196,8 @@ def find_system(name: str) -> System:
 
 def system_of(folder: str | Path) -> str:
     """The name of the system that a checkpoint folder is of; "" for ManagerTower and all others."""
-    file = Path(folder) / "config.json"
+    folder = find_folder(folder, "checkpoint")
+    file = folder / "config.json"
     model = read_config_values(folder).get("model") if file.is_file() else None
     for name in SYSTEMS:
         if isinstance(model, str) and model.lower() == name:
@@ -252,7 +254,8 @@ def find_tokenizer(run: TowerRunConfig, source: Source | None = None) -> Tokeniz
     if run.tokenizer:
         return load_tokenizer(run.tokenizer)
     if run.text:
-        return load_tokenizer(run.text if Path(run.text).is_dir() else Path(run.text).parent)
+        text = find_folder(run.text, "tokenizer")
+        return load_tokenizer(text if text.is_dir() else text.parent)
     if source is None or not run.data_root:
         return demo_tokenizer()
     return train_tokenizer((row["text"] for row in source.iterate_texts()), 8000)

@@ -85,6 +85,7 @@ from torch.nn import functional as F
 from data import PairDataset, batches
 from fields import FieldError, check_fields, option, parse_flags, show
 from files import read_log, write_atomically, write_json
+from hub import find_folder
 from images import IMAGENET_COLOURS, tower_transform
 from loop import Checkpoint, System, Task, TowerRunConfig, fit, make_groups
 from metrics import bleu
@@ -1568,6 +1569,7 @@ def convert(
     along.
     """
     out = Path(out)
+    source = find_folder(source)
     state, _ = read_weights(source)
     with naming(source):
         refuse_our_own(state)

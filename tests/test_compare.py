@@ -10,7 +10,7 @@ import torch
 from helpers import picture, write_records
 
 import compare
-import costs_and_drawing
+import comparison
 import small_towers
 from compare import CompareConfig, FrozenTower, Kept, make_config, make_tower, variant_fields
 from model import ManagerTower
@@ -56,7 +56,7 @@ def small(monkeypatch, towers):
     monkeypatch.setattr(compare, "run_jobs", run_here)
     monkeypatch.setattr(compare, "save_drawing", lambda *given: "There is no picture.")
     monkeypatch.setattr(compare, "demo_tokenizer", cached_tokenizer)
-    monkeypatch.setattr(costs_and_drawing, "ROUNDS", 1)
+    monkeypatch.setattr(comparison, "ROUNDS", 1)
     monkeypatch.setattr(compare, "SMALL", compare.Sizes(24, 8, 8, 3))
     monkeypatch.setattr(compare, "REAL", compare.Sizes(24, 8, 8, 3))
 
