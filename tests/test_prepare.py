@@ -816,7 +816,7 @@ def test_weights_become_a_folder(tmp_path):
 def test_an_out_that_cannot_be_is_said_before_the_work(tmp_path, name, monkeypatch):
     """Whatever the raw files are: nothing is read."""
     monkeypatch.setattr(prepare, "Raw", None)
-    monkeypatch.setattr(prepare, "convert_weights", None)
+    monkeypatch.setattr(prepare, "find_system", None)
     (tmp_path / "file").write_text("mine")
     (tmp_path / "dangling").symlink_to("nowhere")
     source = "--source" if name == "weights" else "--root"
