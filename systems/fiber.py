@@ -1802,12 +1802,14 @@ def demo(options: DemoOptions) -> None:
     common = ["--system", "fiber", "--seed", str(options.seed)]
     train.main([*common, "--out_dir", folder, "--max_steps", str(options.pretrain_steps)])
     questions = ["--task", "vqav2", "--data", "demo", "--init", folder]
-    steps = ["--max_steps", str(options.question_steps)]
+    # the gates go on opening faster than the rest learns, as in pre-training
+    steps = ["--max_steps", str(options.question_steps), "--lr_mult_cross_modal", "3"]
     finetune.main([*common, *questions, *steps, "--out_dir", f"{folder}/questions"])
     run = TowerRunConfig(
         out_dir=f"{folder}/captions",
         max_steps=options.caption_steps,
         learning_rate=1e-3,
+        lr_mult_cross_modal=3.0,
         transform="albef",
         eval_every=0,
         eval_size=256,
