@@ -170,7 +170,9 @@ TITLES = (
 
 
 def main(names: list[str]) -> None:
-    files = [Path(name) for name in names] or sorted([*ROOT.glob("*.py"), *ROOT.glob("systems/*.py")])
+    files = [Path(name) for name in names] or sorted(
+        [*ROOT.glob("*.py"), *ROOT.glob("systems/*.py")]
+    )
     print(" " * 22 + TITLES)
     parts = []
     for file in files:
