@@ -11,7 +11,7 @@ from helpers import ROOT
 GROUND = "manager fields files index world tokenizer images multigrid metrics torch_files".split()
 GROUND += ["drawing"]
 MIDDLE = "model llava_manager chat data scenes weights shard loop tasks objectives".split()
-MIDDLE += "small_towers analysis".split()
+MIDDLE += "small_towers analysis explore".split()
 SCRIPTS = "train train_llava finetune eval ask figures prepare bench roofline compare".split()
 SCRIPTS += "comparison compare_llava".split()
 FILES = {path.stem: path for path in sorted(ROOT.glob("*.py"))}
