@@ -184,15 +184,16 @@ def look_into_tower(
 
     experts = {}
     for modality, last in (("text", config.text_layers), ("image", config.vision_layers)):
-        experts[modality] = list(range(last - config.num_experts(modality) + 1, last + 1))
+        first_expert = last - config.num_experts(modality) + 1
+        experts[modality] = list(range(first_expert, last + 1))
     has_class_token = model.image_encoder.class_embedding is not None
     first = 1 if has_class_token else 0
     side = config.image_size // config.patch_size
     patches = torch.arange(side * side).view(side, side) + first
+    facts = f"{config.num_layers} cross-modal layers, managers of type {config.manager_type}"
     return Inside(
         title="Inside a ManagerTower",
-        facts=f"{config.num_layers} cross-modal layers, managers of type {config.manager_type}; "
-        f"{side} x {side} patches",
+        facts=f"{facts}; {side} x {side} patches",
         reading=TOWER_READING,
         attention_word="cross-attention",
         tokens=token_names(tokenizer, batch["input_ids"][0, is_real].tolist()),
@@ -337,10 +338,10 @@ def look_into_mllm(
     if len(tiles.pixels) > 1:
         views.append(grid_view(picture, config))
     text = batch.ids[0][~is_image.cpu()].tolist()
+    facts = f"{len(model.managers)} managers of type {config.manager_type}"
     return Inside(
         title="Inside a LLaVA-OV-Manager",
-        facts=f"{len(model.managers)} managers of type {config.manager_type}; "
-        f"{len(watcher.image)} image tokens; tiles: {len(tiles.pixels)}",
+        facts=f"{facts}; {len(watcher.image)} image tokens; tiles: {len(tiles.pixels)}",
         reading=MLLM_READING,
         attention_word="attention",
         tokens=token_names(tokenizer, text),
@@ -358,7 +359,7 @@ class Units(NamedTuple):
     """Which unit shows each image token."""
 
     of_token: Tensor  # (L,); -1 for one that is not shown, a newline of the grid
-    count: int
+    num_units: int
     shapes: list[tuple[int, int]]  # (rows, columns) of each view
     others: list[int]  # the units of the tokens that are no patches
 
@@ -393,9 +394,9 @@ def gather_units(values: Tensor, units: Units, is_mean: bool) -> Tensor:
         return values
     is_shown = units.of_token >= 0
     unit = units.of_token[is_shown]
-    totals = torch.zeros(len(values), units.count).index_add(1, unit, values[:, is_shown])
+    totals = torch.zeros(len(values), units.num_units).index_add(1, unit, values[:, is_shown])
     if is_mean:
-        totals = totals / unit.bincount(minlength=units.count)
+        totals = totals / unit.bincount(minlength=units.num_units)
     return totals
 
 
@@ -407,21 +408,23 @@ def to_base64(values: np.ndarray) -> str:
 
 def pack_halves(values: Tensor) -> dict[str, Any]:
     """A matrix in float16, as page.html describes it."""
-    array = values.half().numpy()
-    return {"shape": list(array.shape), "type": "float16", "data": to_base64(array)}
+    data = to_base64(values.half().numpy())
+    return {"shape": list(values.shape), "type": "float16", "data": data}
 
 
 def pack_bytes(values: Tensor) -> dict[str, Any]:
     """A matrix of numbers >= 0 as bytes, in 255ths of the largest of each row."""
     scales = values.amax(1).half()  # (R,)
-    largest = scales.float().clamp(min=torch.finfo(torch.half).tiny)
-    parts = (255 * values / largest[:, None]).round().clamp(max=255)
+    totals = values.sum(1).half()
+    smallest = torch.finfo(torch.half).tiny  # of a divisor
+    largest = scales.float().clamp(min=smallest)[:, None]
+    parts = (255 * values / largest).round().clamp(max=255)
     return {
         "shape": list(values.shape),
         "type": "uint8",
         "data": to_base64(parts.byte().numpy()),
         "scales": to_base64(scales.numpy()),
-        "totals": to_base64(values.sum(1).half().numpy()),
+        "totals": to_base64(totals.numpy()),
     }
 
 

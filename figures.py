@@ -967,8 +967,8 @@ def look_inside(options: ExploreOptions) -> Inside:
         model, tokenizer, _ = load_mllm(options.checkpoint, "", options.device)
         check_words(options.text, reserved_words(tokenizer))
         tiles = preprocess_image(picture, model.config)
-        input_ids = encode_prompt([options.text], tokenizer, 1)
-        return look_into_mllm(model, tokenizer, input_ids, tiles, picture)
+        prompt = encode_prompt([options.text], tokenizer, 1)
+        return look_into_mllm(model, tokenizer, prompt, tiles, picture)
     model, tokenizer, transform = load_two_tower(options.checkpoint, "", options.device)
     assert transform is not None, "a two-tower model has a transform"
     input_ids, attention_mask = encode_texts(tokenizer, [options.text], model.config.max_text_len)

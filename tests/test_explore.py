@@ -198,7 +198,7 @@ def test_a_fine_map_is_shown_in_cells(monkeypatch):
     view = explore.View("grid", Image.new("RGB", (8, 8)), tokens)
     inside = explore.Inside(*[None] * 6, [view], {42: "class token"}, {}, {}, [])
     units = explore.number_units(inside, 43)
-    assert units.shapes == [(3, 2)] and units.count == 7 and units.others == [6]
+    assert units.shapes == [(3, 2)] and units.num_units == 7 and units.others == [6]
     values = torch.rand(2, 43)
     sums = explore.gather_units(values, units, is_mean=False)
     is_shown = units.of_token >= 0
