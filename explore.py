@@ -51,6 +51,7 @@ from world import evaluating
 
 TEMPLATE = Path(__file__).with_name("page.html")
 MARK = "@NUMBERS@"  # in the template
+START = "<!DOCTYPE html>\n<!-- The page that `python figures.py explore` writes."  # of each page
 MOST_UNITS = 1024  # about, of a view; a finer map is shown in cells of several patches
 MOST_BYTES = 3_000_000  # of a page
 SHOWN_SIDE = 512  # pixels of the longer side of a picture
@@ -513,11 +514,9 @@ def check_page(path: str | Path) -> None:
     file = Path(path)
     if not file.exists():
         return
-    start = TEMPLATE.read_bytes().partition(MARK.encode())[0]
     with file.open("rb") as stream:
-        is_page = stream.read(len(start)) == start
-        is_template = stream.read(len(MARK)) == MARK.encode()
-    if not is_page or is_template:
+        is_page = stream.read(len(START)) == START.encode()
+    if not is_page or file.samefile(TEMPLATE):
         raise ValueError(f"--out {name_of(file)} is there, and is no such page; it would be lost")
 
 

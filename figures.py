@@ -50,7 +50,7 @@ from eval import check_data_flags, check_picture_output, open_task
 from explore import Inside, check_page, look_into_mllm, look_into_tower, save_page
 from fields import Command, check_fields, option, run_command, show
 from files import read_log, save_json, save_picture
-from hub import default_output
+from hub import default_output, find_folder
 from images import load_image, name_of, tower_transform
 from llava_manager import LlavaManagerConfig
 from model import ManagerTower, ManagerTowerConfig, ViT
@@ -976,7 +976,8 @@ def look_inside(options: ExploreOptions) -> Inside:
     pixels = transform(picture, None)[None]  # (1, 3, S, S)
     batch = {"pixels": pixels, "input_ids": input_ids, "attention_mask": attention_mask}
     batch = to_device(batch, next(model.parameters()).device)
-    return look_into_tower(model, tokenizer, batch, picture, stored_transform(options.checkpoint))
+    name = stored_transform(find_folder(options.checkpoint))
+    return look_into_tower(model, tokenizer, batch, picture, name)
 
 
 def explore(options: ExploreOptions) -> Inside:
