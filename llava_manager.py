@@ -895,6 +895,7 @@ class KVCache:
         if cached is not None and self.end <= length:
             return cached
         batch, heads, _, head_size = new.shape
+        # whole blocks, so that few tokens have to move what is cached already
         capacity = math.ceil(self.end / CACHE_BLOCK) * CACHE_BLOCK
         larger = new.new_zeros(batch, heads, capacity, head_size)
         if cached is not None:
@@ -1483,6 +1484,7 @@ class LlavaManager(nn.Module):
             if not logits.isfinite().all():
                 raise ValueError("the model's logits are not finite: its weights are damaged")
             token = sample(logits, temperature, top_p, generator)
+            # a row that has ended waits for the others
             token = torch.where(ended, filler, token)
             yield token
             ended = ended | torch.isin(token, eos)
@@ -1490,6 +1492,7 @@ class LlavaManager(nn.Module):
                 ended = ended | ask_stop(stop, new_ids, token)
             if ended.all() or step == max_new_tokens - 1:
                 return
+            # managers have acted in the prompt: a new token is text, and nothing is injected
             cache.advance((lengths + step)[:, None])
             hidden = self.llm(self.llm.embed(token)[:, None], cache=cache)[:, 0]
 
@@ -1509,5 +1512,6 @@ class LlavaManager(nn.Module):
         cache = KVCache(torch.arange(length, device=device).expand(num_rows, length))
         embeddings, inject = self.embed(batch, images)
         hidden = self.llm(embeddings, inject, cache)  # (B, S, D)
+        # rows are padded on the right, so the last token of each stands elsewhere
         rows = torch.arange(num_rows, device=device)
         return hidden[rows, batch.lengths.to(device) - 1], cache
