@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from data import batches
 from llava_manager import IMAGE_TOKEN, DecoderLayer, LlavaManager, expand_placeholders, rotate
 from manager import AdaptiveVisualManager, standardize
-from model import ManagerTower, ViT, ViTBlock, split_heads
+from model import BertLayer, ManagerTower, ViT, ViTBlock, attention, split_heads
 from world import evaluating
 
 
@@ -141,6 +141,22 @@ def heads_of_vit(block: ViTBlock, x: Tensor) -> Heads:
     q, k, v = block.qkv(block.ln_1(x)).chunk(3, dim=-1)
     return Heads(
         split_heads(q, block.heads), split_heads(k, block.heads), split_heads(v, block.heads)
+    )
+
+
+def heads_of_cross_modal(layer: BertLayer, x: Tensor, mask: Tensor | None, other: Tensor) -> Heads:
+    """Of the cross-attention of a cross-modal layer that reads x (B, L, D) and, of the other
+    modality, (B, Lo, D). mask (B, 1, 1, L): of x, as the layer takes it.
+
+    Its queries are the tokens behind the self-attention of the layer.
+    """
+    q, k, v = layer.qkv(x).chunk(3, dim=-1)
+    out = attention(q, k, v, layer.heads, mask)
+    x = layer.ln_1(x + layer.proj(out))
+    q = layer.q(x)
+    k, v = layer.kv(other).chunk(2, dim=-1)
+    return Heads(
+        split_heads(q, layer.heads), split_heads(k, layer.heads), split_heads(v, layer.heads)
     )
 
 

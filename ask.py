@@ -3,7 +3,7 @@
     python ask.py question --checkpoint out/vqav2 --image x.jpg --question "What animal is this?"
     python ask.py match --checkpoint out/demo --image x.jpg --text "a dog" --text "two cats"
     python ask.py search --checkpoint out/flickr30k --folder pictures --text "a dog on the beach"
-    python ask.py chat --checkpoint LLAVA --image x.jpg       # a conversation, line by line
+    python ask.py chat --checkpoint LLAVA --image x.jpg       # a conversation, /help says how
 
 `python ask.py -h` lists the commands, `python ask.py question -h` the flags of one. The first three
 are for ManagerTower (ACL 2023), chat is for LLaVA-OV-Manager (TCSVT 2025, section IV). Texts are
@@ -15,8 +15,10 @@ Shapes: B texts, N experts, L tokens, D width.
 
 import math
 import os
+import shlex
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from chat import IMAGE_TAG, encode_prompt
+from chat import IMAGE_TAG, SYSTEM, TextStream, add_images, encode_prompt
 from eval import check_finite, check_picture_output, load_vocabulary, retrieval_scores
 from fields import Command, check_fields, option, run_command, show
 from files import BadSample, save_picture
@@ -383,12 +385,14 @@ def search(options: SearchOptions) -> list[tuple[float, Path]]:
 class ChatOptions:
     """Talk with a LLaVA-OV-Manager about pictures.
 
-    Without --question line by line, until an empty one.
+    Without --question line by line, until an empty one; /help says what else a line may be. A
+    terminal also shows how fast the answer came.
     """
 
     checkpoint: str = option(help="folder of the model, ours or an official one")
     image: list[str] = option((), "a picture", path=True)
     question: str | None = option(None, "a single question; none = a conversation")
+    system_prompt: str = option(SYSTEM, "what the model is told before the conversation")
     temperature: float = option(0.0, "of sampling; 0 = always the likeliest token", least=0)
     top_p: float = option(1.0, "sample from the likeliest tokens of this mass", above=0, most=1)
     max_new_tokens: int = option(256, "most tokens of an answer", least=1, most=32_768)
@@ -401,21 +405,22 @@ class ChatOptions:
             check_text(self.question, "the question")
 
 
-def load_tiles(files: Sequence[str], config: Any) -> list[ImageTiles]:
-    """What the model sees of each picture."""
-    has_several = len(files) > 1
-    tiles = []
-    for file in files:
-        picture = load_image(file, upright=True)
-        tiles.append(preprocess_image(picture, config, has_several))
-    return tiles
+def make_tiles(pictures: Sequence[Image.Image], config: Any) -> list[ImageTiles]:
+    """What the model sees of each picture. Of several in a conversation it sees one tile each."""
+    has_several = len(pictures) > 1
+    return [preprocess_image(picture, config, has_several) for picture in pictures]
+
+
+def load_pictures(files: Sequence[str]) -> list[Image.Image]:
+    """The pictures of these files, upright."""
+    return [load_image(file, upright=True) for file in files]
 
 
 def encode_turns(
     model: Any, tokenizer: Any, turns: list[str], files: Sequence[str]
 ) -> tuple[list[int], list[ImageTiles]]:
     """Input ids and tiles of a conversation about pictures. turns: user, assistant, user, ..."""
-    tiles = load_tiles(files, model.config)
+    tiles = make_tiles(load_pictures(files), model.config)
     return encode_prompt(turns, tokenizer, len(tiles)), tiles
 
 
@@ -424,21 +429,86 @@ def reserved_words(tokenizer: Any) -> list[str]:
     return [IMAGE_TAG, *tokenizer.special_words()]
 
 
+def say(remark: str) -> None:
+    """Something beside the answers, for somebody who reads along: programs do not get it."""
+    if sys.stderr is not None and sys.stderr.isatty():
+        print(remark, file=sys.stderr, flush=True)
+
+
+class Speed:
+    """How fast tokens come. The first one also takes the time of reading the prompt."""
+
+    def __init__(self) -> None:
+        self.start = time.perf_counter()
+        self.first = self.start
+        self.last = self.start
+        self.tokens = 0
+
+    def count(self) -> None:
+        self.last = time.perf_counter()
+        if self.tokens == 0:
+            self.first = self.last
+        self.tokens += 1
+
+    def __str__(self) -> str:
+        words = f"{self.tokens} tokens, the first one after {self.first - self.start:.2f} s"
+        if self.last > self.first:
+            rate = (self.tokens - 1) / (self.last - self.first)
+            words += f", then {rate:.1f} tokens/s"
+        return words
+
+
+def without_outer_spaces(pieces: Iterable[str]) -> Iterator[str]:
+    """The pieces of a text; white space in front of it and behind it is left out."""
+    is_begun = False
+    spaces = ""  # that may be the last ones
+    for piece in pieces:
+        text = spaces + piece
+        if not is_begun:
+            text = text.lstrip()
+        spoken = text.rstrip()
+        spaces = text[len(spoken) :]
+        if spoken:
+            is_begun = True
+            yield spoken
+
+
 def reply(
     model: Any, tokenizer: Any, turns: list[str], tiles: list[ImageTiles], options: ChatOptions
-) -> str:
-    """The model's answer to a conversation that ends with a turn of the user. Raises ValueError for
-    a turn that the model cannot take.
+) -> Iterator[str]:
+    """The model's answer to a conversation that ends with a turn of the user, in pieces, each as
+    soon as it is known. Raises ValueError for a turn that the model cannot take.
     """
-    question = turns[-1]
-    check_text(question, "the question")
-    check_words(question, reserved_words(tokenizer), "the question")
-    input_ids = torch.tensor([encode_prompt(turns, tokenizer, len(tiles))])  # (1, L)
-    new_ids = model.generate(
-        input_ids, None, tiles, options.max_new_tokens, options.temperature, options.top_p
-    )[0].tolist()
-    spoken = [token for token in new_ids if token not in model.config.eos_ids]
-    return tokenizer.decode(spoken).strip()
+    input_ids = torch.tensor([encode_prompt(turns, tokenizer, 0, options.system_prompt)])  # (1, L)
+    stream = TextStream(tokenizer)
+    speed = Speed()
+
+    def pieces() -> Iterator[str]:
+        for token in model.generate_steps(
+            input_ids, None, tiles, options.max_new_tokens, options.temperature, options.top_p
+        ):
+            speed.count()
+            if int(token) not in model.config.eos_ids:
+                yield stream.add(int(token))
+        yield stream.rest()
+
+    yield from without_outer_spaces(pieces())
+    say(f"\n[{speed}]")
+
+
+def speak(pieces: Iterable[str]) -> str:
+    """Print an answer while it comes, then the end of its line. Returns all of it."""
+    answer = ""
+    try:
+        for piece in pieces:
+            print(piece, end="", flush=True)
+            answer += piece
+    except BaseException:
+        if answer:  # what is said next begins a line of its own
+            print(flush=True)
+        raise
+    print(flush=True)
+    return answer
 
 
 MOST_CHARACTERS_OF_A_LINE = 16 * 2**20  # that are read at all
@@ -471,66 +541,159 @@ def read_line() -> str:
     return line.removesuffix("\n")
 
 
-def try_to_reply(
-    model: Any, tokenizer: Any, turns: list[str], tiles: list[ImageTiles], options: ChatOptions
-) -> str | None:
-    """The model's answer; None, and a line that says why, for a turn that it cannot take."""
+HELP = """/image FILE   show a picture with the next question; several, and dragged ones, will do
+/reset        begin anew, with the pictures of --image
+/help         this list
+/quit         the end, as is an empty line"""
+LINE_COMMANDS = ("/image", "/reset", "/help", "/quit")
+
+
+def split_paths(text: str) -> list[str]:
+    """The files behind /image. A name may be quoted, or have escaped spaces, as terminals write
+    files that are dragged into them; or it is all of the text as it is. Raises ValueError for none.
+    """
+    if not text:
+        raise ValueError("/image needs the file of a picture, as /image cat.png")
+    if os.path.exists(text):
+        return [text]
     try:
-        return reply(model, tokenizer, turns, tiles, options)
-    except (ValueError, MemoryError, RuntimeError) as error:
-        sentence = sentence_of_allocation(error)
-        if sentence is None and isinstance(error, ValueError):
-            sentence = " ".join(str(error).split())
-        if sentence is None:
-            raise
-    print(f"error: {sentence}", file=sys.stderr, flush=True)
-    return None
+        return shlex.split(text)
+    except ValueError:  # a quote without its end may be a letter of the name
+        return [text]
 
 
-def converse(
-    model: Any, tokenizer: Any, tiles: list[ImageTiles], options: ChatOptions
-) -> list[str]:
-    """A conversation, until a blank line or Ctrl-C. What the model cannot take is said, and is no
-    end.
+class Conversation:
+    """What was said, and the pictures that were shown. turns: user, assistant, user, ..."""
+
+    def __init__(self, model: Any, tokenizer: Any, options: ChatOptions):
+        self.model = model
+        self.tokenizer = tokenizer
+        self.options = options
+        self.first_pictures = load_pictures(options.image)
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin anew, with the pictures of --image."""
+        self.turns: list[str] = []
+        self.num_shown = 0  # pictures of past turns; the others go with the next question
+        self.set_pictures(list(self.first_pictures))
+
+    def set_pictures(self, pictures: list[Image.Image]) -> None:
+        self.pictures = pictures
+        self.tiles = make_tiles(pictures, self.model.config)
+
+    def obey(self, line: str) -> None:
+        """Do what a line asks for that begins with a slash. Raises ValueError where that fails."""
+        command, _, rest = line.strip().partition(" ")
+        if command not in LINE_COMMANDS or (rest and command != "/image"):
+            raise ValueError(
+                f"{show(line)} is none of {', '.join(LINE_COMMANDS)}; a question may begin with a "
+                "space before the slash"
+            )
+        if command == "/help":
+            print(HELP, flush=True)
+        elif command == "/reset":
+            self.reset()
+        else:
+            added = load_pictures(split_paths(rest.strip()))
+            self.set_pictures(self.pictures + added)
+            for picture in added:
+                say(f"[a picture of {picture.width} x {picture.height} goes with what you ask now]")
+
+    def answer(self, question: str) -> str:
+        """The model's answer, which is printed while it comes, and is then a part of the
+        conversation. Raises ValueError for what is no question, or is too long.
+        """
+        check_text(question, "the question")
+        check_words(question, reserved_words(self.tokenizer), "the question")
+        asked = add_images(question, len(self.pictures) - self.num_shown)
+        turns = [*self.turns, asked]
+        answer = speak(reply(self.model, self.tokenizer, turns, self.tiles, self.options))
+        # a model may spell such a word, and would then be asked for another picture
+        kept = answer
+        for word in reserved_words(self.tokenizer):
+            kept = kept.replace(word, "")
+        self.turns += [asked, kept]
+        self.num_shown = len(self.pictures)
+        return answer
+
+    def take(self, line: str) -> bool:
+        """Answer a line, or do what it asks for. False, and a sentence that says why, for one that
+        the model cannot take: it is as if it had not been.
+        """
+        try:
+            if line.startswith("/"):
+                self.obey(line)
+            else:
+                self.answer(line)
+            return True
+        except (ValueError, MemoryError, RuntimeError) as error:
+            sentence = sentence_of_allocation(error)
+            if sentence is None and isinstance(error, ValueError):
+                sentence = " ".join(str(error).split())
+            if sentence is None:
+                raise
+        print(f"error: {sentence}", file=sys.stderr, flush=True)
+        return False
+
+
+def converse(conversation: Conversation) -> list[str]:
+    """A conversation, until a blank line, /quit or Ctrl-C. What the model cannot take is said, and
+    is no end.
 
     From a pipe it is one, where no line could be answered, or too many in a row could not; then
     ValueError is raised.
     """
-    turns: list[str] = []
+    say("[/help says what else a line may be; an empty line is the end]")
     num_failures = 0  # in a row
     try:
         line = read_line()
-        while line.strip():
-            answer = try_to_reply(model, tokenizer, [*turns, line], tiles, options)
-            if answer is None:
+        while line.strip() and line.strip() != "/quit":
+            if conversation.take(line):
+                num_failures = 0
+            else:
                 num_failures += 1
                 if num_failures == MOST_FAILURES and not is_terminal():
                     raise ValueError(f"{MOST_FAILURES} lines in a row could not be answered")
-            else:
-                num_failures = 0
-                print(answer, flush=True)
-                # a model may spell such a word, and would then be asked for another picture
-                for word in reserved_words(tokenizer):
-                    answer = answer.replace(word, "")
-                turns += [line, answer]
             line = read_line()
     except KeyboardInterrupt:
         print()
-        return turns
-    if num_failures > 0 and not turns and not is_terminal():
+        return conversation.turns
+    if num_failures > 0 and not conversation.turns and not is_terminal():
         raise ValueError("none of the lines could be answered")
-    return turns
+    return conversation.turns
+
+
+def has_bf16() -> bool:
+    """Whether this machine's CPU multiplies bfloat16 itself; others imitate it, and are slower."""
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
+
+
+def choose_precision(model: Any) -> Any:
+    """The model in bf16 where the processor has it, and says which it is."""
+    parameter = next(model.parameters())
+    if parameter.device.type == "cpu" and has_bf16():
+        model = model.to(torch.bfloat16)
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    say(f"[{dtype} on {parameter.device}]")
+    return model
 
 
 def chat(options: ChatOptions) -> list[str]:
-    """The turns of the conversation: user, assistant, user, ..."""
+    """The turns of the conversation: user, assistant, user, ...
+
+    A turn that shows pictures begins with a tag for each of them.
+    """
     model, tokenizer, _ = load_mllm(options.checkpoint, options.tokenizer, options.device)
-    tiles = load_tiles(options.image, model.config)
+    check_words(options.system_prompt, reserved_words(tokenizer), "--system_prompt")
+    model = choose_precision(model)
+    model.eval()
+    conversation = Conversation(model, tokenizer, options)
     if options.question is None:
-        return converse(model, tokenizer, tiles, options)
-    answer = reply(model, tokenizer, [options.question], tiles, options)
-    print(answer)
-    return [options.question, answer]
+        return converse(conversation)
+    conversation.answer(options.question)
+    return conversation.turns
 
 
 COMMANDS = {

@@ -10,7 +10,7 @@ itself, or IGNORE where there is no loss.
 Shapes: B rows of a batch, L ids of the longest one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -171,28 +171,85 @@ def encode_chat(
 
 
 # ---------------------------------------------------------------- prompts
-def encode_prompt(turns: Sequence[str], tokenizer: Any, num_images: int = 0) -> list[int]:
+def add_images(text: str, num_images: int) -> str:
+    """A turn of the user that shows so many pictures: their tags, joined by spaces, and a newline
+    stand in front of the text.
+    """
+    if num_images == 0:
+        return text
+    tags = " ".join([IMAGE_TAG] * num_images)
+    return f"{tags}\n{text}"
+
+
+def encode_prompt(
+    turns: Sequence[str], tokenizer: Any, num_images: int = 0, system: str = SYSTEM
+) -> list[int]:
     """The ids of a prompt that asks for an answer.
 
-    turns: the texts of user, assistant, user ... in turn, so their number is odd. In front of the
-    first one go num_images times <image>, joined by spaces, and a newline. Raises ValueError if the
-    last turn is not the user's.
+    turns: the texts of user, assistant, user ... in turn, so their number is odd. The first one
+    shows num_images pictures; later ones may have tags of their own. system: the text of the
+    system's turn. Raises ValueError if the last turn is not the user's.
     """
     if len(turns) % 2 == 0:
         raise ValueError(
             f"a prompt ends with a turn of the user, so their number is odd, not {len(turns)}"
         )
-    # the placeholders, in front of the first question
-    first = turns[0]
-    if num_images > 0:
-        tags = " ".join([IMAGE_TAG] * num_images)
-        first = f"{tags}\n{first}"
-
-    chat = f"{TURN_START}system\n{SYSTEM}{TURN_END}\n"
+    first = add_images(turns[0], num_images)
+    chat = f"{TURN_START}system\n{system}{TURN_END}\n"
     for number, text in enumerate([first, *turns[1:]]):
         role = "user" if number % 2 == 0 else "assistant"
         chat += f"{TURN_START}{role}\n{text}{TURN_END}\n"
     return tokenize(f"{chat}{TURN_START}assistant\n", tokenizer)
+
+
+# ---------------------------------------------------------------- answers
+HALF_CHARACTER = "\ufffd"  # what a tokenizer makes of bytes that are no whole character yet
+
+
+class TextStream:
+    """The text of ids that come one by one, in pieces of whole characters.
+
+    A token may be a part of a character in UTF-8, so a piece waits until its last character is
+    whole. Some tokenizers leave out the space before the first word of what they decode: so a piece
+    is what the ids of the piece before it and its own ones spell, less what the former spell.
+    """
+
+    def __init__(self, tokenizer: Any):
+        self.tokenizer = tokenizer
+        self.before: list[int] = []  # ids of the last piece
+        self.waiting: list[int] = []  # ids that were not given yet
+
+    def add(self, token: int) -> str:
+        """What is whole now; "" while the text ends inside of a character."""
+        self.waiting.append(token)
+        piece = self.rest()
+        if not piece or piece.endswith(HALF_CHARACTER):
+            return ""
+        self.before = self.waiting
+        self.waiting = []
+        return piece
+
+    def rest(self) -> str:
+        """What is left at the end, whole or not."""
+        known = self.tokenizer.decode(self.before)
+        text = self.tokenizer.decode(self.before + self.waiting)
+        return text[len(known) :]
+
+
+def stop_at(strings: Sequence[str], tokenizer: Any) -> Callable[[list[int]], bool]:
+    """For `generate`: an answer ends behind the first of these stop strings, which is a part of it
+    then. Raises ValueError for an empty one.
+    """
+    if not all(strings):
+        raise ValueError(f"the stop strings are {show(strings)}; none of them may be empty")
+    # a token spells a byte at least, so this many of the last ones hold the longest string
+    longest = max((len(string.encode()) for string in strings), default=0) + 1
+
+    def has_ended(new_ids: list[int]) -> bool:
+        end = tokenizer.decode(new_ids[-longest:])
+        return any(string in end for string in strings)
+
+    return has_ended
 
 
 # ---------------------------------------------------------------- batches

@@ -7,11 +7,13 @@ grid of tiles that the MLLM sees, and the curves of runs.
     python figures.py probe --checkpoint out/demo --vision DINOV2
     python figures.py grid --image a.jpg
     python figures.py curves --run out/a --run out/b
+    python figures.py explore --checkpoint out/demo --image a.jpg --text "a red circle"
 
 `managers` draws figures 4 and 7 of ACL 2023, and 21 to 23 of TCSVT 2025; of the MLLM the weights of
 its visual managers. `attention` draws figures 18 to 20, 26, 31 and 32 of TCSVT 2025. `python
 figures.py -h` lists the commands, `python figures.py managers -h` the flags of one. The numbers of
-a figure lie beside it as JSON. All but `grid` need matplotlib.
+a figure lie beside it as JSON. All but `grid` and `explore` need matplotlib; `explore` writes one
+page for a browser, see explore.py.
 
 analysis.py measures the numbers, drawing.py draws the panels; here is which model looks at what.
 
@@ -40,14 +42,15 @@ from analysis import (
     probe_statistics,
     visual_manager_statistics,
 )
-from ask import encode_turns
+from ask import check_text, check_words, encode_texts, encode_turns, reserved_words
 from chat import encode_prompt
 from data import Source
 from drawing import Curves, Panel, draw_panels, load_matplotlib
 from eval import check_data_flags, check_picture_output, open_task
+from explore import Inside, check_page, look_into_mllm, look_into_tower, save_page
 from fields import Command, check_fields, option, run_command, show
 from files import read_log, save_json, save_picture
-from hub import default_output
+from hub import default_output, find_folder
 from images import load_image, name_of, tower_transform
 from llava_manager import LlavaManagerConfig
 from model import ManagerTower, ManagerTowerConfig, ViT
@@ -65,8 +68,9 @@ from weights import (
     load_llava,
     load_mllm,
     load_two_tower,
+    stored_transform,
 )
-from world import MOST_WORKERS, World, one_sentence
+from world import MOST_WORKERS, World, one_sentence, to_device
 
 
 # ---------------------------------------------------------------- the files of a figure
@@ -937,12 +941,60 @@ def grid(options: GridOptions) -> dict[str, tuple[int, ...]]:
     return numbers
 
 
+# ---------------------------------------------------------------- explore
+@dataclass
+class ExploreOptions:
+    """Write a page for a browser: look into a model at each patch and each token.
+
+    For each patch under the pointer, and each token, it shows the weights of the managers over the
+    experts, and who attends to whom. The page is one file, which needs no network.
+    """
+
+    checkpoint: str = option(help="folder of a model of any kind, with managers")
+    image: str = option(help="the picture", path=True)
+    text: str = option(help="the text; for a LLaVA-OV-Manager the question")
+    out: str = option("explore.html", "file of the page", path=True)
+    device: str = option("auto", "auto, cpu, cuda or cuda:N")
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        check_text(self.text)
+
+
+def look_inside(options: ExploreOptions) -> Inside:
+    """What the model does with the picture and the text."""
+    picture = load_image(options.image, upright=True)
+    if is_mllm(options.checkpoint):
+        model, tokenizer, _ = load_mllm(options.checkpoint, "", options.device)
+        check_words(options.text, reserved_words(tokenizer))
+        tiles = preprocess_image(picture, model.config)
+        prompt = encode_prompt([options.text], tokenizer, 1)
+        return look_into_mllm(model, tokenizer, prompt, tiles, picture)
+    model, tokenizer, transform = load_two_tower(options.checkpoint, "", options.device)
+    assert transform is not None, "a two-tower model has a transform"
+    input_ids, attention_mask = encode_texts(tokenizer, [options.text], model.config.max_text_len)
+    pixels = transform(picture, None)[None]  # (1, 3, S, S)
+    batch = {"pixels": pixels, "input_ids": input_ids, "attention_mask": attention_mask}
+    batch = to_device(batch, next(model.parameters()).device)
+    name = stored_transform(find_folder(options.checkpoint))
+    return look_into_tower(model, tokenizer, batch, picture, name)
+
+
+def explore(options: ExploreOptions) -> Inside:
+    """Write the page; the numbers on it are returned."""
+    check_page(options.out)
+    inside = look_inside(options)
+    save_page(options.out, inside)
+    return inside
+
+
 COMMANDS = {
     "managers": Command(ManagersOptions, managers),
     "attention": Command(AttentionOptions, attention),
     "probe": Command(ProbeOptions, probe),
     "grid": Command(GridOptions, grid),
     "curves": Command(CurvesOptions, curves),
+    "explore": Command(ExploreOptions, explore),
 }
 
 

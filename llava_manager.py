@@ -861,19 +861,22 @@ def find_blocks(batch: ExpandedBatch, is_managed: Tensor, config: LlavaManagerCo
 
 
 # ---------------------------------------------------------------- Qwen2
+CACHE_BLOCK = 256  # positions that a cache grows by
+
+
 class KVCache:
-    """Keys and values of all layers, allocated once for `capacity` positions.
+    """Keys and values of all layers. They grow by whole blocks: how long an answer may be costs
+    nothing, only how long it is.
 
     Position p of a row is slot p. Prompts of different length are padded on the right, and new
     tokens overwrite the padding, so a row does not notice the others.
     """
 
-    def __init__(self, capacity: int, slots: Tensor):
-        self.capacity = capacity
+    def __init__(self, slots: Tensor):
         self.slots = slots  # (B, S): of the tokens that are being computed
         self.end = slots.shape[1]  # of the slots that are in use
         self.mask: Tensor | None = None  # (B, 1, 1, end): what the new token sees; None in a prompt
-        self.keys: dict[int, Tensor] = {}  # layer -> (B, H_kv, capacity, d)
+        self.keys: dict[int, Tensor] = {}  # layer -> (B, H_kv, whole blocks, d)
         self.values: dict[int, Tensor] = {}
 
     def advance(self, slots: Tensor) -> None:
@@ -883,12 +886,26 @@ class KVCache:
         seen = torch.arange(self.end, device=slots.device) <= slots  # (B, end)
         self.mask = seen[:, None, None]
 
+    def with_room(self, cached: Tensor | None, new: Tensor) -> Tensor:
+        """The cached keys or values of a layer, with zeros behind them up to the end of the block
+        that `end` is in. new (B, H_kv, S, d): has their type, and says what shape the first ones
+        get.
+        """
+        length = 0 if cached is None else cached.shape[2]
+        if cached is not None and self.end <= length:
+            return cached
+        batch, heads, _, head_size = new.shape
+        # whole blocks, so that few tokens have to move what is cached already
+        capacity = math.ceil(self.end / CACHE_BLOCK) * CACHE_BLOCK
+        larger = new.new_zeros(batch, heads, capacity, head_size)
+        if cached is not None:
+            larger[:, :, :length] = cached
+        return larger
+
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values (B, H_kv, S, d) of the new tokens -> those of all tokens so far."""
-        if layer not in self.keys:
-            batch, heads, _, head_size = k.shape
-            self.keys[layer] = k.new_zeros(batch, heads, self.capacity, head_size)
-            self.values[layer] = v.new_zeros(batch, heads, self.capacity, head_size)
+        self.keys[layer] = self.with_room(self.keys.get(layer), k)
+        self.values[layer] = self.with_room(self.values.get(layer), v)
         # in place: the new tokens take the slots of padding, or the next ones
         slots = self.slots[:, None, :, None].expand_as(k)
         keys = self.keys[layer].scatter_(2, slots, k)
@@ -1025,6 +1042,18 @@ def sample(
     probabilities = probabilities.masked_fill(before >= top_p, 0)
     choice = torch.multinomial(probabilities, 1, generator=generator)  # (B, 1)
     return order.gather(1, choice)[:, 0]
+
+
+StopRule = Callable[[list[int]], bool]  # the new ids of a row -> whether it ends here
+
+
+def ask_stop(stop: StopRule, new_ids: list[list[int]], token: Tensor) -> Tensor:
+    """Which rows end by a StopRule behind their new token, (B,). new_ids gets that token too."""
+    ends = []
+    for ids, new in zip(new_ids, token.tolist(), strict=True):
+        ids.append(new)
+        ends.append(stop(ids))
+    return torch.tensor(ends, device=token.device)
 
 
 # ---------------------------------------------------------------- the model
@@ -1391,7 +1420,6 @@ class LlavaManager(nn.Module):
         return int(counts.labels.sum())
 
     # ---------------------------------------------------------------- generation
-    @torch.no_grad()
     def generate(
         self,
         input_ids: Tensor,
@@ -1401,48 +1429,89 @@ class LlavaManager(nn.Module):
         temperature: float = 0.0,
         top_p: float = 1.0,
         generator: torch.Generator | None = None,
+        stop: StopRule | None = None,
     ) -> Tensor:
         """The new token ids only, (B, L), L <= max_new_tokens; after its end a row repeats an eos
-        id.
+        id, or 0 where the model has none.
 
-        Managers act in the prompt; then tokens come one by one from the KV cache. Raises ValueError
-        for a prompt that is longer than max_length, and for settings that make no sense.
+        Managers act in the prompt; then tokens come one by one from the KV cache. stop: called with
+        all new ids of a row after each of them; True ends the row. `chat.stop_at` makes one of stop
+        strings. Raises ValueError for a prompt that is longer than max_length, and for settings
+        that make no sense.
         """
+        steps = self.generate_steps(
+            input_ids,
+            attention_mask,
+            images,
+            max_new_tokens,
+            temperature,
+            top_p,
+            generator,
+            stop,
+        )
+        return torch.stack(list(steps), dim=1)
+
+    @torch.no_grad()
+    def generate_steps(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        images: Sequence[ImageTiles] = (),
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        generator: torch.Generator | None = None,
+        stop: StopRule | None = None,
+    ) -> Iterator[Tensor]:
+        """The columns (B,) of what `generate` returns, each as soon as it is known."""
         if max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
             raise ValueError(
                 f"max_new_tokens is {max_new_tokens}, temperature {temperature}, top_p {top_p}; "
                 "they must be at least 1, at least 0, and above 0 up to 1"
             )
-        device = self.image_newline.device
         batch = expand_placeholders(input_ids, attention_mask, images, self.config)
+        hidden, cache = self.read_prompt(batch, images)
+
+        # then one token after the other
+        device = hidden.device
+        lengths = batch.lengths.to(device)
+        eos = torch.tensor(self.config.eos_ids, dtype=torch.long, device=device)
+        filler = eos[0] if len(eos) else torch.zeros_like(lengths[0])
+        ended = torch.zeros(len(lengths), dtype=torch.bool, device=device)
+        new_ids: list[list[int]] = [[] for _ in lengths]  # of each row, for `stop`
+        for step in range(max_new_tokens):
+            logits = self.llm.logits(hidden)
+            if not logits.isfinite().all():
+                raise ValueError("the model's logits are not finite: its weights are damaged")
+            token = sample(logits, temperature, top_p, generator)
+            # a row that has ended waits for the others
+            token = torch.where(ended, filler, token)
+            yield token
+            ended = ended | torch.isin(token, eos)
+            if stop is not None:
+                ended = ended | ask_stop(stop, new_ids, token)
+            if ended.all() or step == max_new_tokens - 1:
+                return
+            # managers have acted in the prompt: a new token is text, and nothing is injected
+            cache.advance((lengths + step)[:, None])
+            hidden = self.llm(self.llm.embed(token)[:, None], cache=cache)[:, 0]
+
+    def read_prompt(
+        self, batch: ExpandedBatch, images: Sequence[ImageTiles]
+    ) -> tuple[Tensor, KVCache]:
+        """The hidden state of each row's last token, (B, D), which predicts the first new one, and
+        the cache of the prompt. Raises ValueError for one that is longer than max_length.
+        """
         num_rows, length = batch.ids.shape
         longest = int(batch.lengths.max())
         if longest > length:
             raise ValueError(
                 f"a prompt has {longest} tokens with its images, more than max_length {length}"
             )
-
-        # the prompt: the hidden state of each row's last token predicts the first new one
-        lengths = batch.lengths.to(device)
-        slots = torch.arange(length, device=device).expand(num_rows, length)
-        cache = KVCache(length + max_new_tokens, slots)
+        device = self.image_newline.device
+        cache = KVCache(torch.arange(length, device=device).expand(num_rows, length))
         embeddings, inject = self.embed(batch, images)
-        all_hidden = self.llm(embeddings, inject, cache)
-        hidden = all_hidden[torch.arange(num_rows, device=device), lengths - 1]  # (B, D)
-
-        # then one token after the other
-        eos = torch.tensor(self.config.eos_ids, dtype=torch.long, device=device)
-        ended = torch.zeros(num_rows, dtype=torch.bool, device=device)
-        tokens: list[Tensor] = []
-        for step in range(max_new_tokens):
-            logits = self.llm.logits(hidden)
-            if not logits.isfinite().all():
-                raise ValueError("the model's logits are not finite: its weights are damaged")
-            token = sample(logits, temperature, top_p, generator)
-            tokens.append(torch.where(ended, eos[0], token) if len(eos) else token)
-            ended = ended | torch.isin(token, eos)
-            if ended.all() or step == max_new_tokens - 1:
-                break
-            cache.advance((lengths + step)[:, None])
-            hidden = self.llm(self.llm.embed(tokens[-1])[:, None], cache=cache)[:, 0]
-        return torch.stack(tokens, dim=1)
+        hidden = self.llm(embeddings, inject, cache)  # (B, S, D)
+        # rows are padded on the right, so the last token of each stands elsewhere
+        rows = torch.arange(num_rows, device=device)
+        return hidden[rows, batch.lengths.to(device) - 1], cache

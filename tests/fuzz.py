@@ -1190,7 +1190,8 @@ def talk(loaded: Any, folder: Path) -> None:
     with evaluating(model):
         model.generate(torch.tensor([ids]), None, tiles, 2)
     options = ask.ChatOptions(checkpoint=str(folder), max_new_tokens=2)
-    answer = ask.reply(model, loaded.tokenizer, ["what is it ?"], tiles, options)
+    turns = ["<image>\nwhat is it ?"]
+    answer = "".join(ask.reply(model, loaded.tokenizer, turns, tiles, options))
     require(isinstance(answer, str), "an answer that is no text")
 
 

@@ -39,6 +39,11 @@ def mllm(tmp_path_factory):
     return save_tiny_mllms(tmp_path_factory.mktemp("mllm"))
 
 
+@pytest.fixture(autouse=True)
+def the_same_numbers_on_every_cpu(monkeypatch):
+    monkeypatch.setattr(ask, "has_bf16", lambda: False)
+
+
 def run(*flags):
     ask.main([str(flag) for flag in flags])
 
@@ -255,7 +260,8 @@ def test_a_photo_is_upright_for_a_question_and_a_chat(folder, mllm, tmp_path):
     plain = ask_question(folder, tmp_path / "plain.png", "is there a circle?")
     assert ask_question(folder, tmp_path / "turned.png", "is there a circle?") == plain
     config = load_model(mllm / "static").config
-    tiles = ask.load_tiles([tmp_path / "plain.png", tmp_path / "turned.png"], config)
+    pictures = ask.load_pictures([tmp_path / "plain.png", tmp_path / "turned.png"])
+    tiles = ask.make_tiles(pictures, config)
     assert torch.equal(tiles[0].pixels, tiles[1].pixels) and tiles[0].size == tiles[1].size
 
 
@@ -392,7 +398,7 @@ def test_a_turn_without_memory_is_no_end(mllm, monkeypatch, capsys, error):
     reply = ask.reply
 
     def fail(model, tokenizer, turns, tiles, options):
-        if turns[-1] == "too much":
+        if turns[-1].endswith("too much"):
             raise error
         return reply(model, tokenizer, turns, tiles, options)
 
@@ -453,7 +459,7 @@ def test_what_a_model_spells_is_no_picture(mllm, monkeypatch, capsys):
     type_lines(monkeypatch, "what is it?", "and this?")
     run(*chat_flags(mllm))
     assert capsys.readouterr().out == "see <image>\nsee <image>\n"
-    assert seen[1] == ["what is it?", "see ", "and this?"]
+    assert seen[1] == ["<image>\nwhat is it?", "see ", "and this?"]
 
 
 def test_a_chat_about_no_picture_and_about_one_twice(mllm, capsys):
@@ -663,6 +669,132 @@ def test_empty_input_from_a_pipe_is_no_error(mllm, monkeypatch, capsys):
         pipe_in(monkeypatch, text)
         run(*chat_flags(mllm))
     assert capsys.readouterr() == ("", "")
+
+
+# ---------------------------------------------------------------- what a line may be
+def test_an_answer_comes_while_it_is_generated(mllm, monkeypatch, capsys):
+    """Each piece is printed before the next token is asked for; together they are the answer."""
+    model = load_model(mllm / "static").eval()
+    tokenizer = load_tokenizer(mllm / "static")
+    options = ChatOptions(str(mllm / "static"), max_new_tokens=12)
+    expected = model.generate(
+        torch.tensor([chat.encode_prompt(["what?"], tokenizer)]), None, (), 12
+    )
+    steps = []
+    generate_steps = model.generate_steps
+
+    def watched(*settings):
+        for token in generate_steps(*settings):
+            steps.append(capsys.readouterr().out)
+            yield token
+
+    monkeypatch.setattr(model, "generate_steps", watched)
+    answer = ask.speak(ask.reply(model, tokenizer, ["what?"], [], options))
+    assert answer == tokenizer.decode(expected[0]).strip()
+    assert len(steps) == 12 and sum(bool(out) for out in steps) > 2
+    assert "".join(steps) + capsys.readouterr().out == answer + "\n"
+
+
+def test_outer_spaces_are_left_out():
+    pieces = [" ", "\n", "", "two ", " ", "", "dogs\n", "\n", "here ", "", "\n"]
+    assert "".join(ask.without_outer_spaces(pieces)) == "".join(pieces).strip()
+    assert list(ask.without_outer_spaces([" ", "\n"])) == []
+
+
+def record_prompts(monkeypatch):
+    """What `reply` is asked: (turns, number of tiles of each picture)."""
+    asked = []
+
+    def reply(model, tokenizer, turns, tiles, options):
+        asked.append((list(turns), [len(picture.pixels) for picture in tiles]))
+        return ["yes"]
+
+    monkeypatch.setattr(ask, "reply", reply)
+    return asked
+
+
+def test_pictures_come_in_any_turn(mllm, monkeypatch, tmp_path, capsys):
+    odd = tmp_path / "it's my cat.png"
+    plain = tmp_path / "b.png"
+    for file in (odd, plain):
+        Image.new("RGB", (50, 40), "red").save(file)
+    escaped = str(odd).replace(" ", "\\ ").replace("'", "\\'")
+    asked = record_prompts(monkeypatch)
+    lines = ["one?", f"/image {escaped}", "two?", f'/image "{odd}" {plain}', "three?"]
+    type_lines(monkeypatch, *lines, f"/image {odd}", "four?", "/reset", "five?", "/quit", "six?")
+    run(*chat_flags(mllm))
+    first = asked[0]
+    assert first[0] == ["<image>\none?"] and len(asked) == 5
+    assert asked[3] == (
+        [
+            "<image>\none?",
+            "yes",
+            "<image>\ntwo?",
+            "yes",
+            "<image> <image>\nthree?",
+            "yes",
+            "<image>\nfour?",
+        ],
+        [1] * 5,
+    )
+    assert asked[4] == (["<image>\nfive?"], first[1])
+    captured = capsys.readouterr()
+    assert captured.out == "yes\n" * 5 and captured.err == ""
+
+
+def test_a_picture_that_was_added_is_seen(mllm, monkeypatch, capsys):
+    """As if the model had been asked with both pictures in their turns."""
+    model = load_model(mllm / "static").eval()
+    tokenizer = load_tokenizer(mllm / "static")
+    picture = Image.open(mllm / "a.png")
+    tiles = [multigrid.preprocess_image(picture, model.config, True)] * 2
+    type_lines(monkeypatch, f"/image {mllm / 'a.png'} {mllm / 'a.png'}", "where is it?")
+    run("chat", "--checkpoint", mllm / "static", "--max_new_tokens", 6, "--system_prompt", "Hm.")
+    prompt = chat.encode_prompt(["where is it?"], tokenizer, 2, "Hm.")
+    new = model.generate(torch.tensor([prompt]), images=tiles, max_new_tokens=6)[0]
+    assert capsys.readouterr().out == tokenizer.decode(new).strip() + "\n"
+
+
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        ("/image nowhere.png", "nowhere.png"),
+        ("/image", "needs the file of a picture"),
+        ("/image  ", "needs the file of a picture"),
+        ("/image 'half", "no such file"),
+        ("/imgae a.png", "is none of /image, /reset, /help, /quit"),
+        ("/reset all", "is none of /image"),
+    ],
+)
+def test_a_line_that_cannot_be_obeyed_is_one_sentence(mllm, monkeypatch, capsys, line, words):
+    asked = record_prompts(monkeypatch)
+    type_lines(monkeypatch, line, "/help", "where is it?")
+    run(*chat_flags(mllm))
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ") and captured.err.count("\n") == 1
+    assert words in captured.err
+    assert captured.out == f"{ask.HELP}\nyes\n" and len(asked[0][1]) == 1
+
+
+def test_a_reader_is_told_precision_and_speed(mllm, monkeypatch, capsys):
+    """On a terminal; bf16 where the CPU has it."""
+    monkeypatch.setattr(ask, "has_bf16", lambda: True)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    run(*chat_flags(mllm), "--question", "where is it?")
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "[bfloat16 on cpu]"
+    assert "4 tokens, the first one after " in lines[-1] and lines[-1].endswith(" tokens/s]")
+    with pytest.raises(ValueError, match="--system_prompt has <image> in it"):
+        run(*chat_flags(mllm), "--system_prompt", "<image>")
+
+
+def test_speed_is_that_of_the_tokens_behind_the_first(monkeypatch):
+    times = iter([10.0, 12.0, 12.5, 13.0])
+    monkeypatch.setattr(ask.time, "perf_counter", lambda: next(times))
+    speed = ask.Speed()
+    for _ in range(3):
+        speed.count()
+    assert str(speed) == "3 tokens, the first one after 2.00 s, then 2.0 tokens/s"
 
 
 # ---------------------------------------------------------------- names that are not UTF-8

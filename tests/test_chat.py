@@ -101,3 +101,75 @@ def test_a_leading_system_turn_takes_the_place_of_the_usual_one():
 def test_chats_are_reachable_from_llava_manager():
     for name in ("IMAGE_TOKEN", "IGNORE", "encode_chat", "encode_prompt", "tokenize"):
         assert getattr(llava_manager, name) is getattr(chat, name)
+
+
+# ---------------------------------------------------------------- answers
+TEXTS = ["naïve café — 東京 🦜👩‍👩‍👧", "  two\n\n spaces  ", "e\u0301\ufffd!", "", "\ufffd"]
+
+
+def byte_tokenizer():
+    """A byte is a token, so that most characters are several."""
+    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {letter: number for number, letter in enumerate(letters)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    return tokenizer
+
+
+def word_tokenizer():
+    """Words with the mark of a space in front, as SentencePiece has them; the first one is lost."""
+    words = ["▁two", "▁dogs", "s", "▁", "!"]
+    vocabulary = [(word, -float(number)) for number, word in enumerate(words)]
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.Unigram(vocabulary, None, False))
+    tokenizer.decoder = tokenizers.decoders.Metaspace()
+    return tokenizer
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_stream_has_whole_characters_only(text):
+    tokenizer = byte_tokenizer()
+    stream = chat.TextStream(tokenizer)
+    ids = tokenizer.encode(text).ids
+    assert len(ids) == len(text.encode())
+    pieces = [stream.add(token) for token in ids]
+    assert "".join([*pieces, stream.rest()]) == text
+    if "\ufffd" not in text:
+        assert not any("\ufffd" in piece for piece in pieces) and stream.rest() == ""
+
+
+def test_a_stream_keeps_the_spaces_between_words():
+    tokenizer = word_tokenizer()
+    ids = [0, 1, 0, 2, 4, 3, 1]
+    stream = chat.TextStream(tokenizer)
+    pieces = [stream.add(token) for token in ids]
+    assert "".join([*pieces, stream.rest()]) == tokenizer.decode(ids) == "two dogs twos!  dogs"
+
+
+def test_an_answer_stops_behind_a_stop_string():
+    tokenizer = byte_tokenizer()
+    stop = chat.stop_at(("\n\n", "動物"), tokenizer)
+    for text in ("one\nline\n\n", "a 動物"):
+        ids = tokenizer.encode(text).ids
+        ends = [stop(ids[:length]) for length in range(1, len(ids) + 1)]
+        assert ends == [False] * (len(ids) - 1) + [True]
+    assert not chat.stop_at((), tokenizer)(ids)
+    with pytest.raises(ValueError, match="none of them may be empty"):
+        chat.stop_at(("a", ""), tokenizer)
+
+
+def test_a_prompt_has_the_systems_text_and_pictures_in_any_turn():
+    tokenizer = golden_tokenizer()
+    turns = ["What is it?", "A dog.", chat.add_images("And this?", 2)]
+    ids = chat.encode_prompt(turns, tokenizer, 1, "Be brief.")
+    expected = "".join(
+        f"<|im_start|>{role}\n{text}<|im_end|>\n"
+        for role, text in (
+            ("system", "Be brief."),
+            ("user", "<image>\nWhat is it?"),
+            ("assistant", "A dog."),
+            ("user", "<image> <image>\nAnd this?"),
+        )
+    )
+    assert ids == chat.tokenize(expected + "<|im_start|>assistant\n", tokenizer)
+    assert ids.count(chat.IMAGE_TOKEN) == 3

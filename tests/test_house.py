@@ -13,7 +13,7 @@ GROUND = (
 ).split()
 GROUND += ["drawing"]
 MIDDLE = "model llava_manager chat data scenes weights export llava_parquet shard loop".split()
-MIDDLE += "tasks objectives small_towers analysis".split()
+MIDDLE += "tasks objectives small_towers analysis explore".split()
 SCRIPTS = "train train_llava finetune eval ask figures prepare bench roofline compare".split()
 SCRIPTS += "comparison compare_llava".split()
 FILES = {path.stem: path for path in sorted(ROOT.glob("*.py"))}

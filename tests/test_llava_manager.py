@@ -376,6 +376,62 @@ def test_generation_stops_at_eos():
     assert only[0].tolist() == free[0].tolist()[: free[0].tolist().index(stop) + 1]
 
 
+def test_the_block_of_the_cache_changes_no_bit(monkeypatch):
+    """Hidden states of every step, with a block of one position and with one that holds all."""
+    model = busy_model(manager_type="adaptive_cross")
+    images = [random_tiles(size, model.config, 1) for sizes in ROW_SIZES for size in sizes]
+    results = []
+    for block in (1, 7, 4096):
+        monkeypatch.setattr(llava_manager, "CACHE_BLOCK", block)
+        states = []
+        hook = model.llm.register_forward_hook(lambda _m, _a, out, kept=states: kept.append(out))
+        tokens = model.generate(*pad(ROWS), images, max_new_tokens=20)
+        hook.remove()
+        results.append([tokens, *states])
+    for other in results[1:]:
+        assert len(other) == 21
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_a_cache_has_no_room_for_an_answer_that_is_not_there_yet():
+    cache = llava_manager.KVCache(torch.arange(5)[None])
+    k = torch.randn(1, 2, 5, 4)
+    cache.append(0, k, k)
+    block = llava_manager.CACHE_BLOCK
+    assert cache.keys[0].shape == cache.values[0].shape == (1, 2, block, 4)
+    for position in range(5, block + 1):
+        cache.advance(torch.tensor([[position]]))
+        keys, _ = cache.append(0, k[:, :, :1], k[:, :, :1])
+    assert cache.keys[0].shape[2] == 2 * block and keys.shape[2] == block + 1
+    assert torch.equal(keys[:, :, :5], k)
+
+
+def test_tokens_are_seen_while_they_are_generated():
+    """The model has not gone further than the token that is taken."""
+    model = busy_model()
+    ids, mask = pad([[1, 2, 3], [4, 5, 6, 7]])
+    expected = model.generate(ids, mask, max_new_tokens=6)
+    calls = []
+    model.llm.register_forward_hook(lambda _module, _arguments, _out: calls.append(1))
+    for step, token in enumerate(model.generate_steps(ids, mask, max_new_tokens=6)):
+        assert torch.equal(token, expected[:, step]) and not token.requires_grad
+        assert len(calls) == step + 1
+        assert torch.is_grad_enabled()
+    assert len(calls) == 6
+
+
+def test_a_row_ends_where_its_stop_rule_says():
+    model = busy_model()
+    ids, mask = pad([[1, 2, 3], [4, 5, 6, 7]])
+    free = model.generate(ids, mask, max_new_tokens=9).tolist()
+    last = free[0][2]
+    ends = [row.index(last) + 1 if last in row else 9 for row in free]
+    found = model.generate(ids, mask, max_new_tokens=9, stop=lambda new: new[-1] == last).tolist()
+    for row, expected, end in zip(found, free, ends, strict=True):
+        assert row[:end] == expected[:end] and set(row[end:]) <= {0}
+    assert len(found[0]) == max(ends)
+
+
 def test_sampling():
     probabilities = torch.tensor([[0.5, 0.3, 0.15, 0.05]])
     generator = torch.Generator().manual_seed(0)
