@@ -13,7 +13,7 @@ GROUND += ["drawing"]
 MIDDLE = "model llava_manager chat data scenes weights shard loop tasks objectives".split()
 MIDDLE += "small_towers analysis".split()
 SCRIPTS = "train train_llava finetune eval ask figures prepare bench roofline compare".split()
-SCRIPTS += "comparison compare_llava".split()
+SCRIPTS += "comparison compare_llava eval_chat eval_lmms".split()
 FILES = {path.stem: path for path in sorted(ROOT.glob("*.py"))}
 
 
