@@ -1,5 +1,5 @@
-"""eval_chat.py and eval_lmms.py: a batch = one by one, two processes = one, a killed evaluation goes
-on, and the errors of question files.
+"""eval_chat.py and eval_lmms.py: a batch = one by one, two processes = one, an evaluation that was
+killed goes on, and the errors of question files.
 """
 
 import itertools
@@ -17,13 +17,19 @@ import eval_chat
 import eval_lmms
 import scenes
 from eval_lmms import Request
-from weights import load_mllm
+from weights import load_mllm, load_model, save_model
 
 
 @pytest.fixture(scope="module")
 def mllm(tmp_path_factory):
     """A tiny MLLM, questions about one picture, two, and none, and a prompt that is too long."""
+    torch.manual_seed(0)
     root = save_tiny_mllms(tmp_path_factory.mktemp("mllm"))
+    model = load_model(root / "static")
+    with torch.no_grad():
+        for parameter in model.parameters():  # so that answers differ from question to question
+            parameter += 0.3 * torch.randn_like(parameter)
+    save_model(model, root / "static")
     source = scenes.demo_source("questions", "heldout", 6)
     records = []
     for number in range(6):
@@ -137,15 +143,15 @@ def test_requests_are_answered_in_their_order_whatever_the_batch(mllm):
     requests = [
         Request("what is this", greedy, lambda: [picture]),
         Request("a circle", {**greedy, "max_new_tokens": 3}, lambda: None),
-        Request("is there a red circle", greedy, lambda: []),
+        Request("is there a red circle", greedy, list),
         Request("two pictures", greedy, lambda: [picture, picture]),
-        Request("is there a red circle " * 2000, greedy, lambda: []),
+        Request("is there a red circle " * 2000, greedy, list),
     ]
     with torch.no_grad():
         one_by_one = eval_lmms.answer_requests(requests, model, tokenizer, 1)
         assert eval_lmms.answer_requests(requests, model, tokenizer, 16) == one_by_one
     assert one_by_one[4] == ""
-    assert all(one_by_one[:4])
+    assert len(set(one_by_one[:4])) > 2
     assert sorted(itertools.chain(*eval_lmms.plan_batches(requests, 2))) == [0, 1, 2, 3, 4]
 
 
