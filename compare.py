@@ -66,6 +66,7 @@ from files import (
     why_no_folder,
     write_json,
 )
+from hub import find_folder
 from images import tower_transform
 from loop import Checkpoint, Task, TowerRunConfig, fit, param_groups
 from model import ManagerTower, ManagerTowerConfig
@@ -127,8 +128,12 @@ class CompareConfig:
 
     out_dir: str = option("out/compare", "folder of the runs, of result.json and result.png")
     # the encoders
-    vision: str = option("", "image encoder: a folder; none = a small one, pre-trained here")
-    text: str = option("", "text encoder: a folder; none = a small one, pre-trained here")
+    vision: str = option(
+        "", "image encoder: a folder or hub name; none = a small one, pre-trained here"
+    )
+    text: str = option(
+        "", "text encoder: a folder or hub name; none = a small one, pre-trained here"
+    )
     image_size: int = option(
         0, "pixels a side; 0 = 64, or the next size that patches cover", least=0, most=4096
     )
@@ -373,13 +378,10 @@ def fields_of_encoders(config: CompareConfig) -> dict[str, Any]:
 def find_encoders(config: CompareConfig, processes: int) -> Encoders:
     """The encoders of --vision and --text, or two small ones, which are trained first."""
     if config.vision:
-        return Encoders(
-            fields_of_encoders(config),
-            load_tokenizer(config.text),
-            config.vision,
-            config.text,
-            are_small=False,
-        )
+        vision = find_folder(config.vision)
+        text = find_folder(config.text, "checkpoint")
+        fields = fields_of_encoders(config)
+        return Encoders(fields, load_tokenizer(text), str(vision), str(text), are_small=False)
     image_size = config.image_size or SMALL_PICTURES
     common = {"image_size": image_size, "seed": 0, "device": config.device}
     image_settings = {"max_steps": IMAGE_STEPS, "pictures": TOWER_PICTURES, **common}

@@ -12,8 +12,8 @@ trained from random weights, together with the projector and the managers.
 
 The scenes (`paint_details` of scenes.py) are made so that the grid has something to show. Their two
 things are filled with patterns of single pixels, which the base tile, half as large, shows as an
-even tone. Half of the questions are about colours, shapes and sizes: the base tile answers them.
-The other half are about the patterns: only a tile of the grid does.
+even tone. Half of the questions are about colours, places, sizes and shapes: the base tile answers
+them. The other half are about the patterns: only a tile of the grid does.
 
 All variants have the same pictures in the same order, the same steps and batch, and the same
 weights to begin with wherever they share a part. As the tower is frozen, its hidden states are kept
@@ -137,8 +137,8 @@ class Sizes(NamedTuple):
     tower: int
 
 
-SIZES_OF_SPLITS = Sizes(pictures=3000, validation=100, test=400, tower=1500)
-STEPS = 500
+SIZES_OF_SPLITS = Sizes(pictures=3000, validation=80, test=400, tower=2000)
+STEPS = 800
 TOWER_STEPS = 1500
 FEW_SEEDS = 3
 MANY_SEEDS = 5
@@ -170,7 +170,7 @@ class CompareLlavaConfig:
     # how much
     pairs: int = option(0, "pictures to learn from, with 4 questions each", least=0)
     steps: int = option(0, "optimizer updates of each run", least=0)
-    batch_size: int = option(32, "conversations of an update", least=1, most=2**16)
+    batch_size: int = option(16, "conversations of an update", least=1, most=2**16)
     # running
     processes: int = option(
         0, "runs at the same time; 0 = one a core, one on CUDA", least=0, most=256
@@ -182,9 +182,6 @@ class CompareLlavaConfig:
         reason = why_no_folder(self.out_dir)
         if reason:
             raise FieldError(f"out_dir {self.out_dir} cannot be written into: {reason}")
-        for name in self.variants:
-            if self.variants.count(name) > 1:
-                raise ValueError(f"--variants has {name} twice")
 
     def num_seeds(self) -> int:
         usual = MANY_SEEDS if self.full else FEW_SEEDS
@@ -523,7 +520,7 @@ def make_run(
         warmup=0.05,
         schedule="cosine",
         grad_clip=1.0,
-        eval_every=max(1, steps // 10),
+        eval_every=max(1, steps // 8),
         save_every=max(1, steps // 4),
         precision="fp32",
         device=device,

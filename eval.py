@@ -39,6 +39,7 @@ from files import (
     read_json,
     save_json,
 )
+from hub import default_output, find_folder
 from metrics import mean_by, official_vqa_accuracy, recall
 from model import ManagerTower
 from objectives import class_logits
@@ -543,7 +544,7 @@ def check_question_ids(source: Source, annotations: dict[int, dict] | None) -> N
 
 def load_vocabulary(checkpoint: str, model: ManagerTower) -> list[str]:
     """The answers that the model's classes stand for. Raises ValueError if they are not as many."""
-    answers = load_answers(checkpoint)
+    answers = load_answers(find_folder(checkpoint))
     if len(answers) != model.config.num_answers:
         raise ValueError(
             f"answers.json in {checkpoint} has {len(answers)} answers, but the model has "
@@ -688,7 +689,7 @@ def run_task(config: EvalConfig) -> None:
 
     if is_first:
         report = {"checkpoint": config.checkpoint, "task": config.task, "splits": splits}
-        save_json(config.out or f"{config.checkpoint}/eval.json", report)
+        save_json(config.out or default_output(config.checkpoint, "eval.json"), report)
 
 
 def main(argv: list[str]) -> None:

@@ -47,6 +47,7 @@ from drawing import Curves, Panel, draw_panels, load_matplotlib
 from eval import check_data_flags, check_picture_output, open_task
 from fields import Command, check_fields, option, run_command, show
 from files import read_log, save_json, save_picture
+from hub import default_output
 from images import load_image, name_of, tower_transform
 from llava_manager import LlavaManagerConfig
 from model import ManagerTower, ManagerTowerConfig, ViT
@@ -178,7 +179,7 @@ def place_of(options: Any, command: str) -> Path:
     it is tested before anything is measured.
     """
     folder = options.checkpoint[0] if options.checkpoint else "."
-    out = Path(options.out or f"{folder}/{command}.png")
+    out = Path(options.out or default_output(folder, f"{command}.png"))
     check_figure(out)
     check_is_no_input(out, getattr(options, "image", ()))
     load_matplotlib()

@@ -28,6 +28,7 @@ from data import PairDataset, Source
 from eval import check_vocabulary, evaluate
 from fields import make_parser, option, parse_recipe
 from files import write_json, write_text
+from hub import find_folder
 from images import tower_transform
 from loop import (
     Checkpoint,
@@ -150,7 +151,7 @@ def convert_official(run: FinetuneConfig, world: World) -> Path:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             write_text(mark, f"{source}\n")
-            convert_weights(Path(source), folder)
+            convert_weights(source, folder)
         except OSError as error:
             raise ValueError(f"--init {run.init}: {error}") from error
     world.barrier()
@@ -165,7 +166,8 @@ def initial_model(
         return ManagerTower(stored_config(run, fields))
     if run.init == UNIMODAL:
         return make_model(run, fields, tokenizer)
-    folder = convert_official(run, world) if run.init.startswith(OFFICIAL) else Path(run.init)
+    is_official = run.init.startswith(OFFICIAL)
+    folder = convert_official(run, world) if is_official else find_folder(run.init)
     if is_mllm_config(read_config_values(folder)):
         raise ValueError(f"--init {run.init} is a LLaVA-OV-Manager; it must be a ManagerTower")
     seed_all(run.seed, "model")  # the new heads

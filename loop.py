@@ -45,6 +45,7 @@ from files import (
     write_atomically,
     write_text,
 )
+from hub import find_folder, is_at_hand, is_hub_name
 from shard import (
     INDEX,
     STATE_FOLDER,
@@ -63,6 +64,7 @@ from shard import (
 )
 from tokenizer import Tokenizer, load_tokenizer
 from torch_files import BROKEN, TorchFile, is_archive
+from trackers import PLACES, TRACKERS, check_tracker, open_tracker
 from weights import save_folder
 from world import (
     MOST_WORKERS,
@@ -105,7 +107,7 @@ def move_old_run(folder: Path) -> Path | None:
     """
     # the training state first: without it nobody takes the rest for a run to go on with
     # a run has one of two states, with or without --shard
-    names = (STATE_FOLDER, *FILES, "best")
+    names = (STATE_FOLDER, *FILES, "best", *PLACES)
     present = [name for name in names if os.path.lexists(folder / name)]
     if not present:
         return None
@@ -152,10 +154,13 @@ class RunConfig:
     out_dir: str = option("out/demo", "folder of the run: checkpoint, log.jsonl, best/")
     data_root: str = option("", "folder of manifests or .arrow files; none = the built-in scenes")
     vision: str = option(
-        "", "pre-trained image encoder: a folder or .safetensors; none = random weights"
+        "",
+        "pre-trained image encoder: folder, .safetensors or name of the hub; none = random weights",
     )
     text: str = option(
-        "", "pre-trained text encoder or LLM: a folder or .safetensors; none = random weights"
+        "",
+        "pre-trained text encoder or LLM: folder, .safetensors or name of the hub; none = random "
+        "weights",
     )
     tokenizer: str = option(
         "", "a folder or file; none = the one beside the weights, or a new one for the data"
@@ -184,6 +189,7 @@ class RunConfig:
     # running
     log_every: int = option(50, "steps between two rows of the log", least=1)
     save_every: int = option(200, "steps between two checkpoints", least=1)
+    log: str = option("", "who gets the numbers of log.jsonl, too", choices=TRACKERS)
     eval_every: int = option(300, "steps between two evaluations; 0 = only at the end", least=0)
     eval_size: int = option(512, "held-out samples", least=1)
     num_workers: int = option(
@@ -218,7 +224,8 @@ class RunConfig:
             )
         for name in ("vision", "text"):
             place = getattr(self, name)
-            if place and not Path(place).exists() and not goes_on(self):
+            is_there = Path(place).exists() or is_hub_name(place)
+            if place and not is_there and not goes_on(self):
                 raise FieldError(f"{name} is {show(place)}, which does not exist")
 
     def check_places(self) -> None:
@@ -232,7 +239,11 @@ class RunConfig:
             self.check_sources()
         else:
             self.check_old_files()
-        # 3. the data: training and measuring take different rows of it
+        check_tracker(self.log)
+        # 3. what it begins with; a name of the hub is fetched before the data are opened
+        if not goes_on(self):
+            self.fetch_sources()
+        # 4. the data: training and measuring take different rows of it
         if Path(self.data_root).is_file():
             raise FieldError(
                 f"data_root {self.data_root} is a file; it must be the folder of the splits to "
@@ -273,6 +284,15 @@ class RunConfig:
                         f"out_dir {self.out_dir}: {folder / name} is a folder, and the run writes "
                         "a file there; choose another --out_dir, or --fresh, which puts it aside"
                     )
+
+    def fetch_sources(self) -> None:
+        """Download what is named as on the hub. Raises FieldError for what is not there."""
+        for name in ("init", "vision", "text", "tokenizer"):
+            place = getattr(self, name, "").removeprefix("official:")
+            try:
+                find_folder(place, "tokenizer" if name == "tokenizer" else "weights")
+            except ValueError as error:
+                raise FieldError(f"{name} {error}") from None
 
     def check_sources(self) -> None:
         """Raises FieldError if --fresh would move away what the run starts from."""
@@ -360,7 +380,7 @@ def is_beginning_gone(run: RunConfig) -> bool:
     # not every script has all of these flags
     for name in ("init", "vision", "text"):
         place = getattr(run, name, "").removeprefix("official:")
-        if place not in ("", "unimodal") and not Path(place).exists():
+        if place not in ("", "unimodal") and not is_at_hand(place):
             return True
     return False
 
@@ -510,7 +530,7 @@ def find_tokenizer_of(run: RunConfig, find: Callable[[], Tokenizer]) -> Tokenize
     # 1. the checkpoint's own
     folder = Path(run.out_dir)
     stored = [name for name in TOKENIZER_FILES if (folder / name).exists()]
-    is_named = run.tokenizer and Path(run.tokenizer).exists()
+    is_named = run.tokenizer and is_at_hand(run.tokenizer, "tokenizer")
     if goes_on(run) and stored and not is_named:
         return load_tokenizer(folder)
     # 2. a new run's
@@ -666,6 +686,7 @@ class Checkpoint:
         # how far the run is, and how good it was at its best
         self.step = 0  # of the last training state
         self.best: float | None = None  # the highest score so far
+        self.tracker: Any = None  # of --log, from the first row on
         fields = {name: getattr(run, name) for name in run.identity_fields}
         # through JSON and back, as it will be read: lists for tuples
         self.identity = json.loads(json.dumps({**fields, **identity}))
@@ -854,8 +875,12 @@ class Checkpoint:
 
         # a death amid this write leaves half a row, which `read_log` leaves out
         def append() -> None:
+            if self.run.log and self.tracker is None:
+                self.tracker = open_tracker(self.run.log, self.folder, self.step)
             with open(self.log_file, "a") as file:
                 file.write(json.dumps(row) + "\n")
+            if self.tracker is not None:
+                self.tracker.write(row)
 
         self.guard(append, self.log_file)
 

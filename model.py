@@ -470,7 +470,8 @@ class ViT(nn.Module):
             self.class_embedding = nn.Parameter(0.02 * torch.randn(width))
             num_tokens += 1
         self.position_embedding = nn.Parameter(0.02 * torch.randn(num_tokens, width))
-        # CLIP alone has a norm before its blocks
+        # CLIP alone has a norm before its blocks; all have one behind them, which `encode_image`
+        # applies to every layer
         self.ln_pre = nn.LayerNorm(width, eps=eps) if kind == "clip" else nn.Identity()
         mlp_width = mlp_width or 4 * width  # only SigLIP's is another one, and is given
         self.blocks = nn.ModuleList(
@@ -593,6 +594,7 @@ class TextEncoder(nn.Module):
 
         0 is the embeddings, k the output of the k-th layer. Raises ValueError for too long a text.
         """
+        # the rows before the first position belong to no token
         longest = self.position_embedding.num_embeddings - self.first_position
         if input_ids.shape[1] > longest:
             raise ValueError(

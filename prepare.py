@@ -2,6 +2,8 @@
 
     python prepare.py NAME --root RAW --out DIR     DIR/<name>_<split>.jsonl (vqav2: answers.json)
     python prepare.py weights --source X --out F    a checkpoint folder, or an encoder's weights
+    python prepare.py llava_parquet --root R --out D    LLaVA-OneVision's data, for train.py
+    python prepare.py export --checkpoint F --out G --format official | transformers
 
 A manifest is JSON Lines, one picture (or pair of pictures) a line; the pictures stay where they
 are. The rules are those of ACL 2023, section 4 and appendix A, and of the official code
@@ -30,6 +32,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from data import PARSERS
+from export import FORMATS, PARTS, export_checkpoint
 from fields import FlagError, check_fields, option, parse_flags, show
 from files import (
     MOST_BYTES,
@@ -47,6 +50,7 @@ from files import (
     write_json_lines,
 )
 from images import load_image
+from llava_parquet import prepare_parquet
 from metrics import answer_score, normalize_answer
 from tasks import load_answers
 from weights import convert_weights
@@ -1162,6 +1166,19 @@ class WeightsConfig:
         check_fields(self)
 
 
+@dataclass(kw_only=True)
+class ExportConfig:
+    """The flags of `export`."""
+
+    checkpoint: str = option(help="folder of the model, or a name of the hub")
+    out: str = option(help="a new folder to write to")
+    format: str = option(help="whose layout", choices=FORMATS)
+    part: str = option("", "an encoder alone, in transformers' layout", choices=PARTS)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
 # what `weights` writes
 WRITTEN = (
     "model.safetensors",
@@ -1310,10 +1327,14 @@ def help_page() -> str:
     lines = [
         "usage: prepare.py NAME --root RAW --out DIR",
         "       prepare.py weights --source X --out F [--tokenizer T] [--answers A]",
+        "       prepare.py export --checkpoint F --out G --format official|transformers",
+        "       prepare.py llava_parquet --root R --out D",
         "",
         "Downloads -> what the other scripts read. `prepare.py NAME -h` lists the flags.",
         "",
         f"  {'weights':12s} official weights -> a checkpoint folder, without executing them",
+        f"  {'export':12s} a checkpoint folder -> the authors' layout, or transformers'",
+        f"  {'llava_parquet':12s} LLaVA-OneVision's .parquet files -> conversations and pictures",
     ]
     for name, spec in DATASETS.items():
         lines.append(f"  {name:12s} pictures: {spec.images}")
@@ -1354,22 +1375,47 @@ def prepare_weights(argv: list[str]) -> None:
     check_out(Path(config.out))
     check_not_overwritten(config)
     answers = load_answers(Path(config.answers)) if config.answers else None
-    tokenizer = Path(config.tokenizer) if config.tokenizer else None
-    convert_weights(Path(config.source), Path(config.out), tokenizer, answers)
+    convert_weights(config.source, Path(config.out), config.tokenizer or None, answers)
+
+
+def export_weights(argv: list[str]) -> None:
+    """The command `export`."""
+    description = "A checkpoint folder -> the authors' layout, or transformers', with a model card."
+    config = parse_flags(ExportConfig, argv, description, "export")
+    check_out(Path(config.out))
+    export_checkpoint(config.checkpoint, Path(config.out), config.format, config.part)
+
+
+def convert_parquet(argv: list[str]) -> None:
+    """The command `llava_parquet`."""
+    description = "LLaVA-OneVision's .parquet files -> SET.jsonl, SET.tar and mixture.yaml."
+    config = parse_flags(DatasetConfig, argv, description, "llava_parquet")
+    out = Path(config.out)
+    check_out(out)
+    check_no_checkpoint(out)
+    prepare_parquet(Path(config.root), out)
+
+
+# what is no dataset
+COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "weights": prepare_weights,
+    "export": export_weights,
+    "llava_parquet": convert_parquet,
+}
 
 
 def main(argv: list[str]) -> None:
     command = argv[0] if argv else ""
     if command in ("-h", "--help"):
         print(help_page())
-    elif command == "weights":
-        prepare_weights(argv[1:])
+    elif command in COMMANDS:
+        COMMANDS[command](argv[1:])
     elif command in DATASETS:
         spec = DATASETS[command]
         config = parse_flags(spec.config, argv[1:], describe_dataset(command), command)
         prepare_dataset(command, Path(config.root), Path(config.out))
     else:
-        commands = ", ".join(["weights", *DATASETS])
+        commands = ", ".join([*COMMANDS, *DATASETS])
         raise FlagError(
             f"the first word is {show(command)}; it must be one of {commands}; "
             "`python prepare.py -h` says what they are"

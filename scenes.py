@@ -320,14 +320,16 @@ def paint_patterned(
 
 
 def ask_overview(draw: random.Random, scene: Scene) -> tuple[str, str]:
-    attribute = draw.choice(("size", "color", "shape"))
-    return ask_attribute(scene, draw.randrange(2), attribute)
-
-
-def ask_pattern(draw: random.Random, scene: Scene, number: int, pattern: str) -> tuple[str, str]:
-    """Of the thing `number`, which is named by its shape or by its colour."""
-    left_out = draw.choice(("color", "shape"))
-    return f"what pattern is on the {refer(scene, number, left_out)}?", pattern
+    """Of a thing that is named by its colour, or by its place if its colour is asked."""
+    number = draw.randrange(2)
+    thing = scene[number]
+    place = PLACES[scene.relation][number]
+    asked = draw.choice(("color", "size", "shape", "place"))
+    if asked == "color":
+        return f"what color is the {place} object?", thing.color
+    if asked == "place":
+        return f"where is the {thing.color} object?", place
+    return f"what {asked} is the {thing.color} object?", getattr(thing, asked)
 
 
 def paint_details(brush: Brush, number: int) -> dict:
@@ -336,16 +338,15 @@ def paint_details(brush: Brush, number: int) -> dict:
     """
     draw = brush.draw
     scene = brush.scene()
-    while scene.first.color == scene.second.color or scene.first.shape == scene.second.shape:
+    while scene.first.color == scene.second.color:
         scene = brush.scene()
     patterns = [draw.choice(list(PATTERNS)), draw.choice(list(PATTERNS))]
     asked: dict[str, tuple[str, str]] = {}  # question -> its answer and its kind
     while len(asked) < 2:
         question, answer = ask_overview(draw, scene)
         asked[question] = (answer, OVERVIEW)
-    for k, pattern in enumerate(patterns):
-        question, answer = ask_pattern(draw, scene, k, pattern)
-        asked[question] = (answer, DETAIL)
+    for thing, pattern in zip((scene.first, scene.second), patterns, strict=True):
+        asked[f"what pattern is on the {thing.color} object?"] = (pattern, DETAIL)
     order = list(asked)
     draw.shuffle(order)
     image, boxes = paint_patterned(draw, scene, patterns, brush.image_size)

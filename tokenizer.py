@@ -29,6 +29,7 @@ from files import (
     size_in_words,
     write_atomically,
 )
+from hub import find_folder
 from world import first_line_of, silent_libraries
 
 ROBERTA_SPECIALS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
@@ -281,7 +282,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """
     if not isinstance(path, str | Path):
         raise ValueError(f"load_tokenizer: path is {show(path)}; it must be a text or a Path")
-    file = tokenizer_file(Path(path))
+    file = tokenizer_file(find_folder(path, "tokenizer"))
     check_files(file)
     try:
         with silent_libraries():

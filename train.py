@@ -19,7 +19,6 @@ import functools
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -27,6 +26,7 @@ from torch.utils.data import DataLoader, Subset
 
 from data import PretrainDataset, Source, collate
 from fields import make_parser, option, parse_recipe, show
+from hub import find_folder
 from images import tower_transform
 from loop import (
     Checkpoint,
@@ -156,7 +156,8 @@ def find_tokenizer(run: TowerRunConfig, source: Source | None = None) -> Tokeniz
     if run.tokenizer:
         return load_tokenizer(run.tokenizer)
     if run.text:
-        return load_tokenizer(run.text if Path(run.text).is_dir() else Path(run.text).parent)
+        text = find_folder(run.text, "tokenizer")
+        return load_tokenizer(text if text.is_dir() else text.parent)
     if source is None or not run.data_root:
         return demo_tokenizer()
     return train_tokenizer((row["text"] for row in source.iterate_texts()), 8000)

@@ -36,6 +36,7 @@ from chat import SYSTEM, collate_chat, encode_prompt, tokenize
 from data import ChatDataset, Source, collate_conversations, open_chat
 from fields import option, parse_recipe
 from files import read_json
+from hub import find_folder
 from llava_manager import LlavaManager, LlavaManagerConfig, TokenCounts, count_tokens
 from loop import (
     Checkpoint,
@@ -318,8 +319,8 @@ def make_llava(run: LlavaTrainConfig, fields: dict, tokenizer: Tokenizer) -> Lla
     elif run.init:
         model = initial_llava(run, fields)
     elif run.vision:
-        text_config = read_json(Path(run.text) / "config.json", dict)
-        vision_config = read_json(Path(run.vision) / "config.json", dict)
+        text_config = read_json(find_folder(run.text) / "config.json", dict)
+        vision_config = read_json(find_folder(run.vision) / "config.json", dict)
         config = LlavaManagerConfig.from_official(text_config, vision_config)
         config = dataclasses.replace(config, **{"manager_type": "static", **fields})
         model = LlavaManager(config)

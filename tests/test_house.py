@@ -8,10 +8,12 @@ import prose
 import pytest
 from helpers import ROOT
 
-GROUND = "manager fields files index world tokenizer images multigrid metrics torch_files".split()
+GROUND = (
+    "manager fields files index world hub tokenizer images multigrid metrics torch_files trackers"
+).split()
 GROUND += ["drawing"]
-MIDDLE = "model llava_manager chat data scenes weights shard loop tasks objectives".split()
-MIDDLE += "small_towers analysis".split()
+MIDDLE = "model llava_manager chat data scenes weights export llava_parquet shard loop".split()
+MIDDLE += "tasks objectives small_towers analysis".split()
 SCRIPTS = "train train_llava finetune eval ask figures prepare bench roofline compare".split()
 SCRIPTS += "comparison compare_llava eval_chat eval_lmms".split()
 FILES = {path.stem: path for path in sorted(ROOT.glob("*.py"))}

@@ -89,7 +89,7 @@ def test_help_lists_the_commands_and_after_one_its_flags(capsys):
 
 def test_a_command_line_that_cannot_be_read_names_what_is_wrong():
     for argv, word in (
-        ([], "one of weights, vqav2"),
+        ([], "one of weights, export, llava_parquet, vqav2"),
         (["imagenet"], "'imagenet'"),
         (["vqav2", "--out", "x"], "--root"),
         (["vqav2", "--root", "x"], "--out"),
