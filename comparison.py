@@ -15,6 +15,7 @@ import functools
 import hashlib
 import io
 import itertools
+import json
 import math
 import multiprocessing
 import os
@@ -99,11 +100,8 @@ def read_result(job: Job, folder: Path) -> dict | None:
 
 
 def as_json(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings as they come back from a JSON file: lists for tuples."""
-    plain = {}
-    for name, value in settings.items():
-        plain[name] = list(value) if isinstance(value, tuple) else value
-    return plain
+    """Settings as they come back from a JSON file: lists for tuples, wherever they are."""
+    return json.loads(json.dumps(settings))
 
 
 def work(job: Job, folder: Path) -> None:

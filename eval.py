@@ -3,6 +3,8 @@ re-ranking.
 
     python eval.py --task vqav2 --checkpoint out/vqav2 --data demo
     torchrun --nproc_per_node 8 eval.py --task flickr30k --checkpoint F --data_root D
+    python eval.py chat_task --checkpoint F --questions Q.jsonl --metric anls    # the MLLM
+    python eval.py lmms --checkpoint F --tasks chartqa,ai2d                      # the MLLM
 
 ACL 2023, section 4, tables 1 and 3; TCSVT 2025, table III. `python eval.py -h` lists all flags;
 what a task needs is in tasks.py. Every process evaluates its share of the batches. The results are
@@ -685,13 +687,22 @@ def run_task(config: EvalConfig) -> None:
 
 def main(argv: list[str]) -> None:
     command = argv[0] if argv else "-"
+    if command == "chat_task":
+        import eval_chat  # the MLLM's evaluation, which the two-tower model does not need
+
+        return eval_chat.main(argv[1:])
+    if command == "lmms":
+        import eval_lmms
+
+        return eval_lmms.main(argv[1:])
     if command in MOVED:
         raise FlagError(f"`eval.py {command}` is now `python {MOVED[command]}`")
     if not command.startswith("-"):
         raise FlagError(
-            f"eval.py has no command {command!r}; it takes --task, --checkpoint and other flags"
+            f"eval.py has no command {command!r}; it takes --task, --checkpoint and other flags, "
+            "or chat_task, or lmms"
         )
-    run_task(parse_flags(EvalConfig, argv, EvalConfig.__doc__ or ""))
+    return run_task(parse_flags(EvalConfig, argv, EvalConfig.__doc__ or ""))
 
 
 if __name__ == "__main__":

@@ -322,7 +322,8 @@ def paint_patterned(
 def ask_overview(draw: random.Random, scene: Scene) -> tuple[str, str]:
     """Of a thing that is named by its colour, or by its place if its colour is asked."""
     number = draw.randrange(2)
-    thing = scene[number]
+    things = (scene.first, scene.second)
+    thing = things[number]
     place = PLACES[scene.relation][number]
     asked = draw.choice(("color", "size", "shape", "place"))
     if asked == "color":

@@ -70,6 +70,16 @@ def test_a_result_of_other_settings_is_refused(tmp_path):
         run_jobs(jobs_of(square, [2]), tmp_path, 1, say)
 
 
+def keep_settings(folder, fields):
+    return {"square": len(fields["layers"])}
+
+
+def test_settings_with_tuples_inside_are_the_same_after_json(tmp_path):
+    job = Job("job", keep_settings, {"fields": {"layers": (2, 3)}})
+    first = run_jobs([job], tmp_path, 1, say)
+    assert run_jobs([job], tmp_path, 1, say) == first
+
+
 @pytest.mark.parametrize(
     ("function", "reason"),
     [(refuse, "2 is no good"), (break_down, "KeyError: 2"), (kill_itself, "killed by signal 9")],

@@ -1,11 +1,13 @@
-"""metrics.py against values computed by hand."""
+"""metrics.py against values computed by hand, and against those of lmms-eval 0.7.3."""
 
+import json
 import math
 
 import pytest
 import torch
-from helpers import people
+from helpers import ROOT, people
 
+import metrics
 from metrics import (
     answer_score,
     bleu,
@@ -14,6 +16,8 @@ from metrics import (
     official_vqa_accuracy,
     recall,
 )
+
+PAIRS = json.loads((ROOT / "tests/golden/evaluation/metrics.json").read_text())
 
 
 # ---------------------------------------------------------------- VQA
@@ -90,6 +94,120 @@ def test_official_vqa_accuracy_by_hand():
     ):
         with pytest.raises(ValueError, match="answered twice or not annotated"):
             official_vqa_accuracy(wrong, annotations)
+
+
+# ---------------------------------------------------------------- the MLLM's datasets
+def score_of(name, pair):
+    """Our score of a pair of the golden file."""
+    said = pair["prediction"]
+    if name in metrics.NORMALISERS:
+        return metrics.vqa_accuracy(said, pair["answers"], name)
+    if name == "gqa_exact_match":
+        return metrics.exact_match(said, pair["answer"])
+    if name == "chartqa":
+        return metrics.relaxed_accuracy(said, pair["answer"])
+    if name == "anls":
+        return metrics.anls(said, pair["answers"])
+    if name == "ocrbench":
+        return metrics.ocrbench(said, pair["answer"], pair["dataset"])
+    if name == "scienceqa":
+        return metrics.scienceqa(said, "ABCDE"[pair["answer_index"]])
+    return getattr(metrics, name)(said, pair["answer"])
+
+
+@pytest.mark.parametrize(
+    "name",
+    "vqav2 okvqa_textvqa gqa_exact_match ai2d seed_image scienceqa realworldqa chartqa anls "
+    "ocrbench mmmu_open".split(),
+)
+@pytest.mark.parametrize("space", ["", " ", "\n"])
+def test_every_score_equals_lmms_evals(name, space):
+    for pair in PAIRS[name]:
+        expected = pair["score_official"] if name == "mmmu_open" else pair["score"]
+        raw = {**pair, "prediction": space + pair["prediction"] + space}
+        assert score_of(name, raw) == expected, pair
+
+
+@pytest.mark.parametrize("pair", PAIRS["mmmu_multiple_choice"], ids=lambda pair: pair["prediction"])
+def test_the_letter_of_mmmu_is_lmms_evals(pair):
+    """Where lmms-eval draws one at random, no letter is right."""
+    right = []
+    for letter in "ABCD":
+        if metrics.mmmu_choice(pair["prediction"], pair["options"], letter) == 1:
+            right.append(letter)
+    assert right == ([] if pair["letter"] == "random" else [pair["letter"]])
+
+
+@pytest.mark.parametrize("pair", PAIRS["vqa_normaliser"], ids=lambda pair: pair["text"])
+def test_answers_are_normalised_as_lmms_eval_does(pair):
+    for name in metrics.NORMALISERS:
+        assert metrics.normalize_for(name, pair["text"]) == pair[name]
+    with pytest.raises(ValueError, match="must be one of"):
+        metrics.normalize_for("vqa", pair["text"])
+
+
+def test_vqa_accuracy_is_the_mean_over_those_left_out():
+    answers = ["yes", "yes", "no", "a yes", "Yes!"]
+    # each of the four sees three others who agree, the fifth four
+    assert metrics.vqa_accuracy(" YES ", answers) == 1
+    # the two who say no see one other, the three others two of them
+    assert metrics.vqa_accuracy("no", ["no", "no", "a b", "c", "d"]) == pytest.approx(2.666667 / 5)
+    assert metrics.vqa_accuracy("no", []) == 0
+
+
+def test_relaxed_accuracy_ends_at_five_percent():
+    for said, answer, score in (
+        ("95", "100", 1),
+        ("94.9", "100", 0),
+        ("-2.1", "-2.05", 1),
+        ("5%", "0.05", 1),
+        ("0", "0.0", 0),
+        ("YES", "yes", 1),
+    ):
+        assert metrics.relaxed_accuracy(said, answer) == score, (said, answer)
+
+
+def test_edit_distance_on_known_pairs():
+    known = (("kitten", "sitting", 3), ("", "abc", 3), ("flaw", "lawn", 2), ("same", "same", 0))
+    for one, other, distance in known:
+        assert metrics.edit_distance(one, other) == distance
+        assert metrics.edit_distance(other, one) == distance
+
+
+def test_anls_keeps_what_is_half_right_and_nothing_below():
+    assert metrics.anls("ab", ["axxx", "abxx"]) == 0.5
+    assert metrics.anls("ab", ["axxxx"]) == 0
+    assert metrics.anls("", [""]) == 1
+    assert metrics.anls("Two  Words", ["two words"]) == 1
+    with pytest.raises(ValueError, match="at least one answer"):
+        metrics.anls("a", [])
+
+
+@pytest.mark.parametrize(
+    ("said", "letter"),
+    [
+        ("The answer is (B).", "B"),
+        ("the answer is c", ""),
+        ("B: it is larger", "B"),
+        ("I think (A) or (C)", "C"),
+        ("Both. A", "A"),
+        ("Cars", "C"),
+        ("正解ではないが答えはD", "D"),
+        ("?!", ""),
+    ],
+)
+def test_a_letter_is_found_by_the_first_rule(said, letter):
+    """Also computed by lmms-eval 0.7.3."""
+    assert metrics.extract_letter(said) == letter
+
+
+def test_an_open_answer_is_right_as_number_or_inside_a_text():
+    assert metrics.mmmu_open("The cost is 1,234 dollars", "1234") == 1
+    assert metrics.mmmu_open("The cost is 12.345 dollars", "12.35") == 1
+    assert metrics.mmmu_open("about 1e3", "1000") == 1
+    assert metrics.mmmu_open("relax", "x") == 0, "one letter inside a word is no match"
+    assert metrics.mmmu_open("12", "1") == 0
+    assert metrics.mmmu_open("It is red\nso it is Mars", ["venus", "mars"]) == 1
 
 
 # ---------------------------------------------------------------- retrieval
