@@ -456,12 +456,21 @@ def prepare_streams() -> None:
 def end_loaders() -> None:
     """End the processes that load data: what they print would stand behind the last line."""
     loaders = [child for child in multiprocessing.active_children() if child.daemon]
-    # torch raises one if a loader ends by a signal
-    with contextlib.suppress(RuntimeError):
+    # torch's handler of SIGCHLD raises an error, wherever this process is, when the signal meets a
+    # loader that has only begun: the others would stay
+    previous = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
         for loader in loaders:
             loader.terminate()
         for loader in loaders:
             loader.join(1)
+        # one that has only begun may have taken the signal for its parent's, and gone on
+        for loader in loaders:
+            if loader.is_alive():
+                loader.kill()
+                loader.join(1)
+    finally:
+        signal.signal(signal.SIGCHLD, previous or signal.SIG_DFL)
 
 
 def say_error(sentence: str) -> None:

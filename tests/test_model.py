@@ -282,6 +282,7 @@ def test_precisions(kind):
 @pytest.mark.slow
 def test_compiles_into_one_graph():
     """Forward and backward; aot_eager runs the traced graphs without generating code."""
+    torch.manual_seed(0)
     config = ManagerTowerConfig.tiny(
         manager_noise=False,
         vision_layers=2,
@@ -298,8 +299,9 @@ def test_compiles_into_one_graph():
         (features.pooled.square().sum() + features.text.square().mean()).backward()
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         results.append([features.text, features.pooled, *gradients])
+    # the softmax over the experts is written out where it is compiled: other roundings
     for eager, compiled in zip(*results, strict=True):
-        close(compiled, eager, 1e-6)
+        close(compiled, eager, 5e-6)
 
 
 def test_checkpointing_changes_no_gradient():

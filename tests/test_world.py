@@ -8,6 +8,8 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from multiprocessing.process import BaseProcess
 
 import pytest
 import torch
@@ -539,16 +541,31 @@ def test_a_full_stderr_ends_nothing():
     assert run_main("raise ValueError('x')", "2>/dev/full").returncode == 1
 
 
-def test_nothing_stands_behind_the_last_line(monkeypatch, capsys):
-    """What loads data has ended before the error is said."""
+@pytest.mark.parametrize("delay", [0.0, 0.5])
+@pytest.mark.parametrize("handler", [signal.SIG_DFL, lambda *_: None])
+def test_nothing_stands_behind_the_last_line(monkeypatch, capsys, delay, handler):
+    """What loads data has ended before the error is said, also if it has only begun: then SIGTERM
+    kills it, which torch takes for an error, or meets the handler of the process that forked it.
+    """
+    begin = BaseProcess._bootstrap
+
+    def begin_late(process, *arguments, **settings):
+        time.sleep(delay)
+        return begin(process, *arguments, **settings)
+
+    monkeypatch.setattr(BaseProcess, "_bootstrap", begin_late)
     of_other_tests = set(multiprocessing.active_children())
     loaders = []
+    previous = signal.signal(signal.SIGTERM, handler)
 
     def main(argv):
         loaders.append(iter(DataLoader(range(9), num_workers=2)))
         raise ValueError("a is 5")
 
-    assert end_of(main, monkeypatch, capsys) == (1, ["error: a is 5"])
+    try:
+        assert end_of(main, monkeypatch, capsys) == (1, ["error: a is 5"])
+    finally:
+        signal.signal(signal.SIGTERM, previous)
     assert set(multiprocessing.active_children()) <= of_other_tests
 
 
